@@ -1,0 +1,31 @@
+"""The command line: serve, generate, pull, demo. Parsing is quick; torch is imported by the command that needs it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from aiolora import __version__
+from aiolora.cli import demo, generate, pull, serve
+from aiolora.errors import AioloraError
+
+_COMMANDS = (serve, generate, pull, demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 1 with one line on stderr for an error of the user's."""
+    parser = argparse.ArgumentParser(
+        prog="aiolora", description="One base language model, many LoRA adapters at once.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"aiolora {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.register(commands)
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except AioloraError as error:
+        print(f"aiolora: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status

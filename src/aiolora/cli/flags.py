@@ -1,0 +1,108 @@
+"""Flags of every engine face, made from the one declaration in `EngineArgs`, and `--lora-modules` in both its forms."""
+
+import argparse
+from collections.abc import Iterable
+from typing import Literal, get_args, get_origin
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import fields
+
+from aiolora.config import EngineArgs
+from aiolora.errors import ConfigError
+from aiolora.types import LoRARequest
+
+
+class _Module(Struct, forbid_unknown_fields=True):
+    """The JSON form of `--lora-modules`."""
+
+    name: str
+    path: str
+    base_model_name: str | None = None
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, *, model: str | None = None) -> None:
+    """MODEL (optional where `model` is its default) and a flag for each other field of `EngineArgs`."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("model", nargs="?" if model else None, default=model, help=_help("model"))
+    for field in fields(EngineArgs):
+        if field.name == "model":
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        kind, choices, several = _shape(field.type)
+        shown = f"{_help(field.name)} (default: {field.default})".strip()
+        if kind is bool:
+            group.add_argument(flag, default=field.default, action=argparse.BooleanOptionalAction, help=shown)
+        elif several:
+            group.add_argument(flag, default=field.default, nargs="+", type=kind, metavar="NAME", help=shown)
+        else:
+            metavar = None if choices else kind.__name__.upper()
+            group.add_argument(flag, default=field.default, type=kind, choices=choices, metavar=metavar, help=shown)
+    group.add_argument(
+        "--lora-modules",
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        help='adapters to load at start: name=path, or {"name": ..., "path": ..., "base_model_name": ...}',
+    )
+
+
+def engine_args(args: argparse.Namespace) -> EngineArgs:
+    """What was said, checked. Raises `ConfigError`."""
+    given = {field.name: getattr(args, field.name) for field in fields(EngineArgs)}
+    if isinstance(given["lora_target_modules"], list):
+        given["lora_target_modules"] = tuple(given["lora_target_modules"])
+    given["enable_lora"] = given["enable_lora"] or bool(args.lora_modules)
+    return EngineArgs(**given)
+
+
+def lora_modules(items: Iterable[str]) -> list[LoRARequest]:
+    """The adapters that `--lora-modules` names, with ids from 1 on. Raises `ConfigError`."""
+    modules = [_module(item) for item in items if item]
+    names = [module.name for module in modules]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"--lora-modules names {sorted(twice)} twice; give each adapter its own name")
+    return [
+        LoRARequest(module.name, number, module.path, module.base_model_name)
+        for number, module in enumerate(modules, start=1)
+    ]
+
+
+def _module(item: str) -> _Module:
+    try:
+        if item.lstrip().startswith("{"):
+            module = msgspec.json.decode(item, type=_Module)
+        else:
+            name, equals, path = item.partition("=")
+            if not equals:
+                raise ValueError("there is no '='")
+            module = _Module(name, path)
+        if not module.name or not module.path:
+            raise ValueError("name and path must not be empty")
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise ConfigError(
+            f"--lora-modules {item!r}: {error}; write name=path or "
+            '{"name": "...", "path": "...", "base_model_name": "..."}'
+        ) from None
+    return module
+
+
+def _help(name: str) -> str:
+    info = msgspec.json.schema(EngineArgs)["$defs"]["EngineArgs"]["properties"][name]
+    return str(info.get("description", "")).replace("%", "%%")
+
+
+def _shape(annotation: object) -> tuple[type, tuple[str, ...] | None, bool]:
+    """(Python type of one value, its choices, whether it takes several) of an `EngineArgs` annotation."""
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        return _shape(get_args(annotation)[0])
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return str, get_args(annotation), False
+    if origin is tuple:
+        return _shape(get_args(annotation)[0])[0], None, True
+    inner = [part for part in get_args(annotation) if part is not type(None)]
+    if inner:
+        return _shape(inner[0])
+    assert isinstance(annotation, type)
+    return annotation, None, False

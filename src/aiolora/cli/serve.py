@@ -1,0 +1,63 @@
+"""`aiolora serve MODEL`: the OpenAI-compatible server."""
+
+import argparse
+import sys
+
+from aiolora.cli.flags import add_engine_flags, engine_args, lora_modules
+from aiolora.errors import MissingExtraError
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser("serve", help="serve the OpenAI API over HTTP", allow_abbrev=False)
+    add_engine_flags(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    group.add_argument("--served-model-name", help="name of the base model in the API (default: MODEL)")
+    group.add_argument(
+        "--shutdown-timeout", type=int, default=30, help="seconds for open streams after SIGTERM (default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, then serve until a signal."""
+    try:
+        import uvicorn
+
+        from aiolora.api import create_app
+    except ImportError as error:
+        raise MissingExtraError("aiolora serve", "server") from error
+    import asyncio
+
+    from aiolora.engine.async_engine import AsyncLLMEngine
+
+    async def serve() -> None:
+        async with AsyncLLMEngine.from_engine_args(engine_args(args)) as engine:
+            modules = lora_modules(args.lora_modules)
+            for module in modules:
+                await engine.add_lora(module)
+            plan = engine.plan
+            print(
+                f"{args.model} on {plan.device}: {plan.num_pages * plan.page_size} KV tokens "
+                f"({plan.kv_nbytes / 2**20:.0f} MiB), context {plan.max_model_len}, "
+                f"{plan.max_num_seqs} sequences a step, {len(modules)} adapters loaded, "
+                f"room for adapters {plan.adapter_nbytes / 2**20:.0f} MiB",
+                file=sys.stderr,
+            )
+            app = create_app(engine, served_model_name=args.served_model_name)
+            config = uvicorn.Config(
+                app,
+                host=args.host,
+                port=args.port,
+                http="h11",  # bounded headers: httptools accepts one of 50 MB
+                h11_max_incomplete_event_size=16 << 10,
+                timeout_graceful_shutdown=args.shutdown_timeout,
+                log_level="warning",
+            )
+            print(f"ready at http://{args.host}:{args.port}", file=sys.stderr, flush=True)
+            await uvicorn.Server(config).serve()
+
+    asyncio.run(serve())
+    return 0

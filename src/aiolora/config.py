@@ -1,0 +1,82 @@
+"""What the user said: engine arguments (also the command line's flags) and the environment."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from aiolora.errors import ConfigError
+from aiolora.types import check_fields
+
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class EngineArgs(Struct, kw_only=True, frozen=True):
+    """Arguments of every engine face; the command line's flags are these with dashes.
+
+    Raises `ConfigError` naming the field, its value and its limit.
+    """
+
+    model: Annotated[str, Meta(description="folder, hub repository, or the embedded smollm2-135m")]
+    tokenizer: Annotated[
+        str | None, Meta(description="folder or repository of the tokenizer; the model's by default")
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="auto: the model's, or float32 where the CPU has no bfloat16 arithmetic"),
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda where there is one")] = "auto"
+    load_format: Annotated[
+        Literal["auto", "safetensors", "dummy"], Meta(description="dummy: random weights, for measuring")
+    ] = "auto"
+    max_model_len: Annotated[Positive | None, Meta(description="longest prompt plus answer, tokens")] = None
+    max_num_seqs: Annotated[Annotated[int, Meta(ge=1, le=4096)] | None, Meta(description="sequences in one step")] = (
+        None
+    )
+    max_num_batched_tokens: Annotated[Positive | None, Meta(description="tokens in one step")] = None
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1, description="share of the GPU to use")] = 0.9
+    kv_cache_memory: Annotated[Positive | None, Meta(description="bytes for the KV cache")] = None
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    enforce_eager: Annotated[bool, Meta(description="no CUDA graphs")] = False
+    compile: Annotated[bool, Meta(description="torch.compile the decoder (slow start)")] = False
+    seed: Annotated[int, Meta(description="of requests that bring none")] = 0
+    enable_lora: bool = False
+    max_loras: Annotated[int, Meta(ge=1, le=4096, description="distinct adapters in one batch")] = 8
+    max_lora_rank: Annotated[int, Meta(ge=1, le=4096, description="largest rank of any adapter")] = 64
+    max_cpu_loras: Annotated[Positive | None, Meta(description="adapters kept in host memory; >= max_loras")] = None
+    lora_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Meta(description="auto: the model's dtype")
+    ] = "auto"
+    lora_memory: Annotated[Positive | None, Meta(description="bytes for adapters on the device")] = None
+    lora_target_modules: Annotated[
+        tuple[str, ...] | None, Meta(description="only these modules (suffixes) take adapters")
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ConfigError(
+                f"max_cpu_loras={self.max_cpu_loras} is under max_loras={self.max_loras}: "
+                "every adapter of a batch is also kept in host memory; raise max_cpu_loras or lower max_loras"
+            )
+
+    @property
+    def host_adapters(self) -> int:
+        """Adapters kept in host memory."""
+        return self.max_cpu_loras or max(32, 2 * self.max_loras)
+
+
+class Environment(Struct, frozen=True):
+    """Everything aiolora reads from the environment, in one place."""
+
+    cache: Path  # AIOLORA_CACHE: where pulled models and compiled kernels are kept
+    native: bool  # AIOLORA_NATIVE=0: never use the compiled CPU kernels
+
+    @classmethod
+    def read(cls) -> "Environment":
+        home = os.environ.get("AIOLORA_CACHE") or os.path.join(
+            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "aiolora"
+        )
+        return cls(cache=Path(home), native=os.environ.get("AIOLORA_NATIVE", "1") != "0")

@@ -1,0 +1,1 @@
+"""Time: who runs when. Books decide, stores hold bytes, one engine thread steps."""

@@ -1,0 +1,360 @@
+"""AsyncLLMEngine: the one bridge between the asyncio loop and the engine thread.
+
+Down: a message into a deque and an event, once a request. Up: one `call_soon_threadsafe` a step with all its deltas.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from types import TracebackType
+
+import anyio.to_thread
+
+from aiolora.config import EngineArgs
+from aiolora.engine.build import Built, build
+from aiolora.engine.core import Engine, Snapshot
+from aiolora.engine.intake import Intake, LoRA
+from aiolora.engine.output import Assembler
+from aiolora.engine.plan import Plan
+from aiolora.errors import AioloraError, EngineDeadError, RequestError
+from aiolora.lora.loader import AdapterWeights
+from aiolora.types import (
+    AdapterVersion,
+    LoRARequest,
+    Messages,
+    Mix,
+    Prompt,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenDelta,
+    TokenOutput,
+)
+
+Message = Callable[[Engine], None]
+
+
+class _Mailbox:
+    """Deltas of one request, from the loop's callback to the one task that reads them."""
+
+    __slots__ = ("_failure", "_items", "_waiter")
+
+    def __init__(self) -> None:
+        self._items: list[TokenDelta] = []
+        self._failure: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, delta: TokenDelta) -> None:
+        self._items.append(delta)
+        self._wake()
+
+    def fail(self, error: BaseException) -> None:
+        self._failure = error
+        self._wake()
+
+    async def get(self) -> list[TokenDelta]:
+        """All that has come, at least one."""
+        while not self._items:
+            if self._failure is not None:
+                raise EngineDeadError(f"the engine has stopped: {self._failure}") from self._failure
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        items, self._items = self._items, []
+        return items
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class AsyncLLMEngine:
+    """One base model and its adapters, for many concurrent streams of one asyncio loop.
+
+        async with AsyncLLMEngine.from_engine_args(EngineArgs(model=..., enable_lora=True)) as engine:
+            async for token in engine.stream("Hello", SamplingParams(max_tokens=16), lora="sql"):
+                print(token.text, end="")
+
+    Everything public is called on the loop that started it. The model is loaded, and adapters are read, in worker
+    threads; the engine steps in a thread of its own.
+    """
+
+    def __init__(self, args: EngineArgs) -> None:
+        self.args = args
+        self._built: Built | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._inbox: deque[Message] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._death: BaseException | None = None
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._loading: dict[str, asyncio.Future[AdapterVersion]] = {}
+        self._sources: dict[int, LoRARequest] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._snapshot: Snapshot | None = None
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> "AsyncLLMEngine":
+        """An engine that is not started yet: enter it (`async with`) or `await start()`."""
+        return cls(engine_args)
+
+    async def __aenter__(self) -> "AsyncLLMEngine":
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Load the model in a worker thread and begin to step. Raises `ConfigError` or a `ModelError`."""
+        if self._thread is not None:
+            return
+        self._loop = asyncio.get_running_loop()
+        self._built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
+        self._snapshot = self._built.engine.snapshot()
+        self._thread = threading.Thread(
+            target=self._run, args=(self._built.engine,), name="aiolora-engine", daemon=True
+        )
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End every stream with `EngineDeadError` and the thread with its step. Idempotent."""
+        if self._thread is None:
+            return
+        self._stopping = True
+        self._wake.set()
+        for task in list(self._tasks):
+            task.cancel()
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self._thread.join)
+        self._fail(RuntimeError("it was shut down"))
+
+    @property
+    def intake(self) -> Intake:
+        """The loop's side of the engine: tokenizer, names, limits."""
+        return self._parts.intake
+
+    @property
+    def plan(self) -> Plan:
+        """Sizes and bounds that were derived at start."""
+        return self._parts.plan
+
+    @property
+    def death(self) -> BaseException | None:
+        """Why the engine has stopped; None while it lives."""
+        return self._death
+
+    def snapshot(self) -> Snapshot:
+        """The engine as of its last step."""
+        assert self._parts is not None
+        assert self._snapshot is not None
+        return self._snapshot
+
+    async def stream(
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora: LoRA = None,
+        request_id: str | None = None,
+    ) -> AsyncIterator[TokenOutput]:
+        """Every token as it comes. Leaving the iteration (break, cancellation, aclose) aborts the request.
+
+        `lora`: a loaded adapter's name, a LoRARequest (loaded on first use), or {name: weight}.
+        Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
+        """
+        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
+        async for output in self.run(request, Assembler(request, self.intake.tokenizer)):
+            yield output
+
+    async def generate(
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora: LoRA = None,
+        request_id: str | None = None,
+    ) -> RequestOutput:
+        """The whole answer. Cancelling aborts the request."""
+        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
+        assembler = Assembler(request, self.intake.tokenizer)
+        async for _ in self.run(request, assembler):
+            pass
+        return assembler.output()
+
+    async def prepare(
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora: LoRA = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """The checked request, its adapters loaded, not yet running: what can be wrong is raised here."""
+        self._alive()
+        parts = self.intake.parts(lora)
+        mix = Mix(tuple([(await self._version(part), weight) for part, weight in parts])) if parts else None
+        return self.intake.request(
+            prompt,
+            sampling_params,
+            mix,
+            request_id=request_id,
+            lora_request=lora if isinstance(lora, LoRARequest) else None,
+        )
+
+    async def run(self, request: Request, assembler: Assembler) -> AsyncIterator[TokenOutput]:
+        """Run a prepared request through `assembler`, yielding each token."""
+        self._alive()
+        if request.id in self._mailboxes:
+            raise RequestError(f"request_id {request.id!r} is in use; give each request its own", param="request_id")
+        mailbox = self._mailboxes[request.id] = _Mailbox()
+        self._post(lambda engine: engine.add(request))
+        try:
+            while not assembler.finished:
+                for delta in await mailbox.get():
+                    output = assembler.feed(delta)
+                    if output is None:
+                        continue
+                    if output.finish_reason is not None and delta.finish_reason is None:
+                        self._abort(request.id, delta.index)  # a stop string, which only text can show
+                    yield output
+        finally:
+            del self._mailboxes[request.id]
+            if not assembler.finished:
+                self._abort(request.id)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its stream raises `EngineDeadError` no further and simply ends. Unknown ids are fine."""
+        mailbox = self._mailboxes.get(request_id)
+        if mailbox is not None:
+            self._abort(request_id)
+            mailbox.put(TokenDelta(request_id, 0, token_id=None, finish_reason="abort"))
+
+    async def add_lora(self, lora_request: LoRARequest) -> AdapterVersion:
+        """Load an adapter, or find it loaded. Raises `AdapterError`; a failed load changes nothing."""
+        self._alive()
+        self.intake.parts(lora_request)
+        return await self._version(lora_request)
+
+    async def remove_lora(self, lora_name: str) -> bool:
+        """Forget a name; requests under way finish. False: it was not known."""
+        return self.intake.registry.forget(lora_name)
+
+    async def list_loras(self) -> list[AdapterVersion]:
+        """Loaded adapters in the order they came."""
+        return self.intake.registry.versions()
+
+    @property
+    def _parts(self) -> Built:
+        if self._built is None:
+            raise EngineDeadError("the engine is not started; use `async with engine:` or `await engine.start()`")
+        return self._built
+
+    def _alive(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(f"the engine has stopped: {self._death}") from self._death
+        assert self._parts is not None
+
+    async def _version(self, lora: str | LoRARequest) -> AdapterVersion:
+        """The version that `lora` means, loaded once however many ask at the same time."""
+        registry = self.intake.registry
+        if isinstance(lora, str):
+            return registry.find(lora)
+        known = registry.match(lora)
+        if known is not None:
+            return known
+        pending = self._loading.get(lora.lora_name)
+        if pending is not None:
+            await asyncio.shield(pending)
+            return registry.match(lora) or await self._version(lora)
+        future: asyncio.Future[AdapterVersion] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else may be waiting
+        self._loading[lora.lora_name] = future
+        try:
+            weights = await anyio.to_thread.run_sync(self._parts.load, lora)
+            self._sources[weights.version.id] = lora
+            self._post(lambda engine: engine.add_adapter(weights))
+            registry.publish(lora, weights.version)
+            future.set_result(weights.version)
+            return weights.version
+        except BaseException as error:
+            future.set_exception(
+                error if isinstance(error, AioloraError) else AioloraError(f"loading failed: {error!r}")
+            )
+            raise
+        finally:
+            del self._loading[lora.lora_name]
+
+    def _abort(self, request_id: str, index: int | None = None) -> None:
+        self._post(lambda engine: engine.abort(request_id, index))
+
+    def _post(self, message: Message) -> None:
+        self._inbox.append(message)
+        self._wake.set()
+
+    def _deliver(self, deltas: list[TokenDelta], snapshot: Snapshot) -> None:
+        """On the loop: what one step brought, onto each stream."""
+        self._snapshot = snapshot
+        for delta in deltas:
+            mailbox = self._mailboxes.get(delta.request_id)
+            if mailbox is not None:
+                mailbox.put(delta)
+
+    def _fail(self, error: BaseException) -> None:
+        """On the loop: the engine has stopped; say so to every stream."""
+        self._death = self._death or error
+        for mailbox in self._mailboxes.values():
+            mailbox.fail(self._death)
+
+    # ---- below: the engine thread ----
+
+    def _run(self, engine: Engine) -> None:
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                while self._inbox:
+                    self._inbox.popleft()(engine)
+                if engine.has_work and not engine.stalled:
+                    deltas = engine.step()
+                    self._to_loop(partial(self._deliver, deltas, engine.snapshot()))
+                else:
+                    self._wake.wait()
+        except BaseException as error:
+            self._to_loop(partial(self._fail, error))
+
+    def _to_loop(self, call: Callable[[], None]) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(call)
+
+    def _read_again(self, version: AdapterVersion) -> None:
+        self._to_loop(lambda: self._start_reading(version))
+
+    # ---- on the loop again ----
+
+    def _start_reading(self, version: AdapterVersion) -> None:
+        task = asyncio.ensure_future(self._reading(version))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reading(self, version: AdapterVersion) -> None:
+        message: Message
+        try:
+            weights: AdapterWeights = await anyio.to_thread.run_sync(self._parts.load, self._sources[version.id])
+            message = partial(_landed, version=version, weights=weights)
+        except AioloraError as error:
+            message = partial(_failed, version=version, error=error)
+        self._post(message)
+
+
+def _landed(engine: Engine, *, version: AdapterVersion, weights: AdapterWeights) -> None:
+    engine.adapter_landed(version, weights)
+
+
+def _failed(engine: Engine, *, version: AdapterVersion, error: AioloraError) -> None:
+    engine.adapter_failed(version, error)

@@ -1,0 +1,102 @@
+"""The one place where the engine's objects are made and handed to each other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiolora.config import EngineArgs
+from aiolora.engine.batch import Packer
+from aiolora.engine.core import Ends, Engine
+from aiolora.engine.intake import Intake, Limits
+from aiolora.engine.kv_cache import KVCache
+from aiolora.engine.plan import Plan, make_plan, pick_device
+from aiolora.engine.runner import ModelRunner
+from aiolora.engine.sampler import Sampler
+from aiolora.engine.scheduler import Scheduler, SchedulerLimits
+from aiolora.lora.layout import Layout, layout_of
+from aiolora.lora.loader import AdapterWeights, load_adapter
+from aiolora.lora.loader import Limits as AdapterLimits
+from aiolora.lora.pool import AdapterPool
+from aiolora.lora.registry import AdapterRegistry
+from aiolora.lora.residency import Residency
+from aiolora.models.decoder import Decoder
+from aiolora.models.loading import DTYPES, load_decoder
+from aiolora.models.weights import locate
+from aiolora.pages import PagePool
+from aiolora.tokenizer import Tokenizer
+from aiolora.types import AdapterVersion, LoRARequest
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine and what belongs to it on the caller's side."""
+
+    engine: Engine
+    intake: Intake
+    load: Callable[[LoRARequest], AdapterWeights]  # blocks; any thread
+    plan: Plan
+
+
+def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Built:
+    """Load the model and make an engine of it. Blocks for seconds to minutes; touches the device.
+
+    `read_again`: see `Engine`. Raises `ConfigError` or a `ModelError`.
+    """
+    device = pick_device(args.device)
+    folder = locate(args.model)
+    tokenizer = Tokenizer(locate(args.tokenizer) if args.tokenizer else folder)
+    model = load_decoder(args, folder, device=device)
+    dtype = model.embed.weight.dtype
+    layout = None
+    if args.enable_lora:
+        lora_dtype = dtype if args.lora_dtype == "auto" else DTYPES[args.lora_dtype]
+        layout = layout_of(model, lora_dtype, only=args.lora_target_modules)
+    plan = make_plan(args, model.config, layout, dtype, device)
+    engine = _engine(args, model, layout, plan, tokenizer, read_again)
+    intake = Intake(
+        tokenizer,
+        AdapterRegistry(args.model),
+        Limits(plan.max_model_len, model.config.vocab_size),
+        model=args.model,
+        lora_enabled=args.enable_lora,
+    )
+    adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_pages, args.model)
+
+    def load(request: LoRARequest) -> AdapterWeights:
+        assert layout is not None, "Intake lets no adapter through where LoRA is off"
+        return load_adapter(request, layout, adapter_limits)
+
+    return Built(engine, intake, load, plan)
+
+
+def _engine(
+    args: EngineArgs,
+    model: Decoder,
+    layout: Layout | None,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    read_again: Callable[[AdapterVersion], None],
+) -> Engine:
+    num_kinds = len(layout.kinds) if layout else 0
+    residency: Residency[AdapterWeights] = Residency(
+        num_kinds=num_kinds, num_pages=plan.adapter_pages, max_host=args.host_adapters
+    )
+    pool = None
+    if layout is not None:
+        pool = AdapterPool(layout, plan.adapter_pages, plan.device)
+        pool.attach(model)
+    dtype = model.embed.weight.dtype
+    cache = KVCache(model.config, num_pages=plan.num_pages, page_size=plan.page_size, dtype=dtype, device=plan.device)
+    packer = Packer(page_size=plan.page_size, num_kinds=num_kinds, residency=residency, device=plan.device)
+    sampler = Sampler(tokenizer.eos_token_ids)
+    runner = ModelRunner(model, cache, packer, sampler, compiled=args.compile)
+    limits = SchedulerLimits(
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_loras=args.max_loras,
+        page_size=plan.page_size,
+        prefix_caching=args.enable_prefix_caching,
+        chunked_prefill=args.enable_chunked_prefill,
+    )
+    scheduler = Scheduler(limits, PagePool(plan.num_pages), residency)
+    ends = Ends(eos_token_ids=tokenizer.eos_token_ids, max_model_len=plan.max_model_len)
+    return Engine(scheduler, runner, residency, pool, ends=ends, seed=args.seed, read_again=read_again)

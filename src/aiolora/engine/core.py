@@ -1,0 +1,248 @@
+"""Engine: add, abort, step. The private core that every face holds; one thread owns it."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from msgspec import Struct
+
+from aiolora.engine.batch import logit_offsets
+from aiolora.engine.runner import Flight, Landed, Runner
+from aiolora.engine.sampler import Sampled
+from aiolora.engine.scheduler import Batch, Scheduled, Scheduler
+from aiolora.engine.sequence import Sequence
+from aiolora.errors import AdapterChangedError, NonFiniteLogitsError
+from aiolora.lora.loader import AdapterWeights
+from aiolora.lora.residency import Residency
+from aiolora.types import AdapterVersion, FinishReason, Request, TokenDelta
+
+
+class Store(Protocol):
+    """What the engine asks of `lora.pool.AdapterPool`."""
+
+    def write(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> None: ...
+
+
+class Snapshot(Struct, frozen=True, kw_only=True):
+    """The engine at one moment."""
+
+    running: int
+    waiting: int
+    free_pages: int
+    num_pages: int
+    preemptions: int
+    resident_adapters: tuple[str, ...]  # NAME@DIGEST12 on the device
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """When every sequence ends, whatever its request says."""
+
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+
+
+class Engine:
+    """Requests in, token deltas out, a step at a time.
+
+    `read_again(version)` is called when an evicted adapter is needed: it must not block, and answers by
+    `adapter_landed` or `adapter_failed` later (or at once).
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        residency: Residency[AdapterWeights],
+        store: Store | None,
+        *,
+        ends: Ends,
+        seed: int,
+        read_again: Callable[[AdapterVersion], None],
+    ) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._residency = residency
+        self._store = store
+        self._ends = ends
+        self._random = random.Random(seed)
+        self._read_again = read_again
+        self._reading: set[int] = set()
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._in_flight: Flight | None = None
+        self._arrivals = 0
+        self._steps = 0
+        self._undelivered: list[TokenDelta] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could bring anything: sequences, a flight, or deltas not handed out."""
+        return bool(self._sequences or self._in_flight or self._undelivered)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether nothing can happen before an adapter lands."""
+        return bool(self._reading) and not self.scheduler.running and not self._in_flight and not self._undelivered
+
+    def add(self, request: Request) -> None:
+        """Let the request's n sequences wait. The request was checked by who made it."""
+        seed = self._random.getrandbits(63) if request.params.seed is None else request.params.seed
+        limit = self._ends.max_model_len
+        if request.params.max_tokens is not None:
+            limit = min(limit, len(request.prompt_token_ids) + request.params.max_tokens)
+        seqs = []
+        for index in range(request.params.n):
+            seqs.append(Sequence(request, index, seed=seed + index, number=self._arrivals, max_length=limit))
+            self._arrivals += 1
+        self._sequences[request.id] = seqs
+        for seq in seqs:
+            self.scheduler.add(seq)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End what is left of a request, or of one of its answers, without a delta; unknown and ended ones are fine."""
+        for seq in list(self._sequences.get(request_id, [])):
+            if index is None or seq.index == index:
+                self.scheduler.finish(seq, "abort")
+                self._forget(seq)
+
+    def add_adapter(self, weights: AdapterWeights) -> None:
+        """Keep a version that was just read in host memory."""
+        self._residency.store(weights.version, weights)
+
+    def adapter_landed(self, version: AdapterVersion, weights: AdapterWeights) -> None:
+        """`read_again(version)` brought these weights, in the name of `version` if they are the same."""
+        if weights.version.digest != version.digest:
+            self.adapter_failed(
+                version,
+                AdapterChangedError(
+                    version.name,
+                    f"{version.source} now holds {weights.version.digest[:12]}, not {version.digest[:12]} as when "
+                    "it was loaded; load it again with load_inplace=True",
+                ),
+            )
+            return
+        self._reading.discard(version.id)
+        self._residency.store(version, weights)
+
+    def adapter_failed(self, version: AdapterVersion, error: Exception) -> None:
+        """`read_again(version)` failed: whoever waits for it fails, nobody else."""
+        self._reading.discard(version.id)
+        for seq in list(self.scheduler.waiting()):
+            if seq.mix is not None and version in seq.mix.versions:
+                self._end(seq, "error", error)
+
+    def step(self) -> list[TokenDelta]:
+        """Launch the next step, settle the one before (or this one, where the runner does not overlap)."""
+        self._place()
+        batch = self.scheduler.schedule(time.monotonic())
+        launched = self._runner.launch(batch) if batch.runs else None
+        deltas, self._undelivered = self._undelivered, []
+        landing = self._in_flight if self._runner.overlaps else launched
+        self._in_flight = launched if self._runner.overlaps else None
+        if landing is not None:
+            self._steps += 1
+            deltas += self._settle(landing.batch, landing.land())
+        return deltas
+
+    def snapshot(self) -> Snapshot:
+        """Counts for those who watch."""
+        pool = self.scheduler.pool
+        return Snapshot(
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.num_waiting,
+            free_pages=pool.num_available,
+            num_pages=pool.num_pages,
+            preemptions=self.scheduler.num_preemptions,
+            resident_adapters=tuple(version.label for version in self._residency.resident()),
+            steps=self._steps,
+        )
+
+    def _place(self) -> None:
+        """Bring what the next steps need onto the device, as far as there is room; nobody waits for it."""
+        wanted = self.scheduler.wanted()
+        spared = {version.id for version in wanted}
+        for version in wanted:
+            if self._residency.on_device(version) or version.id in self._reading:
+                continue
+            if not self._residency.in_host(version):
+                self._reading.add(version.id)
+                self._read_again(version)
+            if self._residency.in_host(version):
+                placement = self._residency.place(version, wanted=spared)
+                if placement is not None and self._store is not None:
+                    self._store.write(placement.weights, placement.pages)
+
+    def _settle(self, batch: Batch, landed: Landed) -> list[TokenDelta]:
+        """Append what a step brought and end what has ended."""
+        for run, sampled, prompt in zip(batch.runs, landed.sampled, landed.prompt):
+            if prompt:
+                self._keep_prompt_logprobs(run, prompt)
+            if sampled is not None and not math.isfinite(sampled.logprob):
+                self._end(run.seq, "error", NonFiniteLogitsError(f"request {run.seq.request.id!r}: logits are NaN"))
+            self.scheduler.land(run)
+            if sampled is not None and not run.seq.finished:
+                self._append(run.seq, sampled)
+        deltas, self._undelivered = self._undelivered, []
+        return deltas
+
+    def _append(self, seq: Sequence, sampled: Sampled) -> None:
+        seq.tokens.append(sampled.token_id)
+        reason, stop = self._reason(seq, sampled.token_id)
+        self._undelivered.append(
+            TokenDelta(
+                request_id=seq.request.id,
+                index=seq.index,
+                token_id=sampled.token_id,
+                logprob=sampled.logprob,
+                rank=sampled.rank,
+                top=sampled.top,
+                finish_reason=reason,
+                stop_reason=stop,
+                prompt_logprobs=tuple(seq.prompt_logprobs)
+                if seq.wants_prompt_logprobs and seq.num_output == 1 and seq.index == 0
+                else None,
+            )
+        )
+        if reason is not None:
+            self.scheduler.finish(seq, reason)
+            self._forget(seq)
+
+    def _reason(self, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
+        """Whether `token` ends `seq`, and the stop token id if it was one of the request's own."""
+        params = seq.params
+        if seq.num_output >= max(params.min_tokens, 1):
+            if token in params.stop_token_ids:
+                return "stop", token
+            if token in self._ends.eos_token_ids and not params.ignore_eos:
+                return "stop", None
+        if len(seq.tokens) >= seq.max_length:
+            return "length", None
+        return None, None
+
+    def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
+        """End `seq` without a token."""
+        if seq.finished:
+            return
+        self.scheduler.finish(seq, reason)
+        self._undelivered.append(
+            TokenDelta(seq.request.id, seq.index, token_id=None, finish_reason=reason, error=error)
+        )
+        self._forget(seq)
+
+    def _forget(self, seq: Sequence) -> None:
+        siblings = self._sequences.get(seq.request.id, [])
+        if all(other.finished for other in siblings):
+            self._sequences.pop(seq.request.id, None)
+
+    def _keep_prompt_logprobs(self, run: Scheduled, prompt: Iterable[Sampled]) -> None:
+        """Prompt positions come in order, some again after a preemption."""
+        kept = run.seq.prompt_logprobs
+        for offset, sampled in zip(logit_offsets(run), prompt):
+            if run.start + offset + 1 == len(kept):
+                chosen = (run.seq.tokens[len(kept)], sampled.logprob, sampled.rank)
+                others = ((token, logprob, rank) for rank, (token, logprob) in enumerate(sampled.top, start=1))
+                kept.append((chosen, *others))

@@ -1,0 +1,25 @@
+"""KVCache: the store of keys and values. Which page belongs to whom is `PagePool`'s business."""
+
+import torch
+
+from aiolora.models.decoder import DecoderConfig
+from aiolora.models.inputs import LayerKV
+
+
+class KVCache:
+    """[P, page_size, G, D] of keys and of values for every layer. Engine thread only."""
+
+    def __init__(
+        self, config: DecoderConfig, *, num_pages: int, page_size: int, dtype: torch.dtype, device: str
+    ) -> None:
+        shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
+        self.page_size = page_size
+        self.layers = [
+            LayerKV(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(config.num_layers)
+        ]
+
+
+def page_nbytes(config: DecoderConfig, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers."""
+    return 2 * config.num_layers * page_size * config.num_kv_heads * config.head_dim * dtype.itemsize

@@ -1,0 +1,160 @@
+"""Assembler: token deltas of one request become text, stop strings end it, answers become a RequestOutput."""
+
+import time
+
+from aiolora.errors import AioloraError
+from aiolora.tokenizer import Tokenizer
+from aiolora.types import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    TokenDelta,
+    TokenOutput,
+)
+
+
+class Assembler:
+    """One request on its way out. Serves the blocking faces and the async one; not shared between threads."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self._tokenizer = tokenizer
+        self._answers = [_Answer(request, index, tokenizer) for index in range(request.params.n)]
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self._metrics = RequestMetrics(arrival_time=request.arrival_s)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer has ended."""
+        return all(answer.finish_reason is not None for answer in self._answers)
+
+    def feed(self, delta: TokenDelta) -> TokenOutput | None:
+        """Take one delta in; None where it brings nothing to an answer that has ended.
+
+        Raises the delta's error: this request failed, others did not.
+        """
+        if delta.error is not None:
+            raise delta.error
+        answer = self._answers[delta.index]
+        if answer.finish_reason is not None or delta.token_id is None:
+            return None
+        now = time.monotonic()
+        self._metrics.first_token_time = self._metrics.first_token_time or now
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs = [
+                None if chosen is None else {token: self._logprob(token, value, rank) for token, value, rank in chosen}
+                for chosen in delta.prompt_logprobs
+            ]
+        output = answer.feed(delta, self._top(delta))
+        if self.finished:
+            self._metrics.finished_time = now
+        return output
+
+    def output(self) -> RequestOutput:
+        """The request and its answers as they stand."""
+        request = self.request
+        return RequestOutput(
+            request_id=request.id,
+            prompt=request.prompt,
+            prompt_token_ids=list(request.prompt_token_ids),
+            outputs=[answer.output() for answer in self._answers],
+            finished=self.finished,
+            prompt_logprobs=self._prompt_logprobs,
+            lora_request=request.lora_request,
+            adapter="+".join(version.label for version in request.mix.versions) if request.mix else None,
+            metrics=self._metrics,
+        )
+
+    def _top(self, delta: TokenDelta) -> dict[int, Logprob] | None:
+        if self.request.params.logprobs is None or delta.token_id is None:
+            return None
+        top = {delta.token_id: self._logprob(delta.token_id, delta.logprob, delta.rank)}
+        for rank, (token, value) in enumerate(delta.top, start=1):
+            top.setdefault(token, self._logprob(token, value, rank))
+        return top
+
+    def _logprob(self, token: int, value: float, rank: int) -> Logprob:
+        return Logprob(value, rank, self._tokenizer.decode([token]))
+
+
+class _Answer:
+    """Text and tokens of one of the n answers."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer) -> None:
+        params = request.params
+        self._params = params
+        self._index = index
+        self._stops = tuple(params.stop)
+        self._stream = tokenizer.stream(request.prompt_token_ids, skip_special=params.skip_special_tokens)
+        self._text = ""
+        self._sent = 0
+        self._token_ids: list[int] = []
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._cumulative = 0.0
+        self.finish_reason: FinishReason | None = None
+        self._stop_reason: int | str | None = None
+
+    def feed(self, delta: TokenDelta, top: dict[int, Logprob] | None) -> TokenOutput:
+        if delta.token_id is None:
+            raise AioloraError("a delta without a token reached an answer")
+        self._token_ids.append(delta.token_id)
+        self._cumulative += delta.logprob
+        if self._logprobs is not None and top is not None:
+            self._logprobs.append(top)
+        self.finish_reason, self._stop_reason = delta.finish_reason, delta.stop_reason
+        silent = delta.stop_reason is not None and not self._params.include_stop_str_in_output
+        before = len(self._text)
+        if not silent:
+            self._text += self._stream.push(delta.token_id)
+        if self.finish_reason is not None:
+            self._text += self._stream.flush()
+        self._cut_at_stop(before)
+        ready = len(self._text) if self.finish_reason is not None else len(self._text) - self._held()
+        text, self._sent = self._text[self._sent : ready], max(self._sent, ready)
+        return TokenOutput(
+            text=text,
+            token_id=delta.token_id,
+            logprob=delta.logprob,
+            top_logprobs=top,
+            index=self._index,
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+        )
+
+    def output(self) -> CompletionOutput:
+        return CompletionOutput(
+            index=self._index,
+            text=self._text[: self._sent],
+            token_ids=list(self._token_ids),
+            cumulative_logprob=self._cumulative,
+            logprobs=None if self._logprobs is None else list(self._logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+        )
+
+    def _cut_at_stop(self, before: int) -> None:
+        """End the answer at the first stop string that the newest text completes."""
+        if not self._stops or len(self._token_ids) < self._params.min_tokens:
+            return
+        found = []
+        for stop in self._stops:
+            at = self._text.find(stop, max(0, before - len(stop) + 1))
+            if at >= 0:
+                found.append((at, stop))
+        if found:
+            at, stop = min(found)
+            self._text = self._text[: at + len(stop) if self._params.include_stop_str_in_output else at]
+            self.finish_reason, self._stop_reason = "stop", stop
+
+    def _held(self) -> int:
+        """Characters at the end that may be the beginning of a stop string, so not to be sent yet."""
+        longest = 0
+        for stop in self._stops:
+            for size in range(min(len(stop) - 1, len(self._text)), longest, -1):
+                if self._text.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest

@@ -1,0 +1,107 @@
+"""Plan: everything that was derived from what the user said and what the machine has."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from aiolora.config import EngineArgs
+from aiolora.engine.kv_cache import page_nbytes
+from aiolora.errors import ConfigError
+from aiolora.lora.layout import Layout
+from aiolora.models.decoder import DecoderConfig
+from aiolora.ops.linear import RANKS_PER_PAGE
+
+PAGE_SIZE = 16
+_CPU_SHARE = 0.25  # of the machine's memory for the KV cache, at most
+_CPU_KV_LIMIT = 8 << 30
+_GPU_LORA_SHARE = 0.1  # of what the weights leave free
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes of the stores and bounds of a step."""
+
+    device: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    kv_nbytes: int
+    adapter_pages: int  # of each kind; 0: no adapters
+    adapter_nbytes: int
+
+
+def pick_device(said: str) -> str:
+    """`auto` is the GPU where there is one."""
+    if said == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but torch finds no GPU; use device='cpu' or a CUDA build of torch")
+    if said == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return said
+
+
+def make_plan(args: EngineArgs, config: DecoderConfig, layout: Layout | None, dtype: torch.dtype, device: str) -> Plan:
+    """Size everything. Raises `ConfigError` where the wishes do not fit together or into the memory."""
+    max_num_seqs = args.max_num_seqs or (256 if device == "cuda" else 32)
+    budget = args.max_num_batched_tokens or max(8192 if device == "cuda" else 1024, max_num_seqs)
+    if budget < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={budget} is under max_num_seqs={max_num_seqs}: a step must fit one token of each"
+        )
+    if not args.enable_chunked_prefill and budget < config.max_positions:
+        raise ConfigError(
+            f"enable_chunked_prefill=False needs max_num_batched_tokens >= max_model_len={config.max_positions}, "
+            f"not {budget}"
+        )
+    adapter_pages, adapter_nbytes = _adapter_room(args, layout, device)
+    page = page_nbytes(config, PAGE_SIZE, dtype)
+    pages_of_one = -(-config.max_positions // PAGE_SIZE)
+    memory = args.kv_cache_memory or _kv_memory(args, device, adapter_nbytes, wish=page * pages_of_one * max_num_seqs)
+    num_pages = memory // page
+    if num_pages < pages_of_one:
+        raise ConfigError(
+            f"the KV cache of {memory / 2**20:.1f} MiB holds {num_pages * PAGE_SIZE} tokens, fewer than "
+            f"max_model_len={config.max_positions}; lower --max-model-len or raise --kv-cache-memory"
+        )
+    return Plan(
+        device=device,
+        max_model_len=config.max_positions,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        page_size=PAGE_SIZE,
+        num_pages=num_pages,
+        kv_nbytes=num_pages * page,
+        adapter_pages=adapter_pages,
+        adapter_nbytes=adapter_nbytes,
+    )
+
+
+def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple[int, int]:
+    """Rank pages of each kind, and their bytes: room for `max_loras` adapters of the largest rank, or `lora_memory`."""
+    if layout is None:
+        return 0, 0
+    page = sum(kind.page_nbytes(layout.dtype) for kind in layout.kinds)
+    one = -(-args.max_lora_rank // RANKS_PER_PAGE)
+    pages = args.max_loras * one
+    if args.lora_memory is not None:
+        pages = args.lora_memory // page
+    elif device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        pages = max(pages, int(free * _GPU_LORA_SHARE) // page)
+    if pages < one:
+        raise ConfigError(
+            f"lora_memory={args.lora_memory} holds rank {pages * RANKS_PER_PAGE}, under max_lora_rank="
+            f"{args.max_lora_rank}; one such adapter needs {one * page} bytes"
+        )
+    return pages, pages * page
+
+
+def _kv_memory(args: EngineArgs, device: str, adapter_nbytes: int, *, wish: int) -> int:
+    """Bytes for the KV cache: never more than all sequences at full length could use."""
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return min(wish, int(total * args.gpu_memory_utilization) - (total - free) - adapter_nbytes)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(wish, int(memory * _CPU_SHARE), _CPU_KV_LIMIT)

@@ -1,0 +1,96 @@
+"""ModelRunner: launches a step on the device. A Flight is a step that was launched and has not landed."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from aiolora.engine.batch import Packer, logit_offsets
+from aiolora.engine.kv_cache import KVCache
+from aiolora.engine.sampler import Sampled, Sampler
+from aiolora.engine.scheduler import Batch
+from aiolora.engine.sequence import Sequence
+from aiolora.models.decoder import Decoder
+
+
+@dataclass(slots=True)
+class Landed:
+    """What a step brought: for each run the sampled token (or None), and log-probabilities of prompt tokens."""
+
+    sampled: list[Sampled | None]
+    prompt: list[list[Sampled]]  # of the tokens that follow the run's first ones
+
+
+class Flight(Protocol):
+    """A launched step."""
+
+    batch: Batch
+
+    def land(self) -> Landed:
+        """Wait for the step and bring its results to the host."""
+        ...
+
+
+class Runner(Protocol):
+    """What the engine asks of the thing that computes. `overlaps`: a step may be launched before the last landed."""
+
+    overlaps: bool
+
+    def launch(self, batch: Batch) -> Flight: ...
+
+
+@dataclass(slots=True)
+class ReadyFlight:
+    """A step whose results are there already (CPU)."""
+
+    batch: Batch
+    landed: Landed
+
+    def land(self) -> Landed:
+        return self.landed
+
+
+class ModelRunner:
+    """Packs a batch, runs the model on it, samples. Engine thread only."""
+
+    overlaps = False
+
+    def __init__(self, model: Decoder, cache: KVCache, packer: Packer, sampler: Sampler, *, compiled: bool) -> None:
+        self._forward = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
+        self._model = model
+        self._cache = cache
+        self._packer = packer
+        self._sampler = sampler
+
+    def launch(self, batch: Batch) -> ReadyFlight:
+        """Compute one step."""
+        with torch.inference_mode():
+            inputs = self._packer.pack(batch)
+            hidden = self._forward(inputs, self._cache.layers)
+            logits = self._model.logits(hidden, inputs)
+            return ReadyFlight(batch, self._read(batch, logits))
+
+    def _read(self, batch: Batch, logits: Tensor) -> Landed:
+        """Split the rows of `logits` into samples and prompt positions, as `Packer` asked for them."""
+        sample_rows: list[int] = []
+        seqs: list[Sequence] = []
+        prompt: list[list[Sampled]] = []
+        row = 0
+        for run in batch.runs:
+            wanted = len(logit_offsets(run)) - run.samples
+            prompt.append(self._prompt(run.seq, run.start, logits[row : row + wanted]) if wanted else [])
+            row += wanted
+            if run.samples:
+                sample_rows.append(row)
+                seqs.append(run.seq)
+                row += 1
+        if not seqs:
+            return Landed([None] * len(batch.runs), prompt)
+        rows = logits if len(sample_rows) == len(logits) else logits[sample_rows]
+        sampled = iter(self._sampler.sample(rows, seqs))
+        return Landed([next(sampled) if run.samples else None for run in batch.runs], prompt)
+
+    def _prompt(self, seq: Sequence, start: int, logits: Tensor) -> list[Sampled]:
+        following = torch.tensor(seq.tokens[start + 1 : start + 1 + len(logits)], device=logits.device)
+        return self._sampler.report(logits, following, [seq.params.prompt_logprobs or 0] * len(logits))

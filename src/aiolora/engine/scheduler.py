@@ -1,0 +1,293 @@
+"""Scheduler: which sequences run in the next step, and how many of their tokens. Pure Python, no torch."""
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from aiolora.engine.sequence import Sequence, Status
+from aiolora.pages import PagePool
+from aiolora.types import AdapterVersion, FinishReason, Mix
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """A run of one sequence's tokens in a step."""
+
+    seq: Sequence
+    start: int
+    count: int
+    samples: bool  # the last of them is the sequence's last, so the step samples the next one
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step: single-token runs first, then prompts."""
+
+    runs: list[Scheduled] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(run.count for run in self.runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerLimits:
+    """Bounds of one step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_loras: int
+    page_size: int
+    prefix_caching: bool = True
+    chunked_prefill: bool = True
+    patience_s: float = 3.0  # an adapter that has waited so long stops others from going before it
+
+
+class Leases(Protocol):
+    """What the scheduler asks of `lora.residency.Residency`."""
+
+    def on_device(self, version: AdapterVersion) -> bool: ...
+    def lease(self, version: AdapterVersion) -> None: ...
+    def release(self, version: AdapterVersion) -> None: ...
+    def check(self) -> None: ...
+
+
+class Scheduler:
+    """First come, first served, within three bounds: KV pages, tokens a step, distinct mixes of adapters.
+
+    Sequences wait in a queue a mix, so that an adapter that is not on the device holds up nobody else. A head that has
+    waited `patience_s` for its adapter closes the door to later arrivals with adapters until it gets in; as every
+    running sequence ends, so does the wait. Under page pressure the latest arrival is preempted and computed again.
+
+    Owns page and lease accounting of sequences; nobody else takes or releases. Engine thread only.
+    """
+
+    def __init__(self, limits: SchedulerLimits, pool: PagePool, residency: Leases) -> None:
+        self.limits = limits
+        self.running: list[Sequence] = []
+        self.pool = pool
+        self._residency = residency
+        self._queues: dict[Mix | None, deque[Sequence]] = {}
+        self._active: Counter[Mix] = Counter()  # mixes of sequences that hold leases
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(queue) for queue in self._queues.values())
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self._queues
+
+    def waiting(self) -> Iterator[Sequence]:
+        """Every waiting sequence."""
+        for queue in self._queues.values():
+            yield from queue
+
+    def add(self, seq: Sequence) -> None:
+        """Let `seq` wait, behind those of its mix that came before it."""
+        queue = self._queues.setdefault(seq.mix, deque())
+        if queue and queue[0].number > seq.number:
+            queue.appendleft(seq)  # preempted: it came before all that wait
+        else:
+            queue.append(seq)
+
+    def wanted(self) -> list[AdapterVersion]:
+        """Versions that the next steps need on the device: of running sequences, then of waiting heads by arrival.
+
+        At most `max_loras` mixes: looking further ahead would evict what is about to run.
+        """
+        mixes = dict.fromkeys(self._active)
+        for seq in self._heads():
+            if seq.mix is not None and len(mixes) < self.limits.max_loras:
+                mixes[seq.mix] = None
+        return list(dict.fromkeys(version for mix in mixes for version in mix.versions))
+
+    def schedule(self, now: float) -> Batch:
+        """The next step. Sequences in it have their pages and leases; `num_computed` counts them as computed."""
+        batch = Batch()
+        budget = self.limits.max_num_batched_tokens
+        preemptions = self.num_preemptions
+        for seq in sorted(self.running, key=lambda seq: seq.number):
+            if budget == 0:
+                break
+            if seq.status is not Status.RUNNING or seq.length >= seq.max_length:
+                continue  # preempted for one before it; or the token in flight is its last
+            count = min(seq.length - seq.num_computed, budget)
+            if self._grow(seq, seq.num_computed + count):
+                budget -= self._launch(batch, seq, count)
+        if self.num_preemptions == preemptions:  # else the preempted would come straight back
+            self._admit(batch, budget, now)
+        batch.runs.sort(key=lambda run: run.count > 1)
+        return batch
+
+    def land(self, run: Scheduled) -> None:
+        """The step with `run` has landed: what it computed may be found by others. Call before appending its token."""
+        seq = run.seq
+        seq.num_flights -= 1
+        if run.samples:
+            seq.num_pending -= 1
+        if seq.status is Status.RUNNING:
+            seq.num_landed = run.start + run.count
+            if self.limits.prefix_caching:
+                self._publish(seq, run)
+        elif seq.num_flights == 0 and seq.holds:
+            self._give_back(seq)
+            if seq.status is Status.WAITING:
+                self.add(seq)
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """End `seq` wherever it is; idempotent. Its pages are free once no launched step can write to them."""
+        if seq.finished:
+            return
+        if seq.status is Status.WAITING:
+            self._remove_waiting(seq)
+        else:
+            self.running.remove(seq)
+        seq.status = Status.FINISHED
+        seq.finish_reason = reason
+        if seq.holds and seq.num_flights == 0:
+            self._give_back(seq)
+
+    def check(self) -> None:
+        """Assert that pages and leases belong to exactly the sequences that hold them."""
+        self.pool.check()
+        self._residency.check()
+        assert len(self._active) <= self.limits.max_loras, "more mixes than max_loras"
+        for seq in self.running:
+            assert seq.holds
+            assert len(seq.pages) >= -(-seq.num_computed // self.limits.page_size)
+
+    def _admit(self, batch: Batch, budget: int, now: float) -> None:
+        """Let waiting heads in by order of arrival."""
+        closed = False
+        heads = [(queue[0].number, queue[0]) for queue in self._queues.values()]
+        heapq.heapify(heads)
+        while heads and budget > 0 and len(self.running) < self.limits.max_num_seqs:
+            _, seq = heapq.heappop(heads)
+            if seq.mix is not None and (closed or not self._adapters_ready(seq.mix)):
+                closed = closed or now - seq.request.arrival_s >= self.limits.patience_s
+                continue
+            if self._held_back(seq):
+                continue
+            count = self._start(seq, budget)
+            if count == 0:
+                break  # no pages or tokens for the first in line: later ones do not overtake it
+            budget -= self._launch(batch, seq, count)
+            queue = self._queues[seq.mix]
+            queue.popleft()
+            if queue:
+                heapq.heappush(heads, (queue[0].number, queue[0]))
+            else:
+                del self._queues[seq.mix]
+
+    def _heads(self) -> list[Sequence]:
+        return sorted((queue[0] for queue in self._queues.values()), key=lambda seq: seq.number)
+
+    def _adapters_ready(self, mix: Mix) -> bool:
+        if mix not in self._active and len(self._active) >= self.limits.max_loras:
+            return False
+        return all(self._residency.on_device(version) for version in mix.versions)
+
+    def _held_back(self, seq: Sequence) -> bool:
+        """One of n answers waits until the first has computed the prompt, then shares its pages."""
+        if not self.limits.prefix_caching or seq.index == 0 or seq.wants_prompt_logprobs:
+            return False
+        return any(
+            other.request is seq.request and other.index == 0 and other.num_landed < other.num_prompt - 1
+            for other in self.running
+        )
+
+    def _start(self, seq: Sequence, budget: int) -> int:
+        """Give `seq` its leases, what the prefix cache has, and pages for its first run; 0 (no change): not now."""
+        cached = self._cached_pages(seq)
+        start = len(cached) * self.limits.page_size
+        count = min(seq.length - start, budget)
+        if not self.limits.chunked_prefill and count < seq.length - start:
+            return 0
+        self.pool.share(cached)
+        fresh = self.pool.take(-(-(start + count) // self.limits.page_size) - len(cached))
+        if fresh is None:
+            self.pool.release(cached)
+            return 0
+        seq.pages = [*cached, *fresh]
+        seq.num_computed = seq.num_landed = start
+        seq.status = Status.RUNNING
+        seq.holds = True
+        self.running.append(seq)
+        if seq.mix is not None:
+            self._active[seq.mix] += 1
+            for version in seq.mix.versions:
+                self._residency.lease(version)
+        return count
+
+    def _cached_pages(self, seq: Sequence) -> list[int]:
+        """Pages that already hold the beginning of `seq`; at least its last token is left to compute."""
+        pages: list[int] = []
+        if not self.limits.prefix_caching or seq.wants_prompt_logprobs:
+            return pages
+        for index in range((len(seq.tokens) - 1) // self.limits.page_size):
+            page = self.pool.find(seq.page_key(index, self.limits.page_size))
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def _grow(self, seq: Sequence, length: int) -> bool:
+        """Pages for `length` tokens of a running sequence, preempting later ones for them; False: it must sit out."""
+        need = -(-length // self.limits.page_size) - len(seq.pages)
+        while need > 0:
+            fresh = self.pool.take(need)
+            if fresh is not None:
+                seq.pages += fresh
+                return True
+            victim = max(self.running, key=lambda other: other.number)
+            self._preempt(victim)
+            if victim is seq or victim.num_flights > 0:
+                return False  # its pages come back when its flight has landed
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to waiting; all but the tokens is computed again."""
+        self.running.remove(seq)
+        self.num_preemptions += 1
+        seq.status = Status.WAITING
+        if seq.num_flights == 0:
+            self._give_back(seq)
+            self.add(seq)
+
+    def _launch(self, batch: Batch, seq: Sequence, count: int) -> int:
+        samples = seq.num_computed + count == seq.length
+        batch.runs.append(Scheduled(seq, seq.num_computed, count, samples))
+        seq.num_computed += count
+        seq.num_flights += 1
+        if samples:
+            seq.num_pending += 1
+        return count
+
+    def _publish(self, seq: Sequence, run: Scheduled) -> None:
+        size = self.limits.page_size
+        for index in range(run.start // size, (run.start + run.count) // size):
+            self.pool.keep(seq.pages[index], seq.page_key(index, size))
+
+    def _give_back(self, seq: Sequence) -> None:
+        """Release pages and leases, once. A preempted sequence waits again from here on."""
+        seq.holds = False
+        self.pool.release(seq.pages)
+        seq.pages = []
+        seq.num_computed = seq.num_landed = 0
+        if seq.mix is not None:
+            self._active[seq.mix] -= 1
+            if not self._active[seq.mix]:
+                del self._active[seq.mix]
+            for version in seq.mix.versions:
+                self._residency.release(version)
+
+    def _remove_waiting(self, seq: Sequence) -> None:
+        queue = self._queues.get(seq.mix)
+        if queue and seq in queue:
+            queue.remove(seq)
+            if not queue:
+                del self._queues[seq.mix]

@@ -1,0 +1,117 @@
+"""The error tree. Every text names the culprit, the value, the limit and the way out.
+
+AioloraError
+├── ConfigError                 what the operator said cannot work
+├── MissingExtraError           an optional package is not installed
+├── ModelError                  the base model cannot be served
+│   ├── ModelNotFoundError
+│   ├── UnsupportedModelError
+│   └── WeightsError
+├── RequestError                this one request is wrong (HTTP 400; carries `param`)
+│   └── UnknownModelError       no base model and no adapter of that name (HTTP 404)
+├── AdapterError                this one adapter cannot be used (HTTP 422; carries `adapter`)
+│   ├── AdapterNotFoundError    (HTTP 404)
+│   ├── AdapterConflictError    name or id already stands for something else (HTTP 400)
+│   ├── AdapterFormatError      unreadable, truncated, pickled, not finite
+│   ├── AdapterMismatchError    made for another base: unknown modules or wrong shapes
+│   ├── AdapterRankError        rank over `max_lora_rank`
+│   ├── AdapterUnsupportedError a PEFT feature that is not served
+│   ├── AdapterMemoryError      larger than the room for adapters
+│   └── AdapterChangedError     read again after eviction, and the bytes are others
+├── NonFiniteLogitsError        the model returned NaN or infinity for this request
+└── EngineDeadError             a step failed; every stream ends with this
+"""
+
+
+class AioloraError(Exception):
+    """Root of every error that aiolora raises on purpose."""
+
+
+class ConfigError(AioloraError, ValueError):
+    """An engine argument, flag or environment variable that cannot work."""
+
+
+class MissingExtraError(AioloraError, ImportError):
+    """A feature needs a package of an extra that is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an optional package; install it with: pip install 'aiolora[{extra}]'")
+
+
+class ModelError(AioloraError):
+    """The base model cannot be served."""
+
+
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """Neither a folder, nor an embedded name, nor a repository that can be reached."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model's architecture is not served."""
+
+
+class WeightsError(ModelError):
+    """A weight file holds unknown, missing or wrongly shaped tensors."""
+
+
+class RequestError(AioloraError, ValueError):
+    """One request is wrong; nobody else is affected. `param` names the field."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModelError(RequestError):
+    """No base model and no adapter has the name that the request gives."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="model")
+
+
+class AdapterError(AioloraError):
+    """One adapter cannot be used; the engine goes on serving the others. `adapter` is its name."""
+
+    def __init__(self, adapter: str, message: str) -> None:
+        super().__init__(f"adapter {adapter!r}: {message}")
+        self.adapter = adapter
+
+
+class AdapterNotFoundError(AdapterError):
+    """The path or repository does not exist, or holds no adapter."""
+
+
+class AdapterConflictError(AdapterError):
+    """The name or the id already stands for another adapter."""
+
+
+class AdapterFormatError(AdapterError):
+    """The files are unreadable, truncated, pickled, malformed or hold NaN or infinity."""
+
+
+class AdapterMismatchError(AdapterError):
+    """The tensors do not fit this base model."""
+
+
+class AdapterRankError(AdapterError):
+    """The rank is over `max_lora_rank`."""
+
+
+class AdapterUnsupportedError(AdapterError):
+    """The adapter uses a PEFT feature that is not served; it is refused, never served wrongly."""
+
+
+class AdapterMemoryError(AdapterError):
+    """The adapter is larger than the whole room for adapters."""
+
+
+class AdapterChangedError(AdapterError):
+    """An evicted adapter was read again and its digest is another one."""
+
+
+class NonFiniteLogitsError(AioloraError):
+    """The model returned NaN or infinity for a row; only that request fails and nothing of it is cached."""
+
+
+class EngineDeadError(AioloraError):
+    """A step failed. `__cause__` is the reason; the process should be restarted."""

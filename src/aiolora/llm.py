@@ -1,0 +1,224 @@
+"""The blocking faces: LLM for batches, LLMEngine for those who step it themselves."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.progress import Progress
+
+from aiolora.config import EngineArgs
+from aiolora.engine.build import Built, build
+from aiolora.engine.core import Snapshot
+from aiolora.engine.intake import LoRA
+from aiolora.engine.output import Assembler
+from aiolora.errors import AioloraError, RequestError
+from aiolora.types import AdapterVersion, LoRARequest, Messages, Mix, Prompt, RequestOutput, SamplingParams
+
+
+class LLMEngine:
+    """Requests in by `add_request`, outputs out by `step`. For one thread; adapters load in the call."""
+
+    def __init__(self, args: EngineArgs) -> None:
+        self._built: Built = build(args, self._read_again)
+        self._engine = self._built.engine
+        self._intake = self._built.intake
+        self._assemblers: dict[str, Assembler] = {}
+        self._sources: dict[int, LoRARequest] = {}
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> "LLMEngine":
+        """Load the model; blocks."""
+        return cls(engine_args)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt | Messages,
+        params: SamplingParams | None = None,
+        lora_request: LoRA = None,
+    ) -> None:
+        """Queue a request. Raises `RequestError` or `AdapterError`; nothing is queued then."""
+        if request_id in self._assemblers:
+            raise RequestError(f"request_id {request_id!r} is in use; give each request its own", param="request_id")
+        mix = self._mix(lora_request)
+        request = self._intake.request(
+            prompt,
+            params,
+            mix,
+            request_id=request_id,
+            lora_request=lora_request if isinstance(lora_request, LoRARequest) else None,
+        )
+        self._assemblers[request_id] = Assembler(request, self._intake.tokenizer)
+        self._engine.add(request)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has still something to bring."""
+        return bool(self._assemblers)
+
+    def step(self) -> list[RequestOutput]:
+        """One step of the engine: the requests that it brought further, finished ones included.
+
+        A request that fails (an adapter that changed on disk, logits that are not finite) is ended and its error
+        raised; calling `step` again goes on with the others.
+        """
+        touched: dict[str, Assembler] = {}
+        failure: AioloraError | None = None
+        for delta in self._engine.step():
+            assembler = self._assemblers.get(delta.request_id)
+            if assembler is None:
+                continue
+            try:
+                output = assembler.feed(delta)
+            except AioloraError as error:
+                failure = error
+                self._drop(delta.request_id)
+                continue
+            touched[delta.request_id] = assembler
+            if output is not None and output.finish_reason is not None and delta.finish_reason is None:
+                self._engine.abort(delta.request_id, delta.index)  # a stop string, which only text can show
+        outputs = [assembler.output() for assembler in touched.values()]
+        for request_id, assembler in touched.items():
+            if assembler.finished:
+                self._assemblers.pop(request_id, None)
+        if failure is not None:
+            raise failure
+        return outputs
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request; unknown ones are fine."""
+        self._drop(request_id)
+
+    def add_lora(self, lora_request: LoRARequest) -> AdapterVersion:
+        """Load an adapter, or find it loaded. Raises `AdapterError`."""
+        return self._version(lora_request)
+
+    def remove_lora(self, lora_name: str) -> bool:
+        """Forget a name; requests under way finish. False: it was not known."""
+        return self._intake.registry.forget(lora_name)
+
+    def list_loras(self) -> list[AdapterVersion]:
+        """Loaded adapters in the order they came."""
+        return self._intake.registry.versions()
+
+    def snapshot(self) -> Snapshot:
+        """Counts for those who watch."""
+        return self._engine.snapshot()
+
+    def _drop(self, request_id: str) -> None:
+        self._engine.abort(request_id)
+        self._assemblers.pop(request_id, None)
+
+    def _mix(self, lora: LoRA) -> Mix | None:
+        parts = self._intake.parts(lora)
+        return Mix(tuple((self._version(part), weight) for part, weight in parts)) if parts else None
+
+    def _version(self, lora: str | LoRARequest) -> AdapterVersion:
+        registry = self._intake.registry
+        if isinstance(lora, str):
+            return registry.find(lora)
+        known = registry.match(lora)
+        if known is not None:
+            return known
+        self._intake.parts(lora)  # refuses where LoRA is off
+        weights = self._built.load(lora)
+        self._engine.add_adapter(weights)
+        self._sources[weights.version.id] = lora
+        registry.publish(lora, weights.version)
+        return weights.version
+
+    def _read_again(self, version: AdapterVersion) -> None:
+        try:
+            weights = self._built.load(self._sources[version.id])
+        except AioloraError as error:
+            self._engine.adapter_failed(version, error)
+        else:
+            self._engine.adapter_landed(version, weights)
+
+
+class LLM:
+    """Prompts in, answers out; all of a call run together in one batch."""
+
+    def __init__(self, model: str, **engine_args: Any) -> None:
+        """`engine_args`: the other fields of `EngineArgs`. Loads the model; blocks."""
+        self._engine = LLMEngine(EngineArgs(model=model, **engine_args))
+        self._number = 0
+
+    @property
+    def engine(self) -> LLMEngine:
+        """The engine inside."""
+        return self._engine
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora_request: LoRA | Sequence[LoRA] = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """An output a prompt, in order. `sampling_params` and `lora_request`: one for all, or a list of equal length.
+
+        In a list of adapters None means the base model. `use_tqdm` shows a progress bar on a terminal.
+        """
+        several: list[Prompt | Messages] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
+        return self._run(several, sampling_params, lora_request, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora_request: LoRA | Sequence[LoRA] = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The same for one conversation or a list of them, through the model's chat template."""
+        several = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        return self._run(several, sampling_params, lora_request, use_tqdm)  # type: ignore[arg-type]
+
+    def _run(
+        self,
+        prompts: list[Prompt | Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        lora_request: LoRA | Sequence[LoRA],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = _spread("sampling_params", sampling_params, len(prompts))
+        loras = _spread("lora_request", lora_request, len(prompts))
+        ids = []
+        try:
+            for prompt, one_params, lora in zip(prompts, params, loras):
+                request_id = str(self._number)
+                self._number += 1
+                self._engine.add_request(request_id, prompt, one_params, lora_request=lora)
+                ids.append(request_id)
+            return self._drain(ids, use_tqdm)
+        except BaseException:
+            for request_id in ids:
+                self._engine.abort_request(request_id)
+            raise
+
+    def _drain(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        with Progress(transient=True, disable=not use_tqdm) as progress:
+            task = progress.add_task("prompts", total=len(ids))
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    if output.finished:
+                        done[output.request_id] = output
+                        progress.advance(task)
+        return [done[request_id] for request_id in ids]
+
+
+def _is_one(prompts: object) -> bool:
+    """A string, a mapping, or a list of token ids is one prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    return isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
+
+
+def _spread(name: str, value: Any, count: int) -> list[Any]:
+    """One value for all, or a list with one each."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{name} has {len(value)} items for {count} prompts; give one, or one each", param=name)
+    return list(value)

@@ -1,0 +1,110 @@
+"""What a PEFT LoRA config means, and which of its features are served.
+
+Formats: `LoraConfig` of PEFT (https://huggingface.co/docs/peft/package_reference/lora), read from adapter_config.json.
+"""
+
+import math
+import re
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from aiolora.errors import AdapterFormatError, AdapterUnsupportedError
+
+# How lora_A and lora_B were initialised matters only where the base's weights were changed with them.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+# Fields that change the meaning of the tensors when they are set, and what to do instead.
+_NOT_SERVED = {
+    "use_dora": "retrain with use_dora=False",
+    "lora_bias": "retrain with lora_bias=False",
+    "modules_to_save": "retrain without modules_to_save",
+    "trainable_token_indices": "retrain without trainable_token_indices",
+    "target_parameters": "use target_modules",
+    "alora_invocation_tokens": "retrain without alora_invocation_tokens",
+    "layer_replication": "serve the replicated model as the base",
+    "use_qalora": "retrain with use_qalora=False",
+    "use_bdlora": "retrain without use_bdlora",
+    "arrow_config": "serve the routed adapters one by one",
+    "velora_config": "retrain without velora_config",
+    "monteclora_config": "retrain without monteclora_config",
+    "kasa_config": "retrain without kasa_config",
+}
+
+_PLAIN_NAME = re.compile(r"[\w.]+")
+_QUANTIFIED_GROUP = re.compile(r"\)[*+?{]")
+_MAX_PATTERN = 256
+
+
+class PeftConfig(Struct, frozen=True):
+    """The fields of adapter_config.json that say how its tensors are meant."""
+
+    peft_type: str = "LORA"
+    base_model_name_or_path: str | None = None
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    target_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    bias: str = "none"
+    init_lora_weights: bool | str | None = True
+
+    def scale(self, module: str, rank: int) -> float:
+        """Alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732), after alpha_pattern."""
+        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module) or "", self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def rank(self, module: str) -> int:
+        """The rank that the config gives to `module`, after rank_pattern."""
+        return self.rank_pattern.get(_matching(self.rank_pattern, module) or "", self.r)
+
+
+def parse_config(adapter: str, data: bytes) -> PeftConfig:
+    """The config of `adapter` from the bytes of its adapter_config.json.
+
+    Raises `AdapterFormatError` for what is no LoRA config and `AdapterUnsupportedError` for features not served.
+    """
+    try:
+        raw: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
+        config = msgspec.convert(raw, PeftConfig)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise AdapterFormatError(adapter, f"adapter_config.json is not a PEFT config: {error}") from None
+    if config.peft_type != "LORA":
+        raise AdapterUnsupportedError(adapter, f"peft_type {config.peft_type!r} is not served, only 'LORA'")
+    for field, way_out in _NOT_SERVED.items():
+        if raw.get(field):
+            raise AdapterUnsupportedError(adapter, f"{field}={raw[field]!r} is not served; {way_out}")
+    if config.bias != "none":
+        raise AdapterUnsupportedError(adapter, f"bias={config.bias!r} is not served; retrain with bias='none'")
+    if config.init_lora_weights is not None and config.init_lora_weights not in _PLAIN_INITS:
+        raise AdapterUnsupportedError(
+            adapter,
+            f"init_lora_weights={config.init_lora_weights!r} changes the base model's weights; save it with "
+            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+        )
+    if config.r < 1 or not math.isfinite(config.lora_alpha):
+        raise AdapterFormatError(adapter, f"r={config.r}, lora_alpha={config.lora_alpha}: r must be at least 1")
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        _check_pattern(adapter, pattern)
+    return config
+
+
+def _matching(patterns: dict[str, Any], module: str) -> str | None:
+    """The first pattern that stands for `module`: the whole of it or its end behind a dot, as PEFT matches."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
+
+
+def _check_pattern(adapter: str, pattern: str) -> None:
+    """A pattern is a regex by PEFT's rule; refuse one that could run for minutes (nested quantifiers)."""
+    if _PLAIN_NAME.fullmatch(pattern) and len(pattern) <= _MAX_PATTERN:
+        return
+    if len(pattern) > _MAX_PATTERN or _QUANTIFIED_GROUP.search(pattern):
+        raise AdapterUnsupportedError(
+            adapter, f"pattern {pattern[:80]!r} repeats a group or is over {_MAX_PATTERN} characters; name the modules"
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterFormatError(adapter, f"pattern {pattern!r} is not a regular expression: {error}") from None

@@ -1,0 +1,124 @@
+"""Residency: the book of where each adapter version is - on disk, in host memory, in device pages. Pure Python."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from aiolora.pages import PagePool
+from aiolora.types import AdapterVersion
+
+W = TypeVar("W")
+
+
+@dataclass(frozen=True)
+class Placement(Generic[W]):
+    """Pages just given to a version, to be filled from `weights`."""
+
+    version: AdapterVersion
+    weights: W
+    pages: dict[int, list[int]]  # kind -> page numbers
+
+
+class Residency(Generic[W]):
+    """Two levels: host memory (a count of versions) and device pages (a pool a kind), both least recently used first.
+
+    A version is leased by every sequence that runs with it; a leased version is never evicted from either level.
+    A version without a source cannot be read again and is never evicted from host memory. Engine thread only.
+    """
+
+    def __init__(self, *, num_kinds: int, num_pages: int, max_host: int) -> None:
+        self._pools = [PagePool(num_pages) for _ in range(num_kinds)]
+        self._max_host = max_host
+        self._host: OrderedDict[int, tuple[AdapterVersion, W]] = OrderedDict()
+        self._device: OrderedDict[int, tuple[AdapterVersion, dict[int, list[int]]]] = OrderedDict()
+        self._leases: Counter[int] = Counter()
+
+    def store(self, version: AdapterVersion, weights: W) -> None:
+        """Keep `weights` in host memory, evicting the least recently used above the limit."""
+        self._host[version.id] = (version, weights)
+        self._host.move_to_end(version.id)
+        for old in list(self._host):
+            if len(self._host) <= self._max_host:
+                break
+            if old != version.id and not self._leases[old] and self._host[old][0].source is not None:
+                del self._host[old]
+
+    def in_host(self, version: AdapterVersion) -> bool:
+        return version.id in self._host
+
+    def on_device(self, version: AdapterVersion) -> bool:
+        return version.id in self._device
+
+    def resident(self) -> list[AdapterVersion]:
+        """Versions on the device, least recently used first."""
+        return [version for version, _ in self._device.values()]
+
+    def leased(self, version: AdapterVersion) -> int:
+        return self._leases[version.id]
+
+    def place(self, version: AdapterVersion, *, wanted: Collection[int] = ()) -> Placement[W] | None:
+        """Give `version` (in host memory, not on the device) its pages, evicting unleased versions.
+
+        Versions whose ids are `wanted` are spared. None, and no change, where there is no room now.
+        """
+        _, weights = self._host[version.id]
+        self._host.move_to_end(version.id)
+        needs = {site.kind: site.count for site in version.pages}
+        victims = [old for old in self._device if not self._leases[old] and old not in wanted]
+        room = {kind: self._pools[kind].num_available for kind in needs}
+        chosen = []
+        for old in victims:
+            if all(room[kind] >= count for kind, count in needs.items()):
+                break
+            chosen.append(old)
+            for kind, pages in self._device[old][1].items():
+                if kind in room:
+                    room[kind] += len(pages)
+        if any(room[kind] < count for kind, count in needs.items()):
+            return None
+        for old in chosen:
+            self._evict(old)
+        taken = {}
+        for kind, count in needs.items():
+            fresh = self._pools[kind].take(count)
+            assert fresh is not None
+            taken[kind] = fresh
+        self._device[version.id] = (version, taken)
+        return Placement(version, weights, taken)
+
+    def pages(self, version: AdapterVersion) -> dict[int, list[int]]:
+        """Where a version on the device lies."""
+        return self._device[version.id][1]
+
+    def lease(self, version: AdapterVersion) -> None:
+        """A sequence runs with `version`, which is on the device."""
+        assert version.id in self._device, f"{version.label} is leased but not on the device"
+        self._leases[version.id] += 1
+        self._device.move_to_end(version.id)
+        if version.id in self._host:
+            self._host.move_to_end(version.id)
+
+    def release(self, version: AdapterVersion) -> None:
+        """That sequence runs no more."""
+        assert self._leases[version.id] > 0, f"{version.label} released twice"
+        self._leases[version.id] -= 1
+        if not self._leases[version.id]:
+            del self._leases[version.id]
+
+    def check(self) -> None:
+        """Assert that pages belong to exactly the placed versions and every leased version is placed."""
+        for kind, pool in enumerate(self._pools):
+            pool.check()
+            held = sorted(page for _, pages in self._device.values() for page in pages.get(kind, []))
+            owned = [page for page in range(pool.num_pages) if pool.refs(page)]
+            assert held == owned, f"pages of kind {kind}: {owned} owned, {held} held by versions"
+        for version_id, count in self._leases.items():
+            assert count >= 0
+            assert version_id in self._device, "a leased version was evicted"
+
+    def _evict(self, version_id: int) -> None:
+        assert not self._leases[version_id], "a leased version must not be evicted"
+        _, pages = self._device.pop(version_id)
+        for kind, numbers in pages.items():
+            self._pools[kind].release(numbers)

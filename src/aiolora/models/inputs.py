@@ -1,0 +1,30 @@
+"""What one forward is given, all of it: no global context, so a compiler sees one graph."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from aiolora.ops.linear import Rows
+
+
+@dataclass(slots=True, kw_only=True)
+class StepInputs:
+    """Device tensors of one step: T tokens of B sequences, of which S positions are sampled. Engine thread only."""
+
+    tokens: Tensor  # [T] int32
+    positions: Tensor  # [T] int32
+    slots: Tensor  # [T] int32, KV slot = page * page_size + offset; -1: nowhere
+    block_tables: Tensor  # [B, max pages] int32
+    kv_lengths: Tensor  # [B] int32, tokens of the sequence once this step is done
+    query_starts: Tensor  # [B + 1] int32, where each sequence's tokens begin in [T]
+    logits_at: Tensor  # [S] int32, positions in [T] whose logits are wanted
+    rows: Rows | None = None  # None: no adapter in this step, and nothing is spent on any
+    head_rows: Rows | None = None  # the same for the S positions, for adapters of the head
+
+
+class LayerKV(NamedTuple):
+    """One layer's cache."""
+
+    k: Tensor  # [P, page_size, G, D]
+    v: Tensor  # [P, page_size, G, D]

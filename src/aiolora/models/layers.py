@@ -1,0 +1,90 @@
+"""The pieces a network is made of. Each knows the names its tensors have in a checkpoint."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aiolora.ops import native
+from aiolora.ops.linear import Partial, Rows, Site, linear
+from aiolora.ops.norm import rms_norm_op
+
+
+class Linear(nn.Module):
+    """A projection, or several of the same input fused along the out-features. Returns a Partial: see `ops.linear`."""
+
+    def __init__(
+        self,
+        inputs: int,
+        parts: dict[str, int],
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: str,
+        weight: nn.Parameter | None = None,
+    ) -> None:
+        """`parts`: checkpoint name of each projection -> its out-features, in the order they are fused.
+
+        `weight`: share another module's (a tied head).
+        """
+        super().__init__()
+        self.inputs = inputs
+        self.parts = parts
+        outputs = sum(parts.values())
+        self.weight = _parameter((outputs, inputs), dtype, device) if weight is None else weight
+        self.bias = _parameter((outputs,), dtype, device) if bias else None
+        self.site: Site | None = None
+        self._whole = native.serves(dtype, torch.device(device))
+
+    def forward(self, x: Tensor, rows: Rows | None) -> Partial:
+        """`x` [T, K] -> the Partial of [T, N]."""
+        return linear(x, self.weight, self.bias, self.site, rows, whole=self._whole)
+
+    def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
+        for name, low, high in self.slices():
+            yield f"{name}.weight", self.weight[low:high]
+            if self.bias is not None:
+                yield f"{name}.bias", self.bias[low:high]
+
+    def slices(self) -> Iterator[tuple[str, int, int]]:
+        """(checkpoint name, first, end) of each fused projection among the out-features."""
+        low = 0
+        for name, outputs in self.parts.items():
+            yield name, low, low + outputs
+            low += outputs
+
+
+class Embedding(nn.Module):
+    """Token id -> vector; `weight` [V, H] may also serve as the head."""
+
+    def __init__(self, name: str, vocab: int, hidden: int, *, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = _parameter((vocab, hidden), dtype, device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+    def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
+        yield f"{self.name}.weight", self.weight
+
+
+class Norm(nn.Module):
+    """RMSNorm's weight; who applies it decides whether a residual is added first."""
+
+    def __init__(self, name: str, size: int, eps: float, *, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.name = name
+        self.eps = eps
+        self.weight = _parameter((size,), dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm_op(x, self.weight, self.eps)
+
+    def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
+        yield f"{self.name}.weight", self.weight
+
+
+def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -1,0 +1,47 @@
+"""A model ready to run, from its folder."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from aiolora.config import EngineArgs
+from aiolora.errors import ConfigError, ModelError
+from aiolora.models.decoder import Decoder
+from aiolora.models.families import decoder_config
+from aiolora.models.weights import load_weights, random_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Decoder:
+    """Build the decoder that the config of `folder` describes and fill its weights.
+
+    Raises `UnsupportedModelError`, `WeightsError`, or `ConfigError` for a context longer than the model's.
+    """
+    try:
+        hf = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}/config.json cannot be read: {error}") from error
+    if args.max_model_len is not None and args.max_model_len > hf.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={args.max_model_len} is over the model's context of {hf.max_position_embeddings} tokens"
+        )
+    config = decoder_config(hf, max_positions=args.max_model_len)
+    with torch.no_grad():
+        model = Decoder(config, dtype=_dtype(args.dtype, hf.dtype, device), device=device)
+        if args.load_format == "dummy":
+            random_weights(model, args.seed)
+        else:
+            load_weights(model, folder)
+    return model.eval()
+
+
+def _dtype(said: str, stored: torch.dtype | None, device: str) -> torch.dtype:
+    if said != "auto":
+        return DTYPES[said]
+    if device == "cpu":
+        # bfloat16 halves the bytes of a step, but without AVX512-BF16 its products are slower than float32's
+        has_bf16 = stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16

@@ -1,0 +1,99 @@
+"""Where a model lives, and its tensors streamed from safetensors into the parameters that take them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from aiolora.errors import ModelNotFoundError, WeightsError
+from aiolora.hub import fetch
+from aiolora.models.decoder import Decoder
+from aiolora.models.embedded import EMBEDDED, pull
+
+_FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt")
+
+
+def locate(model: str, *, only: tuple[str, ...] = _FILES) -> Path:
+    """The folder of a model named by a folder, the embedded model's name or a hub repository. Blocks.
+
+    Raises `ModelNotFoundError`.
+    """
+    if model == EMBEDDED:
+        return pull()
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = fetch(model, only)
+        except FileNotFoundError as error:
+            raise ModelNotFoundError(f"model {model!r}: {error}") from error
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"model {model!r}: {folder} holds no config.json")
+    return folder
+
+
+def load_weights(model: Decoder, folder: Path) -> None:
+    """Fill every parameter from the safetensors of `folder`, one tensor at a time.
+
+    Raises `WeightsError` naming tensors that the model does not know, that it misses, or whose shape differs.
+    """
+    wanted = dict(model.checkpoint())
+    tied = {"lm_head.weight"} if model.config.tied_head else set()
+    unknown, seen = [], set()
+    for name, tensor in _tensors(folder):
+        if name in wanted:
+            target = wanted[name]
+            if tensor.shape != target.shape:
+                raise WeightsError(f"{name}: shape {list(tensor.shape)}, the config says {list(target.shape)}")
+            target.copy_(tensor)
+            seen.add(name)
+        elif name not in tied and not name.endswith("rotary_emb.inv_freq"):
+            unknown.append(name)
+    missing = [name for name in wanted if name not in seen]
+    if unknown or missing:
+        raise WeightsError(
+            f"{folder}: {_listed('tensors unknown to this architecture', unknown)}"
+            f"{'; ' if unknown and missing else ''}{_listed('tensors missing', missing)}"
+        )
+
+
+def random_weights(model: Decoder, seed: int = 0) -> None:
+    """Fill every parameter with small random numbers (`load_format="dummy"`)."""
+    for number, (name, tensor) in enumerate(model.checkpoint()):
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        else:
+            generator = torch.Generator(tensor.device).manual_seed(seed * 100_003 + number)
+            tensor.normal_(0.0, 0.02, generator=generator)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in _shards(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise WeightsError(f"{file}: not a whole safetensors file: {error}") from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise WeightsError(f"{folder} holds no {', '.join(absent)}; only safetensors weights are read")
+    return files
+
+
+def _listed(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{len(names)} {what}: {', '.join(names[:5])}{more}"

@@ -1,0 +1,234 @@
+"""The words of the house: frozen values that cross threads. No torch here.
+
+A request names an adapter; inside, it carries an `AdapterVersion` (which bytes) in a `Mix` (deltas that add up).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Annotated, Literal, TypeAlias
+
+from msgspec import Meta, Struct, convert
+from msgspec.structs import fields, force_setattr
+
+from aiolora.errors import ConfigError, RequestError
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+Messages: TypeAlias = list[dict[str, object]]
+Prompt: TypeAlias = str | list[int] | Mapping[str, object]
+
+MAX_N = 128
+MAX_LOGPROBS = 100
+MAX_STOPS = 64
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True):
+    """How to choose tokens, and when to stop.
+
+    Raises `RequestError` (with `param`) for a value out of its bounds, NaN included.
+    """
+
+    n: Annotated[int, Meta(ge=1, le=MAX_N, description="answers to one prompt")] = 1
+    temperature: Annotated[float, Meta(ge=0, le=100, description="0: greedy")] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, description="keep the k most likely tokens; 0 or -1: all")] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1, description="keep the smallest set of that probability")] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1, description="drop tokens under min_p times the likeliest")] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100, description="over prompt and output; 1: none")] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2, description="over the output; 0: none")] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2, description="over the output, per use; 0: none")] = 0.0
+    logit_bias: Annotated[dict[int, float] | None, Meta(description="token id -> added to its logit")] = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None, Meta(description="same seed, same tokens")
+    ] = None
+    max_tokens: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="None: to the end of the context")] = None
+    min_tokens: Annotated[int, Meta(ge=0, description="no stop of any kind before that many tokens")] = 0
+    stop: Annotated[Sequence[str], Meta(description="strings that end the answer (not part of it)")] = ()
+    stop_token_ids: Annotated[Sequence[int], Meta(description="tokens that end the answer")] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: Annotated[
+        Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None, Meta(description="most likely tokens to report")
+    ] = None
+    prompt_logprobs: Annotated[
+        Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None, Meta(description="the same for the prompt")
+    ] = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            force_setattr(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            force_setattr(self, name, tuple(getattr(self, name) or ()))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            try:
+                convert(value, field.type)
+            except Exception as error:
+                raise RequestError(f"{field.name}={value!r}: {error}", param=field.name) from None
+        if len(self.stop) > MAX_STOPS or any(not text for text in self.stop):
+            raise RequestError(f"stop={self.stop!r}: give 1 to {MAX_STOPS} strings, none empty", param="stop")
+        if self.logit_bias and any(not math.isfinite(bias) for bias in self.logit_bias.values()):
+            raise RequestError(
+                f"logit_bias={self.logit_bias!r}: every bias must be a finite number", param="logit_bias"
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens={self.min_tokens} is over max_tokens={self.max_tokens}", param="min_tokens")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether any of the three penalties is at work."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+class LoRARequest(Struct, frozen=True):
+    """Which adapter a request wants: a name, an id of your own (checked, never needed), a folder or hub repository.
+
+    `load_inplace` reads the path again and publishes what it finds as a new version under the same name.
+    """
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+    base_model_name: str | None = None
+    load_inplace: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.lora_name or not self.lora_path:
+            raise RequestError("a LoRARequest needs a lora_name and a lora_path", param="lora_request")
+        if not 1 <= self.lora_int_id < 2**63:
+            raise RequestError(f"lora_int_id={self.lora_int_id}: must be 1 to 2**63-1", param="lora_request")
+
+
+class SitePages(Struct, frozen=True):
+    """What an adapter needs of one kind of site."""
+
+    kind: int  # index of the kind in the layout
+    count: int  # rank pages
+    scale: float  # on the low-rank product
+
+
+class AdapterVersion(Struct, frozen=True):
+    """One adapter as it was read at one time: immutable, named by the digest of what it means. No tensors.
+
+    A reload under the same name is another version.
+    """
+
+    id: int  # unique in this process
+    name: str
+    digest: str  # hex sha256 over tensors and scales
+    source: str | None  # folder it came from; None: from memory, so it cannot be read again
+    rank: int  # the largest rank of any module
+    pages: tuple[SitePages, ...]
+    nbytes: int  # of its pages on the device
+    base_model_name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """NAME@DIGEST12, the way a response names its adapter."""
+        return f"{self.name}@{self.digest[:12]}"
+
+
+class Mix(Struct, frozen=True):
+    """Adapters whose deltas add up, each with a weight; one adapter is a mix of one. The base model is `None`."""
+
+    parts: tuple[tuple[AdapterVersion, float], ...]
+
+    @property
+    def key(self) -> bytes:
+        """What the KV of this mix depends on: contents and weights, never names."""
+        return sha256(repr([(version.digest, weight) for version, weight in self.parts]).encode()).digest()
+
+    @property
+    def versions(self) -> tuple[AdapterVersion, ...]:
+        return tuple(version for version, _ in self.parts)
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """What was asked, tokenised and checked; crosses from the loop to the engine thread."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    mix: Mix | None = None
+    prompt: str | None = None
+    lora_request: LoRARequest | None = None
+    arrival_s: float = 0.0  # time.monotonic()
+
+
+class Logprob(Struct, frozen=True):
+    """Log-softmax of the raw logits at one token, and its rank (1: the likeliest)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+class TokenDelta(Struct, frozen=True):
+    """One token of one sequence, from the engine thread to the loop. A delta without a token only ends a sequence."""
+
+    request_id: str
+    index: int  # which of the request's n answers
+    token_id: int | None
+    logprob: float = 0.0
+    rank: int = 0
+    top: tuple[tuple[int, float], ...] = ()  # most likely tokens, best first
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop token id
+    prompt_logprobs: tuple[tuple[tuple[int, float, int], ...] | None, ...] | None = None  # with the first token
+    error: Exception | None = None  # with finish_reason "error"
+
+
+class TokenOutput(Struct, frozen=True, kw_only=True):
+    """What `stream` yields for each token. `text` may be empty while bytes or a stop string are incomplete."""
+
+    text: str
+    token_id: int
+    logprob: float
+    top_logprobs: dict[int, Logprob] | None = None
+    index: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class CompletionOutput(Struct, kw_only=True):
+    """One answer so far."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = []
+    cumulative_logprob: float = 0.0
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class RequestMetrics(Struct, kw_only=True):
+    """Times of one request in seconds of `time.monotonic()`."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+class RequestOutput(Struct, kw_only=True):
+    """A request and its answers so far."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    lora_request: LoRARequest | None = None
+    adapter: str | None = None  # NAME@DIGEST12
+    metrics: RequestMetrics
+
+
+def check_fields(value: Struct) -> None:
+    """Hold every field of a Struct against its annotation; `ConfigError` names the field, the value and the limit."""
+    for field in fields(value):
+        given = getattr(value, field.name)
+        try:
+            convert(given, field.type)
+        except Exception as error:
+            raise ConfigError(f"{field.name}={given!r}: {error}") from None
