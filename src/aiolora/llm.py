@@ -22,6 +22,7 @@ class LLMEngine:
         self._engine = self._built.engine
         self._intake = self._built.intake
         self._assemblers: dict[str, Assembler] = {}
+        self._failures: dict[str, AioloraError] = {}  # request id -> what is still to be raised
         self._sources: dict[int, LoRARequest] = {}
 
     @classmethod
@@ -52,16 +53,17 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has still something to bring."""
-        return bool(self._assemblers)
+        return bool(self._assemblers or self._failures)
 
     def step(self) -> list[RequestOutput]:
         """One step of the engine: the requests that it brought further, finished ones included.
 
         A request that fails (an adapter that changed on disk, logits that are not finite) is ended and its error
-        raised; calling `step` again goes on with the others.
+        raised, by a call that brings nothing else; calling `step` again goes on with the others.
         """
+        if self._failures:
+            raise self._failures.pop(next(iter(self._failures)))
         touched: dict[str, Assembler] = {}
-        failure: AioloraError | None = None
         for delta in self._engine.step():
             assembler = self._assemblers.get(delta.request_id)
             if assembler is None:
@@ -69,8 +71,9 @@ class LLMEngine:
             try:
                 output = assembler.feed(delta)
             except AioloraError as error:
-                failure = error
                 self._drop(delta.request_id)
+                self._failures[delta.request_id] = error
+                touched.pop(delta.request_id, None)
                 continue
             touched[delta.request_id] = assembler
             if output is not None and output.finish_reason is not None and delta.finish_reason is None:
@@ -79,8 +82,8 @@ class LLMEngine:
         for request_id, assembler in touched.items():
             if assembler.finished:
                 self._assemblers.pop(request_id, None)
-        if failure is not None:
-            raise failure
+        if self._failures and not outputs:
+            raise self._failures.pop(next(iter(self._failures)))
         return outputs
 
     def abort_request(self, request_id: str) -> None:
@@ -106,6 +109,7 @@ class LLMEngine:
     def _drop(self, request_id: str) -> None:
         self._engine.abort(request_id)
         self._assemblers.pop(request_id, None)
+        self._failures.pop(request_id, None)
 
     def _mix(self, lora: LoRA) -> Mix | None:
         parts = self._intake.parts(lora)

@@ -66,6 +66,16 @@ class PagePool:
         """The page that holds `key`; `share` it before anything is taken."""
         return self._page_of_key.get(key)
 
+    def forget(self, key: bytes) -> None:
+        """Let nobody find `key` any more; whoever owns its page keeps it."""
+        page = self._page_of_key.pop(key, None)
+        if page is None:
+            return
+        del self._key_of_page[page]
+        if page in self._idle:
+            del self._idle[page]
+            self._free.append(page)
+
     def check(self) -> None:
         """Assert that free, idle and owned pages are disjoint and complete, and that both key maps agree."""
         free, idle = set(self._free), set(self._idle)

@@ -6,8 +6,9 @@ Down: a message into a deque and an event, once a request. Up: one `call_soon_th
 import asyncio
 import contextlib
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -93,6 +94,7 @@ class AsyncLLMEngine:
         self._mailboxes: dict[str, _Mailbox] = {}
         self._loading: dict[str, asyncio.Future[AdapterVersion]] = {}
         self._sources: dict[int, LoRARequest] = {}
+        self._loaded_at: dict[int, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._snapshot: Snapshot | None = None
 
@@ -145,12 +147,17 @@ class AsyncLLMEngine:
         return self._parts.plan
 
     @property
+    def started(self) -> bool:
+        """Whether `start` has been called and has loaded the model."""
+        return self._thread is not None
+
+    @property
     def death(self) -> BaseException | None:
         """Why the engine has stopped; None while it lives."""
         return self._death
 
     def snapshot(self) -> Snapshot:
-        """The engine as of its last step."""
+        """The engine as of its last step, or of its falling idle."""
         assert self._parts is not None
         assert self._snapshot is not None
         return self._snapshot
@@ -169,8 +176,10 @@ class AsyncLLMEngine:
         Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
         """
         request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
-        async for output in self.run(request, Assembler(request, self.intake.tokenizer)):
-            yield output
+        async with contextlib.aclosing(self.run([Assembler(request, self.intake.tokenizer)])) as bursts:
+            async for burst in bursts:
+                for _, output in burst:
+                    yield output
 
     async def generate(
         self,
@@ -183,7 +192,7 @@ class AsyncLLMEngine:
         """The whole answer. Cancelling aborts the request."""
         request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
         assembler = Assembler(request, self.intake.tokenizer)
-        async for _ in self.run(request, assembler):
+        async for _ in self.run([assembler]):
             pass
         return assembler.output()
 
@@ -207,29 +216,43 @@ class AsyncLLMEngine:
             lora_request=lora if isinstance(lora, LoRARequest) else None,
         )
 
-    async def run(self, request: Request, assembler: Assembler) -> AsyncIterator[TokenOutput]:
-        """Run a prepared request through `assembler`, yielding each token."""
+    async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
+        """Run prepared requests side by side; each time, every token that has come, with its request's position.
+
+        Leaving the iteration aborts what is unfinished. One request that fails ends them all with its error.
+        """
         self._alive()
-        if request.id in self._mailboxes:
-            raise RequestError(f"request_id {request.id!r} is in use; give each request its own", param="request_id")
-        mailbox = self._mailboxes[request.id] = _Mailbox()
-        self._post(lambda engine: engine.add(request))
+        positions = {assembler.request.id: position for position, assembler in enumerate(assemblers)}
+        for request_id in positions:
+            if request_id in self._mailboxes:
+                raise RequestError(
+                    f"request_id {request_id!r} is in use; give each request its own", param="request_id"
+                )
+        mailbox = _Mailbox()
         try:
-            while not assembler.finished:
+            for assembler in assemblers:
+                self._mailboxes[assembler.request.id] = mailbox
+                self._post(partial(_add, request=assembler.request))
+            while not all(assembler.finished for assembler in assemblers):
+                burst = []
                 for delta in await mailbox.get():
-                    output = assembler.feed(delta)
+                    position = positions[delta.request_id]
+                    output = assemblers[position].feed(delta)
                     if output is None:
                         continue
                     if output.finish_reason is not None and delta.finish_reason is None:
-                        self._abort(request.id, delta.index)  # a stop string, which only text can show
-                    yield output
+                        self._abort(delta.request_id, delta.index)  # a stop string, which only text can show
+                    burst.append((position, output))
+                if burst:
+                    yield burst
         finally:
-            del self._mailboxes[request.id]
-            if not assembler.finished:
-                self._abort(request.id)
+            for assembler in assemblers:
+                self._mailboxes.pop(assembler.request.id, None)
+                if not assembler.finished:
+                    self._abort(assembler.request.id)
 
     def abort(self, request_id: str) -> None:
-        """End a request; its stream raises `EngineDeadError` no further and simply ends. Unknown ids are fine."""
+        """End a request: its stream simply ends, its answers with "abort". Unknown ids are fine."""
         mailbox = self._mailboxes.get(request_id)
         if mailbox is not None:
             self._abort(request_id)
@@ -248,6 +271,10 @@ class AsyncLLMEngine:
     async def list_loras(self) -> list[AdapterVersion]:
         """Loaded adapters in the order they came."""
         return self.intake.registry.versions()
+
+    def loaded_at(self, version: AdapterVersion) -> float:
+        """When a version was loaded, in seconds of `time.time()`."""
+        return self._loaded_at[version.id]
 
     @property
     def _parts(self) -> Built:
@@ -279,6 +306,7 @@ class AsyncLLMEngine:
             weights = await anyio.to_thread.run_sync(self._parts.load, lora)
             self._sources[weights.version.id] = lora
             self._post(lambda engine: engine.add_adapter(weights))
+            self._loaded_at[weights.version.id] = time.time()
             registry.publish(lora, weights.version)
             future.set_result(weights.version)
             return weights.version
@@ -315,14 +343,16 @@ class AsyncLLMEngine:
 
     def _run(self, engine: Engine) -> None:
         try:
-            while not self._stopping:
-                self._wake.clear()
+            while True:
+                self._wake.clear()  # before reading what it announces, or the last word could be missed
+                if self._stopping:
+                    return
                 while self._inbox:
                     self._inbox.popleft()(engine)
-                if engine.has_work and not engine.stalled:
-                    deltas = engine.step()
-                    self._to_loop(partial(self._deliver, deltas, engine.snapshot()))
-                else:
+                working = engine.has_work and not engine.stalled
+                deltas = engine.step() if working else []
+                self._to_loop(partial(self._deliver, deltas, engine.snapshot()))
+                if not working:
                     self._wake.wait()
         except BaseException as error:
             self._to_loop(partial(self._fail, error))
@@ -350,6 +380,10 @@ class AsyncLLMEngine:
         except AioloraError as error:
             message = partial(_failed, version=version, error=error)
         self._post(message)
+
+
+def _add(engine: Engine, *, request: Request) -> None:
+    engine.add(request)
 
 
 def _landed(engine: Engine, *, version: AdapterVersion, weights: AdapterWeights) -> None:

@@ -14,10 +14,10 @@ from aiolora.engine.runner import Flight, Landed, Runner
 from aiolora.engine.sampler import Sampled
 from aiolora.engine.scheduler import Batch, Scheduled, Scheduler
 from aiolora.engine.sequence import Sequence
-from aiolora.errors import AdapterChangedError, NonFiniteLogitsError
+from aiolora.errors import AdapterChangedError, AdapterMemoryError, NonFiniteLogitsError
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.residency import Residency
-from aiolora.types import AdapterVersion, FinishReason, Request, TokenDelta
+from aiolora.types import AdapterVersion, FinishReason, Mix, Request, TokenDelta
 
 
 class Store(Protocol):
@@ -34,6 +34,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     free_pages: int
     num_pages: int
     preemptions: int
+    cached_tokens: int  # prompt tokens that the prefix cache had, since the start
     resident_adapters: tuple[str, ...]  # NAME@DIGEST12 on the device
     steps: int
 
@@ -63,6 +64,7 @@ class Engine:
         ends: Ends,
         seed: int,
         read_again: Callable[[AdapterVersion], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
@@ -71,7 +73,9 @@ class Engine:
         self._ends = ends
         self._random = random.Random(seed)
         self._read_again = read_again
+        self._clock = clock
         self._reading: set[int] = set()
+        self._stalled = False  # the last step found nothing to do and nothing has come since
         self._sequences: dict[str, list[Sequence]] = {}
         self._in_flight: Flight | None = None
         self._arrivals = 0
@@ -85,11 +89,18 @@ class Engine:
 
     @property
     def stalled(self) -> bool:
-        """Whether nothing can happen before an adapter lands."""
-        return bool(self._reading) and not self.scheduler.running and not self._in_flight and not self._undelivered
+        """Whether a step would do nothing before an adapter lands or somebody calls."""
+        return self._stalled and bool(self._reading) and not self._undelivered
 
     def add(self, request: Request) -> None:
-        """Let the request's n sequences wait. The request was checked by who made it."""
+        """Let the request's n sequences wait. The request was checked by who made it.
+
+        A mix that does not fit onto the device ends with `AdapterMemoryError`: it would wait for ever.
+        """
+        self._stalled = False
+        if request.mix is not None and not self._residency.fits(request.mix.versions):
+            self._refuse(request, request.mix)
+            return
         seed = self._random.getrandbits(63) if request.params.seed is None else request.params.seed
         limit = self._ends.max_model_len
         if request.params.max_tokens is not None:
@@ -104,6 +115,10 @@ class Engine:
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End what is left of a request, or of one of its answers, without a delta; unknown and ended ones are fine."""
+        self._stalled = False
+        self._undelivered = [
+            delta for delta in self._undelivered if delta.request_id != request_id or index not in (None, delta.index)
+        ]
         for seq in list(self._sequences.get(request_id, [])):
             if index is None or seq.index == index:
                 self.scheduler.finish(seq, "abort")
@@ -111,7 +126,8 @@ class Engine:
 
     def add_adapter(self, weights: AdapterWeights) -> None:
         """Keep a version that was just read in host memory."""
-        self._residency.store(weights.version, weights)
+        self._stalled = False
+        self._residency.store(weights.version, weights, wanted=self._wanted())
 
     def adapter_landed(self, version: AdapterVersion, weights: AdapterWeights) -> None:
         """`read_again(version)` brought these weights, in the name of `version` if they are the same."""
@@ -125,11 +141,13 @@ class Engine:
                 ),
             )
             return
+        self._stalled = False
         self._reading.discard(version.id)
-        self._residency.store(version, weights)
+        self._residency.store(version, weights, wanted=self._wanted())
 
     def adapter_failed(self, version: AdapterVersion, error: Exception) -> None:
         """`read_again(version)` failed: whoever waits for it fails, nobody else."""
+        self._stalled = False
         self._reading.discard(version.id)
         for seq in list(self.scheduler.waiting()):
             if seq.mix is not None and version in seq.mix.versions:
@@ -138,7 +156,7 @@ class Engine:
     def step(self) -> list[TokenDelta]:
         """Launch the next step, settle the one before (or this one, where the runner does not overlap)."""
         self._place()
-        batch = self.scheduler.schedule(time.monotonic())
+        batch = self.scheduler.schedule(self._clock(), self._reading)
         launched = self._runner.launch(batch) if batch.runs else None
         deltas, self._undelivered = self._undelivered, []
         landing = self._in_flight if self._runner.overlaps else launched
@@ -146,6 +164,7 @@ class Engine:
         if landing is not None:
             self._steps += 1
             deltas += self._settle(landing.batch, landing.land())
+        self._stalled = launched is None and landing is None and not deltas
         return deltas
 
     def snapshot(self) -> Snapshot:
@@ -157,32 +176,44 @@ class Engine:
             free_pages=pool.num_available,
             num_pages=pool.num_pages,
             preemptions=self.scheduler.num_preemptions,
+            cached_tokens=self.scheduler.num_cached_tokens,
             resident_adapters=tuple(version.label for version in self._residency.resident()),
             steps=self._steps,
         )
 
     def _place(self) -> None:
-        """Bring what the next steps need onto the device, as far as there is room; nobody waits for it."""
-        wanted = self.scheduler.wanted()
-        spared = {version.id for version in wanted}
-        for version in wanted:
-            if self._residency.on_device(version) or version.id in self._reading:
-                continue
-            if not self._residency.in_host(version):
-                self._reading.add(version.id)
-                self._read_again(version)
-            if self._residency.in_host(version):
-                placement = self._residency.place(version, wanted=spared)
-                if placement is not None and self._store is not None:
-                    self._store.write(placement.weights, placement.pages)
+        """Bring what the next steps need onto the device, as far as there is room; nobody waits for it.
+
+        A mix may take the room of those behind it in line: were they spared too, two that do not fit together could
+        each wait for the other.
+        """
+        spared: set[int] = set()
+        for mix in self.scheduler.wanted():
+            spared.update(version.id for version in mix.versions)
+            for version in mix.versions:
+                if not self._residency.on_device(version) and version.id not in self._reading:
+                    self._bring(version, spared)
+
+    def _bring(self, version: AdapterVersion, spared: set[int]) -> None:
+        if not self._residency.in_host(version):
+            self._reading.add(version.id)
+            self._read_again(version)
+        if self._residency.in_host(version):
+            placement = self._residency.place(version, wanted=spared)
+            if placement is not None and self._store is not None:
+                self._store.write(placement.weights, placement.pages)
+
+    def _wanted(self) -> set[int]:
+        return {version.id for mix in self.scheduler.wanted() for version in mix.versions}
 
     def _settle(self, batch: Batch, landed: Landed) -> list[TokenDelta]:
         """Append what a step brought and end what has ended."""
         for run, sampled, prompt in zip(batch.runs, landed.sampled, landed.prompt):
             if prompt:
                 self._keep_prompt_logprobs(run, prompt)
-            if sampled is not None and not math.isfinite(sampled.logprob):
+            if not all(math.isfinite(one.logprob) for one in (*prompt, sampled) if one is not None):
                 self._end(run.seq, "error", NonFiniteLogitsError(f"request {run.seq.request.id!r}: logits are NaN"))
+                self.scheduler.distrust(run.seq)
             self.scheduler.land(run)
             if sampled is not None and not run.seq.finished:
                 self._append(run.seq, sampled)
@@ -222,6 +253,17 @@ class Engine:
         if len(seq.tokens) >= seq.max_length:
             return "length", None
         return None, None
+
+    def _refuse(self, request: Request, mix: Mix) -> None:
+        """End every answer of a request whose adapters are too large together."""
+        error = AdapterMemoryError(
+            "+".join(version.name for version in mix.versions),
+            "together they need more rank pages than the room for adapters has; raise --lora-memory",
+        )
+        self._undelivered += [
+            TokenDelta(request.id, index, token_id=None, finish_reason="error", error=error)
+            for index in range(request.params.n)
+        ]
 
     def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
         """End `seq` without a token."""

@@ -38,8 +38,12 @@ class Assembler:
         """
         if delta.error is not None:
             raise delta.error
+        if delta.token_id is None:  # the whole request was ended from outside
+            for answer in self._answers:
+                answer.finish_reason = answer.finish_reason or delta.finish_reason
+            return None
         answer = self._answers[delta.index]
-        if answer.finish_reason is not None or delta.token_id is None:
+        if answer.finish_reason is not None:
             return None
         now = time.monotonic()
         self._metrics.first_token_time = self._metrics.first_token_time or now

@@ -1,8 +1,9 @@
 """Scheduler: which sequences run in the next step, and how many of their tokens. Pure Python, no torch."""
 
 import heapq
+from bisect import insort
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -72,6 +73,7 @@ class Scheduler:
         self._queues: dict[Mix | None, deque[Sequence]] = {}
         self._active: Counter[Mix] = Counter()  # mixes of sequences that hold leases
         self.num_preemptions = 0
+        self.num_cached_tokens = 0  # prompt tokens that the prefix cache had
 
     @property
     def num_waiting(self) -> int:
@@ -87,15 +89,11 @@ class Scheduler:
             yield from queue
 
     def add(self, seq: Sequence) -> None:
-        """Let `seq` wait, behind those of its mix that came before it."""
-        queue = self._queues.setdefault(seq.mix, deque())
-        if queue and queue[0].number > seq.number:
-            queue.appendleft(seq)  # preempted: it came before all that wait
-        else:
-            queue.append(seq)
+        """Let `seq` wait, behind those of its mix that came before it; a preempted one came before some that wait."""
+        insort(self._queues.setdefault(seq.mix, deque()), seq, key=lambda other: other.number)
 
-    def wanted(self) -> list[AdapterVersion]:
-        """Versions that the next steps need on the device: of running sequences, then of waiting heads by arrival.
+    def wanted(self) -> list[Mix]:
+        """Mixes that the next steps need on the device: of running sequences, then of waiting heads by arrival.
 
         At most `max_loras` mixes: looking further ahead would evict what is about to run.
         """
@@ -103,10 +101,13 @@ class Scheduler:
         for seq in self._heads():
             if seq.mix is not None and len(mixes) < self.limits.max_loras:
                 mixes[seq.mix] = None
-        return list(dict.fromkeys(version for mix in mixes for version in mix.versions))
+        return list(mixes)
 
-    def schedule(self, now: float) -> Batch:
-        """The next step. Sequences in it have their pages and leases; `num_computed` counts them as computed."""
+    def schedule(self, now: float, arriving: Collection[int] = ()) -> Batch:
+        """The next step. Sequences in it have their pages and leases; `num_computed` counts them as computed.
+
+        `arriving`: ids of versions that are being read; who waits for one of them holds up nobody.
+        """
         batch = Batch()
         budget = self.limits.max_num_batched_tokens
         preemptions = self.num_preemptions
@@ -119,7 +120,7 @@ class Scheduler:
             if self._grow(seq, seq.num_computed + count):
                 budget -= self._launch(batch, seq, count)
         if self.num_preemptions == preemptions:  # else the preempted would come straight back
-            self._admit(batch, budget, now)
+            self._admit(batch, budget, now, arriving)
         batch.runs.sort(key=lambda run: run.count > 1)
         return batch
 
@@ -137,6 +138,11 @@ class Scheduler:
             self._give_back(seq)
             if seq.status is Status.WAITING:
                 self.add(seq)
+
+    def distrust(self, seq: Sequence) -> None:
+        """`seq` got NaN: nobody may find what it has read or computed, or every retry would get NaN again."""
+        for index in range(len(seq.tokens) // self.limits.page_size):
+            self.pool.forget(seq.page_key(index, self.limits.page_size))
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End `seq` wherever it is; idempotent. Its pages are free once no launched step can write to them."""
@@ -160,7 +166,7 @@ class Scheduler:
             assert seq.holds
             assert len(seq.pages) >= -(-seq.num_computed // self.limits.page_size)
 
-    def _admit(self, batch: Batch, budget: int, now: float) -> None:
+    def _admit(self, batch: Batch, budget: int, now: float, arriving: Collection[int]) -> None:
         """Let waiting heads in by order of arrival."""
         closed = False
         heads = [(queue[0].number, queue[0]) for queue in self._queues.values()]
@@ -168,7 +174,8 @@ class Scheduler:
         while heads and budget > 0 and len(self.running) < self.limits.max_num_seqs:
             _, seq = heapq.heappop(heads)
             if seq.mix is not None and (closed or not self._adapters_ready(seq.mix)):
-                closed = closed or now - seq.request.arrival_s >= self.limits.patience_s
+                if not any(version.id in arriving for version in seq.mix.versions):
+                    closed = closed or now - seq.request.arrival_s >= self.limits.patience_s
                 continue
             if self._held_back(seq):
                 continue
@@ -214,6 +221,7 @@ class Scheduler:
             return 0
         seq.pages = [*cached, *fresh]
         seq.num_computed = seq.num_landed = start
+        self.num_cached_tokens += start
         seq.status = Status.RUNNING
         seq.holds = True
         self.running.append(seq)

@@ -3,6 +3,7 @@
 Formats: `LoraConfig` of PEFT (https://huggingface.co/docs/peft/package_reference/lora), read from adapter_config.json.
 """
 
+import functools
 import math
 import re
 from typing import Any
@@ -34,7 +35,8 @@ _NOT_SERVED = {
 
 _PLAIN_NAME = re.compile(r"[\w.]+")
 _QUANTIFIED_GROUP = re.compile(r"\)[*+?{]")
-_MAX_PATTERN = 256
+_QUANTIFIER = re.compile(r"(?<!\()[*+?{]+")
+_MAX_PATTERN, _MAX_QUANTIFIERS, _MAX_REGEXES = 256, 4, 64  # 4 quantifiers need at most 0.8 ms a module, 6 need 31
 
 
 class PeftConfig(Struct, frozen=True):
@@ -46,6 +48,8 @@ class PeftConfig(Struct, frozen=True):
     lora_alpha: float = 8
     use_rslora: bool = False
     target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     bias: str = "none"
@@ -59,6 +63,19 @@ class PeftConfig(Struct, frozen=True):
     def rank(self, module: str) -> int:
         """The rank that the config gives to `module`, after rank_pattern."""
         return self.rank_pattern.get(_matching(self.rank_pattern, module) or "", self.r)
+
+    def spares(self, module: str) -> bool:
+        """Whether exclude_modules or layers_to_transform keep `module` out of target_modules."""
+        excluded, layers = self.exclude_modules or [], self.layers_to_transform
+        if isinstance(excluded, str):
+            if re.fullmatch(excluded, module):
+                return True
+        elif any(module == name or module.endswith("." + name) for name in excluded):
+            return True
+        if layers is None or layers == []:
+            return False
+        layer = re.match(r".*\.[^.]*\.(\d+)\.", module)
+        return layer is None or int(layer[1]) not in ([layers] if isinstance(layers, int) else layers)
 
 
 def parse_config(adapter: str, data: bytes) -> PeftConfig:
@@ -86,25 +103,46 @@ def parse_config(adapter: str, data: bytes) -> PeftConfig:
         )
     if config.r < 1 or not math.isfinite(config.lora_alpha):
         raise AdapterFormatError(adapter, f"r={config.r}, lora_alpha={config.lora_alpha}: r must be at least 1")
-    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+    patterns = [*config.rank_pattern, *config.alpha_pattern]
+    if isinstance(config.exclude_modules, str):
+        patterns.append(config.exclude_modules)
+    regexes = [pattern for pattern in patterns if not _is_plain(pattern)]
+    if len(regexes) > _MAX_REGEXES:
+        raise AdapterUnsupportedError(
+            adapter, f"{len(regexes)} patterns are regular expressions, the limit is {_MAX_REGEXES}; name the modules"
+        )
+    for pattern in regexes:
         _check_pattern(adapter, pattern)
     return config
 
 
 def _matching(patterns: dict[str, Any], module: str) -> str | None:
     """The first pattern that stands for `module`: the whole of it or its end behind a dot, as PEFT matches."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
+    return next((pattern for pattern in patterns if _whole(pattern).match(module)), None)
+
+
+def _is_plain(pattern: str) -> bool:
+    return len(pattern) <= _MAX_PATTERN and _PLAIN_NAME.fullmatch(pattern) is not None
 
 
 def _check_pattern(adapter: str, pattern: str) -> None:
-    """A pattern is a regex by PEFT's rule; refuse one that could run for minutes (nested quantifiers)."""
-    if _PLAIN_NAME.fullmatch(pattern) and len(pattern) <= _MAX_PATTERN:
-        return
-    if len(pattern) > _MAX_PATTERN or _QUANTIFIED_GROUP.search(pattern):
+    """A pattern is a regex by PEFT's rule; refuse one that could run for minutes (nested or many quantifiers)."""
+    if (
+        len(pattern) > _MAX_PATTERN
+        or _QUANTIFIED_GROUP.search(pattern)
+        or len(_QUANTIFIER.findall(pattern)) > _MAX_QUANTIFIERS
+    ):
         raise AdapterUnsupportedError(
-            adapter, f"pattern {pattern[:80]!r} repeats a group or is over {_MAX_PATTERN} characters; name the modules"
+            adapter,
+            f"pattern {pattern[:80]!r} repeats a group, has over {_MAX_QUANTIFIERS} quantifiers or over {_MAX_PATTERN} "
+            "characters; name the modules",
         )
     try:
-        re.compile(pattern)
-    except re.error as error:
+        _whole(pattern)
+    except (re.error, OverflowError) as error:
         raise AdapterFormatError(adapter, f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+@functools.lru_cache(maxsize=4096)  # a pattern a module is usual (EVA), re's own cache holds 512
+def _whole(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")

@@ -8,8 +8,10 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from aiolora.types import AdapterVersion, LoRARequest, SitePages
 logger = logging.getLogger(__name__)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_HEADS = ("lm_head", "embed_tokens")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
 _MAX_HEADER, _MAX_TENSORS, _MAX_CONFIG = 4 << 20, 20_000, 1 << 20
@@ -130,13 +133,13 @@ def build(
 
 
 def _locate(name: str, path: str) -> Path:
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(path))
+    if not os.path.isdir(folder):  # unlike Path.is_dir it never raises, however strange the path
         try:
             folder = fetch(path, (CONFIG, TENSORS))
         except FileNotFoundError as error:
             raise AdapterNotFoundError(name, f"no adapter found at {path!r}: {error}") from error
-    if not (folder / CONFIG).is_file():
+    if not os.path.isfile(folder / CONFIG):
         raise AdapterNotFoundError(name, f"no adapter found at {path!r}: it holds no {CONFIG}")
     return folder
 
@@ -184,9 +187,11 @@ def _check_header(name: str, data: bytes) -> None:
         pairs = json.loads(data[8 : 8 + length], object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(name, f"{TENSORS} has no JSON header: {error}") from None
-    if not isinstance(pairs, list) or len(pairs) > _MAX_TENSORS:
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise AdapterFormatError(name, f"{TENSORS} has a header that is no JSON object")
+    if len(pairs) > _MAX_TENSORS:
         raise AdapterFormatError(name, f"{TENSORS} names over {_MAX_TENSORS} tensors")
-    twice = [key for key, count in Counter(pair[0] for pair in pairs if len(pair) == 2).items() if count > 1]
+    twice = [key for key, count in Counter(pair[0] for pair in pairs).items() if count > 1]
     if twice:
         raise AdapterFormatError(name, f"{TENSORS} names {twice[0]!r} twice")
 
@@ -202,9 +207,15 @@ def _factors(
         if match is None:
             strange.append(key)
             continue
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise AdapterFormatError(name, f"{key} ({tensor.dtype}) holds values that are not finite floats")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.to(layout.dtype)).all():
+            raise AdapterFormatError(
+                name, f"{key} ({tensor.dtype}) holds values that are not finite floats in {layout.dtype}"
+            )
         found.setdefault(match["module"], {})[match["factor"]] = tensor
+    if heads := [head for head in _HEADS if any(f".{head}." in f".{key}" for key in tensors)]:
+        raise AdapterUnsupportedError(
+            name, f"tensors of {' and '.join(heads)} are not served; retrain without them in target_modules"
+        )
     if strange:
         raise AdapterUnsupportedError(
             name, f"{len(strange)} tensors are no lora_A/lora_B of a linear module and not served: {strange[:3]}"
@@ -221,9 +232,15 @@ def _factors(
         )
     if isinstance(config.target_modules, list):
         for wanted in config.target_modules:
-            if not any(module == wanted or module.endswith("." + wanted) for module in found):
+            meant = _named(wanted, layout.targets)
+            if not _named(wanted, found) and not (meant and all(config.spares(module) for module in meant)):
                 raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
     return {module: (found[module]["A"], found[module]["B"]) for module in sorted(found)}
+
+
+def _named(target: str, modules: Iterable[str]) -> list[str]:
+    """The modules that `target` of a list in target_modules stands for."""
+    return [module for module in modules if module == target or module.endswith("." + target)]
 
 
 def _checked_rank(name: str, config: PeftConfig, module: str, a: Tensor, b: Tensor, inputs: int, outputs: int) -> int:

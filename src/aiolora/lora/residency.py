@@ -34,14 +34,18 @@ class Residency(Generic[W]):
         self._device: OrderedDict[int, tuple[AdapterVersion, dict[int, list[int]]]] = OrderedDict()
         self._leases: Counter[int] = Counter()
 
-    def store(self, version: AdapterVersion, weights: W) -> None:
-        """Keep `weights` in host memory, evicting the least recently used above the limit."""
+    def store(self, version: AdapterVersion, weights: W, *, wanted: Collection[int] = ()) -> None:
+        """Keep `weights` in host memory, evicting the least recently used above the limit.
+
+        Versions whose ids are `wanted` are spared: two that wait for room must not push each other out.
+        """
         self._host[version.id] = (version, weights)
         self._host.move_to_end(version.id)
         for old in list(self._host):
             if len(self._host) <= self._max_host:
                 break
-            if old != version.id and not self._leases[old] and self._host[old][0].source is not None:
+            spared = old == version.id or self._leases[old] or old in wanted
+            if not spared and self._host[old][0].source is not None:
                 del self._host[old]
 
     def in_host(self, version: AdapterVersion) -> bool:
@@ -49,6 +53,13 @@ class Residency(Generic[W]):
 
     def on_device(self, version: AdapterVersion) -> bool:
         return version.id in self._device
+
+    def fits(self, versions: Collection[AdapterVersion]) -> bool:
+        """Whether they could be on the device together, were nothing else there."""
+        needs: Counter[int] = Counter()
+        for version in set(versions):
+            needs.update({site.kind: site.count for site in version.pages})
+        return all(count <= self._pools[kind].num_pages for kind, count in needs.items())
 
     def resident(self) -> list[AdapterVersion]:
         """Versions on the device, least recently used first."""

@@ -80,7 +80,7 @@ def read_gguf(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[np.float32
 
 def _dequantise(blocks: NDArray[np.uint8], kind: int) -> NDArray[np.float32]:
     if kind == 0:
-        return blocks.reshape(-1).view(np.float32)
+        return blocks.reshape(-1).view(np.float32).copy()  # not a view of the read-only bytes
     if kind == 1:
         return blocks.reshape(-1).view(np.float16).astype(np.float32)
     scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)

@@ -1,9 +1,10 @@
 """Where a model lives, and its tensors streamed from safetensors into the parameters that take them."""
 
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -23,8 +24,8 @@ def locate(model: str, *, only: tuple[str, ...] = _FILES) -> Path:
     """
     if model == EMBEDDED:
         return pull()
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(model))
+    if not os.path.isdir(folder):  # unlike Path.is_dir it never raises, however strange the path
         try:
             folder = fetch(model, only)
         except FileNotFoundError as error:
@@ -79,10 +80,21 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise WeightsError(f"{file}: not a whole safetensors file: {error}") from error
 
 
+class _Index(msgspec.Struct):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, str]  # tensor -> file
+
+
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise WeightsError(f"{index} is no index of shards: {error}") from None
+        if outside := [name for name in names if Path(name).name != name]:
+            raise WeightsError(f"{index} names {outside[0]!r}, which is no file of this folder")
         files = [folder / name for name in names]
     else:
         files = [folder / "model.safetensors"]

@@ -1,0 +1,5 @@
+"""The OpenAI-compatible server. Needs the extra `aiolora[server]`."""
+
+from aiolora.api.app import create_app
+
+__all__ = ["create_app"]

@@ -1,0 +1,130 @@
+"""What a client is told when something goes wrong: one table, one body, in OpenAI's shape.
+
+{"error": {"message", "type", "param", "code"}}
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import TypeAlias
+
+from litestar import Request, Response
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+from msgspec import Struct
+
+from aiolora.errors import (
+    AdapterConflictError,
+    AdapterError,
+    AdapterNotFoundError,
+    EngineDeadError,
+    NonFiniteLogitsError,
+    RequestError,
+    UnknownModelError,
+)
+
+logger = logging.getLogger(__name__)
+
+HTTPRequest: TypeAlias = Request[object, object, State]
+
+_MAX_MESSAGE = 2000
+_PATH = re.compile(
+    r"""(?P<quote>['"])(?:~|\.{0,2})/(?:(?!(?P=quote)).)*(?P=quote)"""  # in quotes, blanks and all
+    r"""|(?<![\w.~/])(?:~|\.{0,2})/[^\s'",;:()]+"""
+)
+
+
+class MalformedBodyError(RequestError):
+    """The body is no JSON object."""
+
+
+class ErrorDetail(Struct, frozen=True):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(Struct, frozen=True):
+    """The body of every answer that is not good, and the last frame of a stream that fails."""
+
+    error: ErrorDetail
+
+
+class _Row(Struct, frozen=True):
+    status: int
+    type: str
+    code: str
+    says: str | None = None  # instead of the error's own text, where that is not for clients
+
+
+_INTERNAL = _Row(500, "server_error", "internal_error", "the server failed on this request; its log has the details")
+_TABLE: dict[type[BaseException], _Row] = {
+    UnknownModelError: _Row(404, "invalid_request_error", "model_not_found"),
+    MalformedBodyError: _Row(400, "invalid_request_error", "invalid_json"),
+    RequestError: _Row(400, "invalid_request_error", "invalid_value"),
+    AdapterNotFoundError: _Row(404, "invalid_request_error", "adapter_not_found"),
+    AdapterConflictError: _Row(400, "invalid_request_error", "adapter_conflict"),
+    AdapterError: _Row(422, "invalid_request_error", "adapter_unusable"),
+    NonFiniteLogitsError: _Row(500, "server_error", "non_finite_logits"),
+    EngineDeadError: _Row(503, "server_error", "engine_dead", "the engine has stopped; the server must be restarted"),
+    Exception: _INTERNAL,
+}
+_CODES = {404: "unknown_url", 405: "method_not_supported", 413: "request_too_large"}
+
+
+def describe(error: Exception) -> tuple[int, ErrorBody]:
+    """The status and body for an error. What nobody foresaw is logged here and told without details."""
+    row = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
+    if row is _INTERNAL:
+        logger.error("a request failed", exc_info=error)
+    message = str(error) if row.says is None else row.says
+    if isinstance(error, AdapterError):
+        message = without_folders(message)
+    param = error.param if isinstance(error, RequestError) else None
+    return row.status, ErrorBody(ErrorDetail(message[:_MAX_MESSAGE], row.type, param, row.code))
+
+
+@contextmanager
+def naming(**names: str) -> Iterator[None]:
+    """Errors about the engine's fields (keys) name the fields that the client sent (values)."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param in names:
+            error.param = names[error.param]
+        raise
+
+
+def without_folders(message: str) -> str:
+    """Every path in a message cut to its last component: where files lie is not the client's business."""
+
+    def last(match: re.Match[str]) -> str:
+        quote = match["quote"] or ""
+        return quote + match[0].strip(quote or None).rstrip("/").rsplit("/", 1)[-1] + quote
+
+    return _PATH.sub(last, message)
+
+
+def answer_error(_: HTTPRequest, error: Exception) -> Response[ErrorBody]:
+    """Litestar's exception handler for everything raised before a response has begun."""
+    status, body = describe(error)
+    return Response(body, status_code=status)
+
+
+def answer_http_error(request: HTTPRequest, error: HTTPException) -> Response[ErrorBody]:
+    """Litestar's own refusals: unknown routes, wrong methods, bodies over the limit."""
+    status = error.status_code
+    if status >= 500:
+        return answer_error(request, error)
+    message = f"{request.method} {request.url.path}: {HTTPStatus(status).phrase}"
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        message += f"; the limit is {request.app.request_max_body_size} bytes"
+    elif error.detail != HTTPStatus(status).phrase:
+        message += f"; {error.detail}"
+    detail = ErrorDetail(message[:_MAX_MESSAGE], "invalid_request_error", None, _CODES.get(status, "invalid_request"))
+    return Response(ErrorBody(detail), status_code=status, headers=error.headers)

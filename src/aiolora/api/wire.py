@@ -1,0 +1,228 @@
+"""OpenAI's shapes as Structs: what clients send and what they get. A field that is null or absent says nothing."""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal, TypeAlias
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from aiolora.types import FinishReason, Logprob, RequestOutput
+
+# ---- requests ----
+
+
+class StreamOptions(Struct, frozen=True):
+    """What a stream brings besides tokens."""
+
+    include_usage: bool | None = None
+
+
+class GenerationRequest(Struct, frozen=True, kw_only=True):
+    """What completions and chat have in common."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    # not served: refused by `decode` when they ask for something
+    response_format: object = None
+    structured_outputs: object = None
+    allowed_token_ids: object = None
+    bad_words: object = None
+    truncate_prompt_tokens: object = None
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+
+class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[int | str | list[int]]
+    max_tokens: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: object = None
+
+
+class ContentPart(Struct, frozen=True):
+    """A part of a message."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(Struct, frozen=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str | list[ContentPart]
+    name: str | None = None
+
+
+class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    tools: object = None
+    tool_choice: object = None
+    functions: object = None
+    function_call: object = None
+    chat_template: object = None
+    chat_template_kwargs: object = None
+    documents: object = None
+    continue_final_message: object = None
+
+
+# ---- responses ----
+
+
+class Usage(Struct, frozen=True):
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, outputs: Iterable[RequestOutput]) -> "Usage":
+        """A prompt counts once, however many answers it has."""
+        prompt = completion = 0
+        for output in outputs:
+            prompt += len(output.prompt_token_ids)
+            completion += sum(len(answer.token_ids) for answer in output.outputs)
+        return cls(prompt, completion, prompt + completion)
+
+
+PromptLogprobs: TypeAlias = list[dict[int, Logprob] | None]  # None: the first token has no probability
+
+
+class CompletionLogprobs(Struct):
+    """Four lists of one length; the first token of a prompt has no logprob."""
+
+    text_offset: list[int] = []
+    token_logprobs: list[float | None] = []
+    tokens: list[str] = []
+    top_logprobs: list[dict[str, float] | None] = []
+
+
+class CompletionChoice(Struct, frozen=True):
+    """One answer, or in a stream one token of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class Completion(Struct, frozen=True):
+    """The body of /v1/completions, and a chunk of its stream."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["text_completion"] = "text_completion"
+
+
+class TokenLogprob(Struct, frozen=True):
+    """A token and how likely it was; `bytes` is null where a token is no whole text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(TokenLogprob, frozen=True):
+    """The token that came, and the likeliest in its place."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    """One item a token."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(Struct, frozen=True):
+    """A whole answer."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(Struct, frozen=True):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletion(Struct, frozen=True):
+    """The body of /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class ChatDelta(Struct, frozen=True, omit_defaults=True):
+    """What a chunk adds to an answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Struct, frozen=True):
+    """One token of one answer, or its end."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | UnsetType | None = UNSET
+
+
+class ChatChunk(Struct, frozen=True):
+    """A chunk of the stream of /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

@@ -1,0 +1,203 @@
+"""Paged attention: rotary positions and the KV write in one op, then attention over the pages of each sequence.
+
+Shapes: T tokens of all sequences of the step, B sequences, H query heads, G key-value heads, D head size,
+P pages of `page_size` tokens. Caches are [P, page_size, G, D], one for keys and one for values a layer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aiolora.ops import native
+from aiolora.ops.linear import Partial, paid
+from aiolora.ops.norm import rms_norm
+from aiolora.ops.registration import define
+
+
+def rope_store(
+    y: Tensor,
+    bias: Tensor | None,
+    owed: list[Tensor],
+    where: list[int],
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Split a Partial's value [T, (H + 2 G) D] into q, k, v; norm (Qwen3), rotate and store: returns q [T, H, D].
+
+    `cos_sin` [positions, D] float32 holds cos | sin of half a head; halves are rotated (the Llama layout, RoFormer
+    arXiv 2104.09864). k and v of token t go to cache slot `slots[t]` = page * page_size + offset; -1: nowhere.
+    """
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    qkv = paid(y, bias, owed, where).to(y.dtype).view(y.shape[0], -1, head_dim)
+    q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    kept = slots >= 0
+    k_cache.flatten(0, 1)[slots[kept]] = _rotate(k, cos, sin).to(k_cache.dtype)[kept]
+    v_cache.flatten(0, 1)[slots[kept]] = v.to(v_cache.dtype)[kept]
+    return _rotate(q, cos, sin)
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    kv_lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Causal attention of q [T, H, D] over each sequence's own pages: [T, H * D].
+
+    Sequence b has queries `query_starts[b] : query_starts[b + 1]`, the last of its `kv_lengths[b]` tokens, whose keys
+    lie in pages `block_tables[b]` [B, max pages]. `window` > 0: a token sees itself and the window - 1 before it.
+    """
+    out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
+    _attend(out, q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window)
+    return out
+
+
+def _attend(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    kv_lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    window: int,
+    over: int = 0,
+) -> None:
+    """Write the rows of `out` whose sequence has more than `over` queries."""
+    page_size = k_cache.shape[1]
+    starts, lengths = query_starts.tolist(), kv_lengths.tolist()
+    for b, length in enumerate(lengths):
+        low, high = starts[b], starts[b + 1]
+        if high - low <= over:
+            continue
+        pages = block_tables[b, : -(-length // page_size)]
+        k = k_cache[pages].flatten(0, 1)[:length].transpose(0, 1).to(q.dtype)
+        v = v_cache[pages].flatten(0, 1)[:length].transpose(0, 1).to(q.dtype)
+        key = torch.arange(length, device=q.device)
+        query = torch.arange(length - (high - low), length, device=q.device).unsqueeze(1)
+        mask = key <= query
+        if window > 0:
+            mask &= key > query - window
+        seen = F.scaled_dot_product_attention(
+            q[low:high].transpose(0, 1).unsqueeze(0),
+            k.unsqueeze(0),
+            v.unsqueeze(0),
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[low:high] = seen.squeeze(0).transpose(0, 1).flatten(1)
+
+
+def _rope_store_cpu(
+    y: Tensor,
+    bias: Tensor | None,
+    owed: list[Tensor],
+    where: list[int],
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+) -> Tensor:
+    if not owed:
+        norms, caches = (q_norm, k_norm), (k_cache, v_cache)
+        q = native.rope_store(y, bias, norms, eps, cos_sin, positions, slots, caches, num_heads)
+        if q is not None:
+            return q
+    return rope_store(y, bias, owed, where, q_norm, k_norm, eps, cos_sin, positions, slots, k_cache, v_cache, num_heads)
+
+
+def _attention_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    kv_lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    served = native.attention(q, (k_cache, v_cache), block_tables, kv_lengths, query_starts, scale, window)
+    if served is None:
+        return attention(q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window)
+    out, left = served
+    if left:
+        over = native.MAX_QUERIES
+        _attend(out, q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, over)
+    return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+def _rope_store_fake(
+    y: Tensor,
+    bias: Tensor | None,
+    owed: list[Tensor],
+    where: list[int],
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+) -> Tensor:
+    return y.new_empty((y.shape[0], num_heads, k_cache.shape[3]))
+
+
+def _attention_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    kv_lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
+
+
+rope_store_op = define(rope_store, fake=_rope_store_fake, mutates=("k_cache", "v_cache"), cpu=_rope_store_cpu)
+attention_op = define(attention, fake=_attention_fake, cpu=_attention_cpu)
+
+
+def stored(
+    partial: Partial,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Pay what q, k and v owe, rotate q and k, write k and v to their slots: q [T, H, D]."""
+    q_norm, k_norm = norms or (None, None)
+    return rope_store_op(*partial.flat, q_norm, k_norm, eps, cos_sin, positions, slots, k_cache, v_cache, num_heads)

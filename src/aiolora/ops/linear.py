@@ -1,0 +1,152 @@
+"""A projection and what adapters add to it: shrink into the rank space, expand out of it, each token by its own pages.
+
+    h[t, s] = scale * (x[t] @ a[s, page].T)            for every page of the row of t, concatenated over pages
+    y[t, slice s] += h[t, s] @ b[page, :, slice s]
+
+Rank pages (the unified paging of S-LoRA, arXiv 2311.03285, with 8 ranks a page) carry no padding to the largest rank:
+a row lists the pages it has, and only those are read.
+
+Shapes: T tokens, S slices of a fused Linear (q k v; gate up), K in-features, N out-features of all slices,
+P pages, W pages a row at most, M rows (mixes) of this step, G tiles.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aiolora.ops import native
+from aiolora.ops.registration import define
+
+RANKS_PER_PAGE = 8
+
+
+class Rows(NamedTuple):
+    """The step's routing, shared by all Linears: which token belongs to which mix, and where its pages are."""
+
+    perm: Tensor  # [T'] int32, tokens that have an adapter, sorted by row
+    tiles: Tensor  # [G, 3] int32: (row, first position in perm, tokens); tokens 0: an empty tile
+    pages: Tensor  # [M, kinds, W] int32, -1 after the last page
+    scales: Tensor  # [M, kinds, W] float32, one for each page
+
+
+class Site(NamedTuple):
+    """Where the pool keeps one Linear's pages. Attached once; the addresses never change."""
+
+    kind: int  # index into the second axis of Rows.pages
+    a: Tensor  # [S, P, 8, K]
+    b: Tensor  # [P, 8, N]
+    bounds: list[int]  # S + 1 ends of the slices in N
+
+
+class Partial(NamedTuple):
+    """A projection whose adapters' share may still be owed: value = complete(self). Whoever reads it pays."""
+
+    y: Tensor  # [T, N] base product, without the bias
+    bias: Tensor | None = None  # [N], added after everything else
+    h: Tensor | None = None  # [T, S, W * 8] float32, scaled; None: nothing is owed
+    site: Site | None = None
+    rows: Rows | None = None
+
+    @property
+    def flat(self) -> tuple[Tensor, Tensor | None, list[Tensor], list[int]]:
+        """What every reading op begins with: y, bias, [h, b, perm, tiles, pages] or [], [kind, *bounds] or []."""
+        if self.h is None or self.site is None or self.rows is None:
+            return self.y, self.bias, [], []
+        site, rows = self.site, self.rows
+        return self.y, self.bias, [self.h, site.b, rows.perm, rows.tiles, rows.pages], [site.kind, *site.bounds]
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, site: Site | None, rows: Rows | None, *, whole: bool = False
+) -> Partial:
+    """`x` [T, K] times `weight` [N, K]: the base product, and what the adapters of `rows` owe on top of it.
+
+    `whole`: one kernel does all of it and nothing is owed (CPU, bfloat16, where `native` could be compiled).
+    """
+    if site is None or rows is None:
+        return Partial(whole_linear_op(x, weight, [], []) if whole else F.linear(x, weight), bias)
+    if whole:
+        return Partial(whole_linear_op(x, weight, [site.a, site.b, *rows], [site.kind, *site.bounds]), bias)
+    return Partial(F.linear(x, weight), bias, shrink_op(x, site.a, *rows, site.kind), site, rows)
+
+
+def shrink(x: Tensor, a: Tensor, perm: Tensor, tiles: Tensor, pages: Tensor, scales: Tensor, kind: int) -> Tensor:
+    """`x` [T, K] into rank space, scaled: float32 [T, S, W * 8]. Tokens without an adapter get zeros."""
+    slices, _, ranks, _ = a.shape
+    h = x.new_zeros((x.shape[0], slices, pages.shape[2] * ranks), dtype=torch.float32)
+    for row, start, count in tiles.tolist():
+        held = _held(pages, row, kind)
+        if count == 0 or len(held) == 0:
+            continue
+        tokens = perm[start : start + count]
+        scale = scales[row, kind, : len(held)].repeat_interleave(ranks)
+        for s in range(slices):
+            a_RK = a[s, held].flatten(0, 1)
+            h[tokens, s, : len(held) * ranks] = (x[tokens].to(a.dtype) @ a_RK.T).float() * scale
+    return h
+
+
+def complete(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int]) -> Tensor:
+    """`y` [T, N] plus what its adapters owe plus the bias, summed in float32: [T, N] in y's dtype."""
+    return paid(y, bias, owed, where).to(y.dtype, copy=True)
+
+
+def paid(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int]) -> Tensor:
+    """`complete` for the inside of other references: float32 where something was added, y itself where nothing was."""
+    if not owed and bias is None:
+        return y
+    out = y.to(torch.float32, copy=True)
+    if owed:
+        h, b, perm, tiles, pages = owed
+        kind, bounds = where[0], where[1:]
+        ranks = b.shape[1]
+        for row, start, count in tiles.tolist():
+            held = _held(pages, row, kind)
+            if count == 0 or len(held) == 0:
+                continue
+            tokens = perm[start : start + count]
+            b_RN = b[held].flatten(0, 1)
+            for s, (low, high) in enumerate(itertools.pairwise(bounds)):
+                h_TR = h[tokens, s, : len(held) * ranks]
+                out[tokens, low:high] += (h_TR.to(b.dtype) @ b_RN[:, low:high]).float()
+    return out if bias is None else out + bias.float()
+
+
+def whole_linear(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) -> Tensor:
+    """`complete(linear(x, ...))` [T, N] as one op; `adapters` is [a, b, perm, tiles, pages, scales] or empty."""
+    y = F.linear(x, weight)
+    if not adapters:
+        return y
+    a, b, perm, tiles, pages, scales = adapters
+    h = shrink(x, a, perm, tiles, pages, scales, where[0])
+    return complete(y, None, [h, b, perm, tiles, pages], where)
+
+
+def _whole_linear_cpu(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) -> Tensor:
+    y = native.linear(x, weight, adapters, where)
+    return whole_linear(x, weight, adapters, where) if y is None else y
+
+
+def _held(pages: Tensor, row: int, kind: int) -> Tensor:
+    held = pages[row, kind]
+    return held[held >= 0]
+
+
+def _shrink_fake(x: Tensor, a: Tensor, perm: Tensor, tiles: Tensor, pages: Tensor, scales: Tensor, kind: int) -> Tensor:
+    return x.new_empty((x.shape[0], a.shape[0], pages.shape[2] * a.shape[2]), dtype=torch.float32)
+
+
+def _complete_fake(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int]) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _whole_linear_fake(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+shrink_op = define(shrink, fake=_shrink_fake)
+complete_op = define(complete, fake=_complete_fake)
+whole_linear_op = define(whole_linear, fake=_whole_linear_fake, cpu=_whole_linear_cpu)

@@ -1,0 +1,48 @@
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467), alone and behind a residual addition."""
+
+import torch
+from torch import Tensor
+
+from aiolora.ops import native
+from aiolora.ops.linear import Partial, paid
+from aiolora.ops.registration import define
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """X / sqrt(mean(x^2) + eps) * weight over the last axis: float32 inside, x's dtype outside."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_norm(
+    y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int], residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(residual + value), residual + value) of a Partial's value: both [T, H] in residual's dtype."""
+    total = residual + paid(y, bias, owed, where).to(residual.dtype)
+    return rms_norm(total, weight, eps), total
+
+
+def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = native.rms_norm(x, weight, eps)
+    return rms_norm(x, weight, eps) if out is None else out
+
+
+def _add_norm_cpu(
+    y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int], residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    both = None if owed else native.add_norm(y, bias, residual, weight, eps)
+    return add_norm(y, bias, owed, where, residual, weight, eps) if both is None else both
+
+
+rms_norm_op = define(rms_norm, fake=lambda x, weight, eps: torch.empty_like(x), cpu=_rms_norm_cpu)
+add_norm_op = define(
+    add_norm,
+    fake=lambda y, bias, owed, where, residual, weight, eps: (torch.empty_like(residual), torch.empty_like(residual)),
+    cpu=_add_norm_cpu,
+)
+
+
+def norm_after(partial: Partial, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Pay what `partial` owes into the residual stream and normalise it: (normalised, residual)."""
+    return add_norm_op(*partial.flat, residual, weight, eps)

@@ -1,0 +1,16 @@
+"""The suite. Before anything imports huggingface_hub, its endpoint becomes a small hub of our own: no test goes out."""
+
+import atexit
+import os
+import tempfile
+
+from examples.local_hub import LocalHub
+
+HUB = LocalHub({})
+_home = tempfile.TemporaryDirectory()
+_running = HUB.running()
+_running.__enter__()
+os.environ |= {"HF_ENDPOINT": HUB.endpoint, "HF_HOME": _home.name, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+os.environ.pop("HF_HUB_OFFLINE", None)
+atexit.register(_running.__exit__, None, None, None)
+atexit.register(_home.cleanup)

@@ -1,0 +1,71 @@
+"""One real server for the folder: uvicorn on a free port in a thread of its own, so that clients can leave for real."""
+
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from openai import AsyncOpenAI
+
+from aiolora.api import create_app
+from aiolora.config import EngineArgs
+from aiolora.engine.async_engine import AsyncLLMEngine
+from aiolora.types import LoRARequest
+
+ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
+BASE = "smollm"
+LOADED = ("sql", "json", "pirate")
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where it listens, and the engine behind it (only its snapshot may be read from here)."""
+
+    url: str
+    engine: AsyncLLMEngine
+
+
+@pytest.fixture(scope="session")
+def server(one_thread: None) -> Iterator[Server]:
+    args = EngineArgs(
+        model="smollm2-135m",
+        dtype="float32",
+        device="cpu",
+        enable_lora=True,
+        max_loras=4,
+        max_model_len=1024,
+        max_num_seqs=64,
+        kv_cache_memory=512 << 20,
+    )
+    engine = AsyncLLMEngine.from_engine_args(args)
+    modules = [LoRARequest(name, number, str(ADAPTERS / name)) for number, name in enumerate(LOADED, start=1)]
+    app = create_app(engine, lora_modules=modules, served_model_name=BASE)
+    config = uvicorn.Config(app, port=0, http="h11", ws="none", log_level="warning", timeout_graceful_shutdown=5)
+    uv = uvicorn.Server(config)
+    thread = threading.Thread(target=uv.run, name="server")
+    thread.start()
+    try:
+        while not uv.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.05)
+        port = uv.servers[0].sockets[0].getsockname()[1]
+        yield Server(f"http://127.0.0.1:{port}", engine)
+    finally:
+        uv.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client

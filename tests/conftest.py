@@ -1,0 +1,47 @@
+"""Fixtures of the whole suite: tiny models and adapters, made once a session."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests import tiny
+
+ModelOf = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny matrices only lose by threads, and other work may share the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
+    """Family of `tiny.FAMILIES` -> the folder of such a model. Read only."""
+
+    @cache
+    def make(family: str) -> Path:
+        return tiny.make_model(tmp_path_factory.mktemp("models") / family.replace(" ", "-"), family)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hf_of(model_of: ModelOf) -> Callable[[str], nn.Module]:
+    """Family -> the same model, in transformers."""
+
+    @cache
+    def load(family: str) -> nn.Module:
+        return tiny.load_hf(model_of(family))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama over the bytes of text."""
+    return tiny.make_model(tmp_path_factory.mktemp("models") / "bytes", vocab_size=320, tie_word_embeddings=True)

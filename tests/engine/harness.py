@@ -1,0 +1,296 @@
+"""World: the real books on a fake device, each answer held against the one it would have got alone."""
+
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, cast
+
+from aiolora.engine.core import Ends, Engine
+from aiolora.engine.scheduler import Scheduler, SchedulerLimits
+from aiolora.engine.sequence import Sequence, Status
+from aiolora.errors import AdapterChangedError, AdapterError, AdapterMemoryError, NonFiniteLogitsError
+from aiolora.lora.loader import AdapterWeights
+from aiolora.lora.residency import Residency
+from aiolora.types import AdapterVersion, Mix, Request, SamplingParams, SitePages, TokenDelta
+from tests.engine.device import (
+    EOS,
+    NUM_KINDS,
+    POISON,
+    FakeRunner,
+    FakeStore,
+    FakeWeights,
+    InvariantError,
+    TrackedPool,
+    logprob_of,
+    require,
+    tags_of,
+    token_of,
+)
+
+
+@dataclass
+class Answer:
+    """One of a request's answers, as it came, beside what it would be alone."""
+
+    tokens: list[int]
+    tags: list[int] = field(default_factory=list)
+    num_output: int = 0
+    ended: str | None = None
+
+
+class Ticket:
+    """A request and the oracle's view of it."""
+
+    def __init__(self, request: Request, max_model_len: int) -> None:
+        self.request = request
+        self.answers = [Answer(list(request.prompt_token_ids)) for _ in range(request.params.n)]
+        self.max_length = min(max_model_len, len(request.prompt_token_ids) + (request.params.max_tokens or 10**9))
+        self.first_delta_s: float | None = None
+
+    @property
+    def open(self) -> bool:
+        return any(answer.ended is None for answer in self.answers)
+
+    def feed(self, delta: TokenDelta) -> None:
+        """Hold a delta with a token against the oracle."""
+        answer, params = self.answers[delta.index], self.request.params
+        tags = tags_of(self.request.mix, answer.tokens, answer.tags)
+        token = token_of(tags, cast("int", params.seed) + delta.index)
+        label = f"{self.request.id}[{delta.index}] token {answer.num_output}"
+        require(delta.token_id == token, "output equals the solo oracle", f"{label}: {delta.token_id} != {token}")
+        require(delta.logprob == logprob_of(tags[-1]), "logprob equals the solo oracle", label)
+        wanted = None
+        if params.prompt_logprobs is not None and answer.num_output == 0 and delta.index == 0:
+            prompt = self.request.prompt_token_ids
+            wanted = (None, *[((prompt[i], logprob_of(tags[i - 1]), 1),) for i in range(1, len(prompt))])
+        require(delta.prompt_logprobs == wanted, "prompt logprobs equal the solo oracle", label)
+        answer.tokens.append(token)
+        answer.num_output += 1
+        reason = None
+        if token in params.stop_token_ids or (token == EOS and not params.ignore_eos):
+            reason = "stop"
+        elif len(answer.tokens) >= self.max_length:
+            reason = "length"
+        require(delta.finish_reason == reason, "it ends where the solo oracle ends", label)
+        answer.ended = reason
+
+
+class ReadFailedError(AdapterError):
+    """The folder of an adapter could not be read again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of one walk's engine."""
+
+    limits: SchedulerLimits
+    num_pages: int
+    adapter_pages: int
+    max_host: int
+    max_model_len: int
+
+
+class World:
+    """One engine on a fake device, its adapters, its requests and its clock; checks itself after every operation."""
+
+    def __init__(self, shape: Shape, *, overlaps: bool, seed: int = 0) -> None:
+        self.shape = shape
+        self.now_s = 1000.0
+        self.pool = TrackedPool(shape.num_pages)
+        self.residency: Residency[AdapterWeights] = Residency(
+            num_kinds=NUM_KINDS, num_pages=shape.adapter_pages, max_host=shape.max_host
+        )
+        self.store = FakeStore()
+        self.scheduler = Scheduler(shape.limits, self.pool, self.residency)
+        self.runner = FakeRunner(shape.limits, self.pool, self.residency, self.store, overlaps=overlaps)
+        self.engine = Engine(
+            self.scheduler,
+            cast("Any", self.runner),
+            self.residency,
+            self.store,
+            ends=Ends(eos_token_ids=frozenset({EOS}), max_model_len=shape.max_model_len),
+            seed=seed,
+            read_again=self._read_again,
+            clock=lambda: self.now_s,
+        )
+        self.tickets: dict[str, Ticket] = {}
+        self.reads: dict[int, AdapterVersion] = {}  # asked for and not answered
+        self.answer_at_once: Callable[[AdapterVersion], str | None] = lambda version: "ok"
+        self.failures: dict[int, list[Exception]] = {}  # version id -> what its reads failed with
+        self.in_memory: list[AdapterVersion] = []
+        self._num_versions = 0
+        self._num_requests = 0
+
+    # -- adapters --
+
+    def version(self, name: str, needs: dict[int, int], *, source: str | None = "folder") -> AdapterVersion:
+        """A new version of `name`, in host memory."""
+        self._num_versions += 1
+        digest = sha256(f"{name} {self._num_versions}".encode()).hexdigest()
+        pages = tuple(SitePages(kind, count, 1.0) for kind, count in needs.items())
+        version = AdapterVersion(self._num_versions, name, digest, source, 8, pages, 0)
+        self.engine.add_adapter(self._weights(version))
+        if source is None:
+            self.in_memory.append(version)
+        return version
+
+    def answer(self, version: AdapterVersion, outcome: str) -> None:
+        """What `read_again(version)` brought: "ok", "changed" or "error"."""
+        del self.reads[version.id]
+        if outcome == "error":
+            failed = ReadFailedError(version.name, "the folder is gone")
+            self.failures.setdefault(version.id, []).append(failed)
+            self.engine.adapter_failed(version, failed)
+            return
+        self._num_versions += 1
+        digest = version.digest if outcome == "ok" else sha256(f"changed {self._num_versions}".encode()).hexdigest()
+        again = AdapterVersion(self._num_versions, version.name, digest, version.source, 8, version.pages, 0)
+        if outcome == "changed":
+            self.failures.setdefault(version.id, []).append(AdapterChangedError(version.name, ""))
+        self.engine.adapter_landed(version, self._weights(again))
+
+    def _weights(self, version: AdapterVersion) -> AdapterWeights:
+        return cast("AdapterWeights", FakeWeights(version))
+
+    def _read_again(self, version: AdapterVersion) -> None:
+        require(version.source is not None, "an adapter from memory cannot be read again", version.label)
+        require(version.id not in self.reads, "one read at a time", version.label)
+        self.reads[version.id] = version
+        outcome = self.answer_at_once(version)
+        if outcome is not None:
+            self.answer(version, outcome)
+
+    # -- requests --
+
+    def submit(self, prompt: Items[int], mix: Mix | None = None, *, id: str | None = None, **params: Any) -> Ticket:  # noqa: A002
+        self._num_requests += 1
+        params.setdefault("seed", self._num_requests * 1000)
+        request = Request(
+            id=id or f"r{self._num_requests}",
+            prompt_token_ids=tuple(prompt),
+            params=SamplingParams(**params),
+            mix=mix,
+            arrival_s=self.now_s,
+        )
+        ticket = self.tickets[request.id] = Ticket(request, self.shape.max_model_len)
+        self.engine.add(request)
+        return ticket
+
+    def abort(self, ticket: Ticket, index: int | None = None) -> None:
+        self.engine.abort(ticket.request.id, index)
+        for number, answer in enumerate(ticket.answers):
+            if index in (None, number) and answer.ended is None:
+                answer.ended = "abort"
+
+    def sequences(self, ticket: Ticket) -> list[Sequence]:
+        return [seq for seq in self.engine._sequences.get(ticket.request.id, []) if seq.request is ticket.request]
+
+    # -- time --
+
+    def step(self, *, dt_s: float = 0.01) -> list[TokenDelta]:
+        self.now_s += dt_s
+        stalled, launches = self.engine.stalled, self.runner.num_launches
+        deltas = self.engine.step()
+        if stalled:
+            require(not deltas and self.runner.num_launches == launches, "stalled, and yet there was work")
+        for delta in deltas:
+            self._deliver(delta)
+        return deltas
+
+    def drain(self, *, steps: int = 3000) -> None:
+        """Let everything end, and check that nothing is left."""
+        self.answer_at_once = lambda version: "ok"
+        for _ in range(steps):
+            for version in list(self.reads.values()):
+                self.answer(version, "ok")
+            if not self.engine.has_work:
+                break
+            require(not self.engine.stalled, "stalled without a read")
+            self.step(dt_s=0.05)
+            self.verify()
+        require(not self.engine.has_work, "it drains", f"{self.engine.snapshot()}")
+        unended = [ticket.request.id for ticket in self.tickets.values() if ticket.open]
+        require(not unended, "every request ends", unended)
+        require(not any(self.pool.refs(page) for page in range(self.pool.num_pages)), "all pages are free or idle")
+        require(self.pool.num_available == self.pool.num_pages, "all pages are available")
+        require(not self.residency._leases, "no leases are left")
+        require(self.scheduler.idle and not self.scheduler._active, "nothing is active")
+        require(not self.runner.outstanding and not self.engine._reading, "nothing is under way")
+
+    def _deliver(self, delta: TokenDelta) -> None:
+        ticket = self.tickets.get(delta.request_id)
+        if ticket is None:
+            raise InvariantError("a delta belongs to a request", delta.request_id)
+        answer = ticket.answers[delta.index]
+        label = f"{delta.request_id}[{delta.index}]"
+        require(answer.ended is None, "nothing follows the end", f"{label}: {answer.ended}, then {delta}")
+        if ticket.first_delta_s is None:
+            ticket.first_delta_s = self.now_s
+        if delta.token_id is not None:
+            ticket.feed(delta)
+            return
+        require(delta.finish_reason == "error", "a delta without a token ends with an error", delta)
+        answer.ended = "error"
+        self._check_error(ticket, delta)
+
+    def _check_error(self, ticket: Ticket, delta: TokenDelta) -> None:
+        """Only its own adapter, or its own numbers, can fail a request."""
+        error, mix = delta.error, ticket.request.mix
+        if isinstance(error, NonFiniteLogitsError):
+            found = [s for s in self.runner.truth if s.request is ticket.request and s.index == delta.index]
+            require(bool(found) and self.runner.truth[found[0]].non_finite, "its own logits were not finite")
+            size = self.shape.limits.page_size
+            for page in self.runner.truth[found[0]].table:
+                held = self.runner.kv[page * size : (page + 1) * size]
+                require(POISON not in held or not self.pool.keyed(page), "NaN is not left in the prefix cache", page)
+        elif isinstance(error, (AdapterChangedError, ReadFailedError)):
+            kinds = [type(one) for version in mix.versions for one in self.failures.get(version.id, [])] if mix else []
+            require(type(error) in kinds, "the adapter of this request failed", error)
+        else:
+            require(isinstance(error, AdapterMemoryError), "a known error", repr(error))
+            needs: Counter[int] = Counter()
+            for version in set(mix.versions) if mix else ():
+                needs.update({site.kind: site.count for site in version.pages})
+            require(max(needs.values()) > self.shape.adapter_pages, "too large for the room", needs)
+
+    # -- invariants --
+
+    def verify(self) -> None:
+        """All that must hold between two operations."""
+        self.scheduler.check()
+        scheduler, runner = self.scheduler, self.runner
+        runner.holders = holders = [seq for seq in runner.holders if seq.holds]
+        owners = Counter(page for seq in holders for page in seq.pages)
+        refs = {page: self.pool.refs(page) for page in range(self.pool.num_pages) if self.pool.refs(page)}
+        require(owners == refs, "refs equal owners", f"{dict(owners)} {refs}")
+        leases = Counter(version.id for seq in holders if seq.mix for version in seq.mix.versions)
+        require(leases == self.residency._leases, "leases equal holders", f"{leases} {self.residency._leases}")
+        active = Counter(seq.mix for seq in holders if seq.mix)
+        require(active == scheduler._active, "active mixes equal holders")
+        require(len(active) <= self.shape.limits.max_loras, "max_loras")
+        flights = Counter(work.seq for flight in runner.outstanding for work in flight.works)
+        size = self.shape.limits.page_size
+        for seq in holders:
+            require(seq.num_flights == flights[seq], "flights of a sequence", seq.num_flights)
+            require(len(seq.pages) == -(-seq.num_computed // size), "pages for what is computed", len(seq.pages))
+        self._verify_places(holders)
+        lost = [version for version in self.in_memory if not self.residency.in_host(version)]
+        require(not lost, "an adapter from memory stays in host memory", lost)
+
+    def _verify_places(self, holders: list[Sequence]) -> None:
+        scheduler = self.scheduler
+        waiting = list(scheduler.waiting())
+        for mix, queue in scheduler._queues.items():
+            numbers = [seq.number for seq in queue]
+            require(bool(queue) and numbers == sorted(numbers), "a queue is in order of arrival", numbers)
+            require(all(seq.mix == mix and seq.status is Status.WAITING for seq in queue), "a queue of one mix")
+        live = [seq for seqs in self.engine._sequences.values() for seq in seqs if not seq.finished]
+        places = Counter(map(id, [*scheduler.running, *waiting]))
+        places.update(id(seq) for seq in holders if seq.status is Status.WAITING and seq.num_flights)
+        require(places == Counter(map(id, live)), "each sequence is in one place", f"{len(places)} {len(live)}")
+        require(all(seq.status is Status.RUNNING for seq in scheduler.running), "running ones run")
+        promised = sum(answer.ended is None for ticket in self.tickets.values() for answer in ticket.answers)
+        undelivered = [delta for delta in self.engine._undelivered if delta.finish_reason]
+        require(promised == len(live) + len(undelivered), "whoever waits is known", f"{promised} {len(live)}")

@@ -1,0 +1,402 @@
+"""Bugs to plant: each is one that an engine of this kind has had, or this one had. The walks must find them all."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Collection
+from hashlib import blake2b, sha256
+from typing import Any
+
+import pytest
+
+from aiolora.engine.core import Engine
+from aiolora.engine.scheduler import Batch, Scheduler
+from aiolora.engine.sequence import Sequence, Status
+from aiolora.lora.residency import Placement, Residency
+from aiolora.pages import PagePool
+from aiolora.types import AdapterVersion, FinishReason, Mix
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+MUTANTS: dict[str, Plant] = {}
+
+
+def mutant(plant: Plant) -> Plant:
+    MUTANTS[plant.__name__] = plant
+    return plant
+
+
+# ---- pages ----
+
+
+@mutant
+def a_page_leaks(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._give_back
+
+    def give_back(self: Scheduler, seq: Sequence) -> None:
+        del seq.pages[-1:]
+        original(self, seq)
+
+    patch.setattr(Scheduler, "_give_back", give_back)
+
+
+@mutant
+def shared_pages_are_freed_twice(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._give_back
+
+    def give_back(self: Scheduler, seq: Sequence) -> None:
+        pages = seq.pages
+        original(self, seq)
+        self.pool.release([page for page in pages if self.pool.refs(page)])
+
+    patch.setattr(Scheduler, "_give_back", give_back)
+
+
+@mutant
+def a_shared_page_stays_idle(patch: pytest.MonkeyPatch) -> None:
+    def share(self: PagePool, pages: list[int]) -> None:
+        for page in pages:
+            self._refs[page] += 1
+
+    patch.setattr(PagePool, "share", share)
+
+
+def _give_back_at_once(patch: pytest.MonkeyPatch, *reasons: FinishReason) -> None:
+    original = Scheduler.finish
+
+    def finish(self: Scheduler, seq: Sequence, reason: FinishReason) -> None:
+        original(self, seq, reason)
+        if seq.holds and reason in reasons:
+            self._give_back(seq)
+
+    patch.setattr(Scheduler, "finish", finish)
+
+
+@mutant
+def aborted_pages_are_freed_before_landing(patch: pytest.MonkeyPatch) -> None:
+    _give_back_at_once(patch, "abort")
+
+
+@mutant
+def finished_pages_are_freed_before_landing(patch: pytest.MonkeyPatch) -> None:
+    _give_back_at_once(patch, "stop", "length")
+
+
+@mutant
+def preempted_pages_are_freed_before_landing(patch: pytest.MonkeyPatch) -> None:
+    def preempt(self: Scheduler, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.num_preemptions += 1
+        seq.status = Status.WAITING
+        self._give_back(seq)
+        self.add(seq)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+
+
+@mutant
+def page_table_is_stale_after_preemption(patch: pytest.MonkeyPatch) -> None:
+    tables: dict[Sequence, list[int]] = {}
+    preempt, start = Scheduler._preempt, Scheduler._start
+
+    def remember(self: Scheduler, seq: Sequence) -> None:
+        tables[seq] = list(seq.pages)
+        preempt(self, seq)
+
+    def reuse(self: Scheduler, seq: Sequence, budget: int) -> int:
+        count = start(self, seq, budget)
+        old = tables.pop(seq, [])
+        if count and len(old) >= len(seq.pages):
+            seq.pages = old[: len(seq.pages)]
+        return count
+
+    patch.setattr(Scheduler, "_preempt", remember)
+    patch.setattr(Scheduler, "_start", reuse)
+
+
+# ---- the prefix cache ----
+
+
+@mutant
+def prefix_key_has_no_adapter(patch: pytest.MonkeyPatch) -> None:
+    def page_key(self: Sequence, page_index: int, page_size: int) -> bytes:
+        return blake2b(repr(self.tokens[: (page_index + 1) * page_size]).encode(), digest_size=16).digest()
+
+    patch.setattr(Sequence, "page_key", page_key)
+
+
+def _mix_key(patch: pytest.MonkeyPatch, parts: Callable[[Mix], object]) -> None:
+    patch.setattr(Mix, "key", property(lambda mix: sha256(repr(parts(mix)).encode()).digest()))
+
+
+@mutant
+def prefix_key_has_the_name(patch: pytest.MonkeyPatch) -> None:
+    _mix_key(patch, lambda mix: [(version.name, weight) for version, weight in mix.parts])
+
+
+@mutant
+def prefix_key_has_no_weights(patch: pytest.MonkeyPatch) -> None:
+    _mix_key(patch, lambda mix: [version.digest for version, _ in mix.parts])
+
+
+@mutant
+def pages_are_published_at_launch(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._launch
+
+    def launch(self: Scheduler, batch: Batch, seq: Sequence, count: int) -> int:
+        original(self, batch, seq, count)
+        size = self.limits.page_size
+        for index in range(min(seq.num_computed, len(seq.tokens)) // size):
+            self.pool.keep(seq.pages[index], seq.page_key(index, size))
+        return count
+
+    patch.setattr(Scheduler, "_launch", launch)
+
+
+def _cached_pages(self: Scheduler, seq: Sequence, length: int) -> list[int]:
+    pages: list[int] = []
+    for index in range(length // self.limits.page_size if self.limits.prefix_caching else 0):
+        page = self.pool.find(seq.page_key(index, self.limits.page_size))
+        if page is None:
+            break
+        pages.append(page)
+    return pages
+
+
+@mutant
+def a_whole_prompt_comes_from_the_cache(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "_cached_pages", lambda self, seq: _cached_pages(self, seq, len(seq.tokens)))
+
+
+@mutant
+def prompt_logprobs_use_the_cache(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "_cached_pages", lambda self, seq: _cached_pages(self, seq, len(seq.tokens) - 1))
+
+
+@mutant
+def nan_stays_in_the_prefix_cache(patch: pytest.MonkeyPatch) -> None:
+    """This engine had it: pages of earlier chunks were known before the NaN was seen."""
+    patch.setattr(Scheduler, "distrust", lambda self, seq: None)
+
+
+# ---- adapters ----
+
+
+@mutant
+def a_leased_adapter_is_evicted(patch: pytest.MonkeyPatch) -> None:
+    original = Residency.place
+
+    def place(self: Residency[Any], version: AdapterVersion, *, wanted: Collection[int] = ()) -> Placement[Any] | None:
+        leases, self._leases = self._leases, Counter()
+        try:
+            return original(self, version)
+        finally:
+            self._leases = leases
+
+    patch.setattr(Residency, "place", place)
+
+
+@mutant
+def leases_of_several_answers_are_released_twice(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._give_back
+
+    def give_back(self: Scheduler, seq: Sequence) -> None:
+        original(self, seq)
+        for version in seq.mix.versions if seq.mix and seq.params.n > 1 else ():
+            self._residency.release(version)
+
+    patch.setattr(Scheduler, "_give_back", give_back)
+
+
+@mutant
+def max_loras_is_not_enforced(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "_adapters_ready", lambda self, mix: all(map(self._residency.on_device, mix.versions)))
+
+
+@mutant
+def a_placed_adapter_is_not_written_again(patch: pytest.MonkeyPatch) -> None:
+    original = Engine._bring
+    written: set[tuple[int, int]] = set()
+
+    def bring(self: Engine, version: AdapterVersion, spared: set[int]) -> None:
+        store = self._store
+        if (id(self), version.id) in written:
+            self._store = None
+        original(self, version, spared)
+        self._store = store
+        if self._residency.on_device(version):
+            written.add((id(self), version.id))
+
+    patch.setattr(Engine, "_bring", bring)
+
+
+@mutant
+def a_row_points_to_the_first_placement(patch: pytest.MonkeyPatch) -> None:
+    original = Residency.pages
+    first: dict[tuple[int, int], dict[int, list[int]]] = {}
+    patch.setattr(
+        Residency, "pages", lambda self, version: first.setdefault((id(self), version.id), original(self, version))
+    )
+
+
+@mutant
+def an_adapter_from_memory_is_evicted(patch: pytest.MonkeyPatch) -> None:
+    original = Residency.store
+
+    def store(self: Residency[Any], version: AdapterVersion, weights: Any, *, wanted: Collection[int] = ()) -> None:
+        original(self, version, weights, wanted=wanted)
+        for old in list(self._host)[: max(0, len(self._host) - self._max_host)]:
+            if old != version.id and not self._leases[old]:
+                del self._host[old]
+
+    patch.setattr(Residency, "store", store)
+
+
+@mutant
+def a_changed_adapter_is_taken(patch: pytest.MonkeyPatch) -> None:
+    def adapter_landed(self: Engine, version: AdapterVersion, weights: Any) -> None:
+        self._stalled = False
+        self._reading.discard(version.id)
+        self._residency.store(version, weights)
+
+    patch.setattr(Engine, "adapter_landed", adapter_landed)
+
+
+@mutant
+def a_failed_read_fails_everybody(patch: pytest.MonkeyPatch) -> None:
+    def adapter_failed(self: Engine, version: AdapterVersion, error: Exception) -> None:
+        self._stalled = False
+        self._reading.discard(version.id)
+        for seq in list(self.scheduler.waiting()):
+            if seq.mix is not None:
+                self._end(seq, "error", error)
+
+    patch.setattr(Engine, "adapter_failed", adapter_failed)
+
+
+@mutant
+def later_mixes_are_spared(patch: pytest.MonkeyPatch) -> None:
+    """This engine had it: two mixes that do not fit together waited for each other for ever."""
+
+    def place(self: Engine) -> None:
+        spared = self._wanted()
+        for mix in self.scheduler.wanted():
+            for version in mix.versions:
+                if not self._residency.on_device(version) and version.id not in self._reading:
+                    self._bring(version, spared)
+
+    patch.setattr(Engine, "_place", place)
+
+
+@mutant
+def a_mix_that_never_fits_waits(patch: pytest.MonkeyPatch) -> None:
+    """This engine had it: it waited for ever, and after its patience so did everybody with an adapter."""
+    patch.setattr(Residency, "fits", lambda self, versions: True)
+
+
+# ---- sequences and turns ----
+
+
+@mutant
+def nobody_loses_patience(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._admit
+    patch.setattr(
+        Scheduler, "_admit", lambda self, batch, budget, now, arriving: original(self, batch, budget, 0.0, arriving)
+    )
+
+
+@mutant
+def a_slow_read_closes_the_door(patch: pytest.MonkeyPatch) -> None:
+    """This engine had it: one hanging disk, and after its patience nobody with an adapter got in."""
+    original = Scheduler._admit
+    patch.setattr(
+        Scheduler, "_admit", lambda self, batch, budget, now, arriving: original(self, batch, budget, now, ())
+    )
+
+
+@mutant
+def aborted_while_waiting_stays_queued(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "_remove_waiting", lambda self, seq: None)
+
+
+@mutant
+def preempted_keeps_num_computed(patch: pytest.MonkeyPatch) -> None:
+    computed: dict[Sequence, int] = {}
+    give_back, start = Scheduler._give_back, Scheduler._start
+
+    def remember(self: Scheduler, seq: Sequence) -> None:
+        computed[seq] = seq.num_computed
+        give_back(self, seq)
+
+    def keep(self: Scheduler, seq: Sequence, budget: int) -> int:
+        count = start(self, seq, budget)
+        done = computed.pop(seq, 0) if count else 0
+        if seq.num_computed < done < seq.num_computed + count:
+            count -= done - seq.num_computed
+            seq.num_computed = done
+        return count
+
+    patch.setattr(Scheduler, "_give_back", remember)
+    patch.setattr(Scheduler, "_start", keep)
+
+
+@mutant
+def preempted_forgets_its_answer(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._preempt
+
+    def preempt(self: Scheduler, seq: Sequence) -> None:
+        del seq.tokens[seq.num_prompt :]
+        original(self, seq)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+
+
+@mutant
+def preempted_ones_change_places(patch: pytest.MonkeyPatch) -> None:
+    """This engine had it: two preempted in flight came back in the wrong order."""
+
+    def add(self: Scheduler, seq: Sequence) -> None:
+        queue = self._queues.setdefault(seq.mix, deque())
+        if queue and queue[0].number > seq.number:
+            queue.appendleft(seq)
+        else:
+            queue.append(seq)
+
+    patch.setattr(Scheduler, "add", add)
+
+
+@mutant
+def samples_of_neighbours_are_swapped(patch: pytest.MonkeyPatch) -> None:
+    original = Engine._settle
+
+    def settle(self: Engine, batch: Batch, landed: Any) -> Any:
+        rows = [row for row, sampled in enumerate(landed.sampled) if sampled is not None]
+        for row, other in zip(rows[::2], rows[1::2]):
+            landed.sampled[row], landed.sampled[other] = landed.sampled[other], landed.sampled[row]
+        return original(self, batch, landed)
+
+    patch.setattr(Engine, "_settle", settle)
+
+
+@mutant
+def a_read_stalls_whoever_needs_none(patch: pytest.MonkeyPatch) -> None:
+    """This engine had it: a base request waited for another's adapter to land."""
+    patch.setattr(
+        Engine,
+        "stalled",
+        property(
+            lambda self: (
+                bool(self._reading) and not self.scheduler.running and not self._in_flight and not self._undelivered
+            )
+        ),
+    )
+
+
+@mutant
+def an_error_follows_an_abort(patch: pytest.MonkeyPatch) -> None:
+    """This engine had it: an error not yet handed out reached whoever took the id next."""
+    original = Engine.abort
+
+    def abort(self: Engine, request_id: str, index: int | None = None) -> None:
+        undelivered = self._undelivered
+        original(self, request_id, index)
+        self._undelivered = undelivered
+
+    patch.setattr(Engine, "abort", abort)

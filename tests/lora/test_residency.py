@@ -1,0 +1,160 @@
+"""The book of adapters: host memory, device pages, leases."""
+
+import pytest
+
+from aiolora.lora.residency import Placement, Residency
+from aiolora.types import AdapterVersion, SitePages
+
+
+def version(number: int, *needs: int, source: str | None = "folder") -> AdapterVersion:
+    """`needs`: pages of kind 0, of kind 1."""
+    pages = tuple(SitePages(kind, count, 1.0) for kind, count in enumerate(needs or (1, 1)) if count)
+    return AdapterVersion(number, f"adapter{number}", f"{number:064x}", source, 8, pages, 0)
+
+
+def book(*versions: AdapterVersion, num_pages: int = 2, max_host: int = 8) -> Residency[str]:
+    """With those versions in host memory."""
+    residency: Residency[str] = Residency(num_kinds=2, num_pages=num_pages, max_host=max_host)
+    for one in versions:
+        residency.store(one, one.name)
+    return residency
+
+
+def place(residency: Residency[str], *versions: AdapterVersion) -> list[Placement[str]]:
+    placements = []
+    for one in versions:
+        placement = residency.place(one)
+        assert placement is not None
+        residency.check()
+        placements.append(placement)
+    return placements
+
+
+def test_a_placement_names_the_pages_of_every_kind_and_what_to_fill_them_with() -> None:
+    one = version(1, 2, 1)
+    residency = book(one)
+    (placement,) = place(residency, one)
+    assert placement.weights == "adapter1"
+    assert {kind: len(pages) for kind, pages in placement.pages.items()} == {0: 2, 1: 1}
+    assert residency.pages(one) == placement.pages
+    assert residency.on_device(one)
+
+
+def test_two_versions_never_share_a_page() -> None:
+    one, two = version(1), version(2)
+    first, second = place(book(one, two), one, two)
+    for kind in (0, 1):
+        assert not set(first.pages[kind]) & set(second.pages[kind])
+
+
+def test_the_least_recently_leased_version_makes_room() -> None:
+    one, two, three = version(1), version(2), version(3)
+    residency = book(one, two, three)
+    place(residency, one, two)
+    residency.lease(one)
+    residency.release(one)
+    place(residency, three)
+    assert residency.resident() == [one, three]
+
+
+def test_a_leased_version_is_never_evicted_from_the_device() -> None:
+    one, two, three = version(1), version(2), version(3, 2)
+    residency = book(one, two, three)
+    place(residency, one, two)
+    residency.lease(one)
+    assert residency.place(three) is None
+    assert residency.resident() == [two, one], "where there is no room nothing changes"
+    residency.release(one)
+    place(residency, three)
+    assert residency.resident() == [three]
+
+
+def test_every_lease_counts() -> None:
+    one, two = version(1, 2), version(2, 1)
+    residency = book(one, two)
+    place(residency, one)
+    residency.lease(one)
+    residency.lease(one)
+    residency.release(one)
+    assert residency.leased(one) == 1
+    assert residency.place(two) is None
+    residency.release(one)
+    assert residency.leased(one) == 0
+    with pytest.raises(AssertionError, match="released twice"):
+        residency.release(one)
+
+
+def test_only_a_version_on_the_device_can_be_leased() -> None:
+    one = version(1)
+    with pytest.raises(AssertionError, match="not on the device"):
+        book(one).lease(one)
+
+
+def test_a_wanted_version_is_spared() -> None:
+    one, two, three = version(1), version(2), version(3)
+    residency = book(one, two, three)
+    place(residency, one, two)
+    assert residency.place(three, wanted={1, 2}) is None
+    assert residency.place(three, wanted={1}) is not None
+    assert residency.resident() == [one, three]
+
+
+def test_no_more_is_evicted_than_is_needed() -> None:
+    one, two, three = version(1, 1), version(2, 1), version(3, 1)
+    residency = book(one, two, three)
+    place(residency, one, two, three)
+    assert residency.resident() == [two, three]
+
+
+def test_room_is_needed_of_every_kind() -> None:
+    one, two = version(1, 1, 2), version(2, 1, 1)
+    residency = book(one, two)
+    place(residency, one)
+    residency.lease(one)
+    assert residency.place(two) is None, "kind 0 has a page, kind 1 has none"
+
+
+def test_whether_versions_fit_together_does_not_depend_on_what_is_there() -> None:
+    one, two, three = version(1, 1, 1), version(2, 1, 0), version(3, 2, 1)
+    residency = book(one)
+    place(residency, one)
+    residency.lease(one)
+    assert residency.fits([one, two])
+    assert residency.fits([three, three]), "one version twice needs its pages once"
+    assert not residency.fits([two, three])
+
+
+def test_host_memory_keeps_the_most_recently_used() -> None:
+    one, two, three = version(1), version(2), version(3)
+    residency = book(one, two, max_host=2)
+    place(residency, one)  # used
+    residency.store(three, three.name)
+    assert [residency.in_host(each) for each in (one, two, three)] == [True, False, True]
+
+
+def test_host_memory_spares_what_is_leased_and_what_is_wanted() -> None:
+    one, two, three, four = version(1), version(2), version(3), version(4)
+    residency = book(one, max_host=1)
+    place(residency, one)
+    residency.lease(one)
+    residency.store(two, two.name)
+    residency.store(three, three.name, wanted={2})
+    assert [residency.in_host(each) for each in (one, two, three)] == [True, True, True]
+    residency.release(one)
+    residency.store(four, four.name)
+    assert [residency.in_host(each) for each in (one, two, three, four)] == [False, False, False, True]
+
+
+def test_a_version_that_cannot_be_read_again_stays_in_host_memory() -> None:
+    memory, one, two = version(1, source=None), version(2), version(3)
+    residency = book(memory, one, two, max_host=1)
+    assert [residency.in_host(each) for each in (memory, one, two)] == [True, False, True]
+
+
+def test_eviction_from_host_memory_leaves_the_device_alone() -> None:
+    one, two = version(1), version(2)
+    residency = book(one, max_host=1)
+    place(residency, one)
+    residency.store(two, two.name)
+    assert not residency.in_host(one)
+    assert residency.on_device(one)

@@ -1,0 +1,518 @@
+"""Every op: its registration by opcheck, its reference against loops in float64 that follow the formula literally."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from aiolora.engine.sampler import uniform
+from aiolora.ops.activation import silu_mul, silu_mul_op
+from aiolora.ops.attention import attention, attention_op, rope_store, rope_store_op
+from aiolora.ops.linear import complete, complete_op, shrink, shrink_op, whole_linear, whole_linear_op
+from aiolora.ops.norm import add_norm, add_norm_op, rms_norm, rms_norm_op
+from aiolora.ops.sampling import penalise, penalise_op, sample, sample_op
+from tests.tiny import kernels
+
+DTYPES = [torch.float32, torch.bfloat16]
+MIXES = {
+    "none": [-1] * 7,
+    "one": [0] * 7,
+    "all distinct": [3, 1, 0, 2],
+    "some none": [2, -1, 0, 2, -1, 0, 1],
+    "one token": [1],
+}
+RANKS = [3, 24, 9, 16]  # of the four rows: one to three pages
+BOUNDS = [0, 6, 10, 15]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def assert_close(out: Tensor, exact: Tensor) -> None:
+    """`out` is the float64 `exact` up to the rounding of its dtype."""
+    share = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[out.dtype]
+    torch.testing.assert_close(out.double(), exact, rtol=share, atol=share * max(1.0, exact.abs().max().item()))
+
+
+def routing(mix: list[int]) -> list[Tensor]:
+    """[perm, tiles, pages, scales] of kind 1 of 2: scattered pages, -1 tails, tiles of two tokens, empty tiles."""
+    perm = sorted((t for t, row in enumerate(mix) if row >= 0), key=lambda t: mix[t])
+    tiles, start = [[0, 0, 0]], 0
+    while start < len(perm):
+        count = sum(mix[t] == mix[perm[start]] for t in perm[start : start + 2])
+        tiles += [[mix[perm[start]], start, count], [2, start, 0]]
+        start += count
+    order = torch.randperm(10).tolist()
+    pages = torch.full((len(RANKS), 2, 4), -1, dtype=torch.int32)
+    for row, rank in enumerate(RANKS):
+        for page in range(-(-rank // 8)):
+            pages[row, 1, page] = order.pop()
+    pages[:, 0] = 7  # another kind's, not to be read
+    scales = torch.rand(pages.shape) + 0.5
+    return [torch.tensor(perm, dtype=torch.int32), torch.tensor(tiles, dtype=torch.int32), pages, scales]
+
+
+def adapters(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """a [S, P, 8, K] and b [P, 8, N], views as the pool makes them."""
+    a = torch.randn(10, 2, len(BOUNDS) - 1, 8, width).to(dtype)[:, 1].transpose(0, 1)
+    return a, torch.randn(10, 2, 8, BOUNDS[-1]).to(dtype)[:, 0]
+
+
+def low_rank(x: Tensor, a: Tensor, mix: list[int], pages: Tensor, scales: Tensor) -> Tensor:
+    """h [T, S, W * 8] of the formula at the top of ops/linear.py."""
+    h = torch.zeros(len(mix), a.shape[0], pages.shape[2] * 8, dtype=torch.float64)
+    for t, row in enumerate(mix):
+        for place, page in enumerate(pages[row, 1].tolist() if row >= 0 else []):
+            for s in range(a.shape[0] if page >= 0 else 0):
+                for r in range(8):
+                    h[t, s, place * 8 + r] = scales[row, 1, place].double() * (x[t].double() @ a[s, page, r].double())
+    return h
+
+
+def expanded(h: Tensor, b: Tensor, mix: list[int], pages: Tensor) -> Tensor:
+    """What is owed, [T, N]."""
+    out = torch.zeros(len(mix), b.shape[2], dtype=torch.float64)
+    for t, row in enumerate(mix):
+        for place, page in enumerate(pages[row, 1].tolist() if row >= 0 else []):
+            for s, (low, high) in enumerate(zip(BOUNDS, BOUNDS[1:])):
+                for r in range(8 if page >= 0 else 0):
+                    out[t, low:high] += h[t, s, place * 8 + r].double() * b[page, r, low:high].double()
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mix", MIXES)
+def test_shrink_is_the_sum_over_the_pages_of_each_tokens_row(mix: str, dtype: torch.dtype) -> None:
+    (a, _), rows = adapters(11, dtype), routing(MIXES[mix])
+    x = torch.randn(len(MIXES[mix]), 11).to(dtype)
+    h = shrink(x, a, *rows, 1)
+    assert h.dtype == torch.float32
+    exact = low_rank(x, a, MIXES[mix], rows[2], rows[3])
+    torch.testing.assert_close(h.double(), exact, rtol=0, atol=(1e-5 if dtype == torch.float32 else 0.1))
+    if dtype == torch.float32:
+        assert torch.equal(h == 0, exact == 0), "ranks that a row has not, and tokens without a row, are zero"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
+def test_complete_adds_what_is_owed_and_the_bias(mix: str, biased: bool, dtype: torch.dtype) -> None:
+    (_, b), (perm, tiles, pages, _) = adapters(11, dtype), routing(MIXES[mix])
+    y = torch.randn(len(MIXES[mix]), BOUNDS[-1]).to(dtype)
+    h = torch.randn(len(y), 3, 32)
+    bias = torch.randn(BOUNDS[-1]).to(dtype) if biased else None
+    before = y.clone()
+    out = complete(y, bias, [h, b, perm, tiles, pages], [1, *BOUNDS])
+    extra = 0.0 if bias is None else bias.double()
+    assert_close(out, y.double() + expanded(h, b, MIXES[mix], pages) + extra)
+    assert torch.equal(y, before)
+    plain = complete(y, bias, [], [])
+    assert_close(plain, y.double() + extra)
+    assert plain.data_ptr() != y.data_ptr()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mix", MIXES)
+def test_whole_linear_is_the_product_and_what_is_owed(mix: str, dtype: torch.dtype, compiled: bool) -> None:
+    (a, b), rows = adapters(11, dtype), routing(MIXES[mix])
+    x, weight = torch.randn(len(MIXES[mix]), 11).to(dtype), torch.randn(BOUNDS[-1], 11).to(dtype)
+    h = low_rank(x, a, MIXES[mix], rows[2], rows[3])
+    exact = x.double() @ weight.double().T
+    with kernels(compiled=compiled):
+        assert_close(whole_linear_op(x, weight, [], []), exact)
+        out = whole_linear_op(x, weight, [a, b, *rows], [1, *BOUNDS])
+    assert_close(out, exact + expanded(h, b, MIXES[mix], rows[2]))
+
+
+def test_a_token_of_a_step_is_not_changed_by_what_shares_the_step() -> None:
+    a, b = adapters(11, torch.float32)
+    _, _, pages, scales = routing(MIXES["some none"])
+    x, weight = torch.randn(7, 11), torch.randn(BOUNDS[-1], 11)
+
+    def served(tokens: list[int]) -> Tensor:
+        perm, tiles, _, _ = routing([MIXES["some none"][t] for t in tokens])
+        return whole_linear(x[tokens], weight, [a, b, perm, tiles, pages, scales], [1, *BOUNDS])
+
+    for tokens in ([0], [1, 2], [6, 0, 3]):
+        torch.testing.assert_close(served(tokens), served(list(range(7)))[tokens], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 10), (2, 4, 6), (1, 1)])
+def test_rms_norm_divides_by_the_root_of_the_mean_square(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = (3 * torch.randn(shape)).to(dtype), torch.randn(shape[-1]).to(dtype)
+    exact = torch.empty(shape, dtype=torch.float64)
+    for index in np.ndindex(shape[:-1]):
+        row = x[index].double()
+        exact[index] = row / math.sqrt(sum(v * v for v in row.tolist()) / len(row) + 1e-3) * weight.double()
+    assert_close(rms_norm(x, weight, 1e-3), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_norm_pays_into_the_residual_first(dtype: torch.dtype) -> None:
+    mix = MIXES["some none"]
+    (_, b), (perm, tiles, pages, _) = adapters(11, dtype), routing(mix)
+    y, residual = torch.randn(7, 15).to(dtype), torch.randn(7, 15).to(dtype)
+    bias, weight, h = torch.randn(15).to(dtype), torch.randn(15).to(dtype), torch.randn(7, 3, 32)
+    normed, total = add_norm(y, bias, [h, b, perm, tiles, pages], [1, *BOUNDS], residual, weight, 1e-5)
+    exact = residual.double() + y.double() + expanded(h, b, mix, pages) + bias.double()
+    assert_close(total, exact)
+    wide = total.double()
+    assert_close(normed, wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul_gates_the_paid_value(dtype: torch.dtype) -> None:
+    mix = MIXES["some none"]
+    (perm, tiles, pages, _), b = routing(mix), torch.randn(10, 8, 14).to(dtype)
+    y, bias, h = torch.randn(7, 14).to(dtype), torch.randn(14).to(dtype), torch.randn(7, 2, 32)
+    out = silu_mul(y, bias, [h, b, perm, tiles, pages], [1, 0, 7, 14])
+    value = y.double() + bias.double()
+    for t, row in enumerate(mix):
+        for place, page in enumerate(pages[row, 1].tolist() if row >= 0 else []):
+            for s in range(2 if page >= 0 else 0):
+                part = h[t, s, place * 8 : place * 8 + 8].double() @ b[page, :, s * 7 : s * 7 + 7].double()
+                value[t, s * 7 : s * 7 + 7] += part
+    gate, up = value[:, :7], value[:, 7:]
+    assert_close(out, gate / (1 + (-gate).exp()) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_rope_store_rotates_halves_and_writes_only_to_its_slots(
+    index: torch.dtype, normed: bool, dtype: torch.dtype
+) -> None:
+    tokens, heads, groups, dim, page_size = 5, 4, 2, 6, 4
+    y, bias = torch.randn(tokens, (heads + 2 * groups) * dim).to(dtype), torch.randn((heads + 2 * groups) * dim)
+    bias = bias.to(dtype)
+    norms = [torch.randn(dim).to(dtype), torch.randn(dim).to(dtype)] if normed else [None, None]
+    cos_sin = torch.randn(20, dim)
+    positions = torch.tensor([3, 19, 0, 7, 7], dtype=index)
+    slots = torch.tensor([9, -1, 0, 11, -1], dtype=index)
+    caches = [torch.full((3, page_size, groups, dim), 5.0, dtype=dtype) for _ in range(2)]
+    q = rope_store(y, bias, [], [], *norms, 1e-5, cos_sin, positions, slots, *caches, heads)
+
+    value = (y.double() + bias.double()).view(tokens, -1, dim)
+    exact_q = torch.empty(tokens, heads, dim, dtype=torch.float64)
+    exact = [torch.full((3 * page_size, groups, dim), 5.0, dtype=torch.float64) for _ in range(2)]
+    for t in range(tokens):
+        cos, sin = cos_sin[positions[t]].double().chunk(2)
+        rotated = []
+        for head in range(heads + groups):
+            row = value[t, head]
+            norm = norms[0] if head < heads else norms[1]
+            if norm is not None:
+                row = row / (row.square().mean() + 1e-5).sqrt() * norm.double()
+            low, high = row[: dim // 2], row[dim // 2 :]
+            rotated.append(torch.cat((low * cos - high * sin, high * cos + low * sin)))
+        exact_q[t] = torch.stack(rotated[:heads])
+        if slots[t] >= 0:
+            exact[0][slots[t]], exact[1][slots[t]] = torch.stack(rotated[heads:]), value[t, heads + groups :]
+    assert_close(q, exact_q)
+    for cache, wanted in zip(caches, exact):
+        assert_close(cache.flatten(0, 1), wanted)
+
+
+def test_rope_store_pays_what_q_k_and_v_owe() -> None:
+    mix, dim = MIXES["some none"], 5 * 2
+    (perm, tiles, pages, _), b = routing(mix), torch.randn(10, 8, 40)
+    y, h = torch.randn(7, 40), torch.randn(7, 3, 32)
+    owed, where = [h, b, perm, tiles, pages], [1, 0, 20, 30, 40]
+    rest: list[Any] = [None, None, 1e-5, torch.randn(9, dim), torch.arange(7), torch.arange(7)]
+    caches = [torch.zeros(2, 4, 1, dim) for _ in range(4)]
+    q = rope_store(y, None, owed, where, *rest, *caches[:2], 2)
+    wanted = rope_store(complete(y, None, owed, where), None, [], [], *rest, *caches[2:], 2)
+    torch.testing.assert_close([q, *caches[:2]], [wanted, *caches[2:]])
+
+
+def paged(lengths: list[int], queries: list[int], dtype: torch.dtype, dim: int = 6) -> list[Tensor]:
+    """q, caches of shuffled pages of 4, tables with wild tails, lengths and starts in int32; 4 heads, 2 groups."""
+    counts = [-(-length // 4) for length in lengths]
+    free = torch.randperm(sum(counts) + 3).tolist()
+    tables = torch.full((len(lengths), max(counts) + 2), 10**6, dtype=torch.int32)
+    for b, count in enumerate(counts):
+        tables[b, :count] = torch.tensor([free.pop() for _ in range(count)])
+    caches = [torch.randn(sum(counts) + 3, 4, 2, dim).to(dtype) for _ in range(2)]
+    starts = torch.tensor([0, *np.cumsum(queries).tolist()], dtype=torch.int32)
+    q = torch.randn(sum(queries), 4, dim).to(dtype)
+    return [q, *caches, tables, torch.tensor(lengths, dtype=torch.int32), starts]
+
+
+CASES = {
+    "whole prompts": ([5, 1, 9], [5, 1, 9]),
+    "chunks behind a prefix": ([11, 8, 4], [3, 7, 1]),
+    "decoding": ([1, 4, 13, 8], [1, 1, 1, 1]),
+    "a mixed step": ([17, 6, 12], [1, 6, 5]),
+    "a sequence without queries": ([5, 3], [2, 0]),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 1, 3, 100])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_is_the_softmax_over_what_each_token_sees(
+    case: str, window: int, dtype: torch.dtype, compiled: bool
+) -> None:
+    lengths, queries = CASES[case]
+    q, k_cache, v_cache, tables, kv_lengths, starts = paged(lengths, queries, dtype, 16 if compiled else 6)
+    with kernels(compiled=compiled):
+        run = attention_op if compiled else attention
+        out = run(q, k_cache, v_cache, tables, kv_lengths, starts, 0.3, window)
+    exact = torch.empty(q.shape, dtype=torch.float64)
+    for b, (length, count) in enumerate(zip(lengths, queries)):
+        for i in range(count):
+            position, token = length - count + i, int(starts[b]) + i
+            first = max(0, position - window + 1) if window else 0
+            for head in range(4):
+                keys, values = [], []
+                for j in range(first, position + 1):
+                    page, offset = int(tables[b, j // 4]), j % 4
+                    keys.append(k_cache[page, offset, head // 2].double())
+                    values.append(v_cache[page, offset, head // 2].double())
+                weight = (torch.stack(keys) @ q[token, head].double() * 0.3).softmax(0)
+                exact[token, head] = weight @ torch.stack(values)
+    assert_close(out, exact.flatten(1))
+
+
+# ---- sampling ----
+
+
+def brute_force(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int | None:
+    """The token at point u of the truncated distribution, likeliest first; None: too near a border to tell."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probs = (logits.double() / temperature).softmax(0)
+    order = sorted(range(len(probs)), key=lambda i: (-float(probs[i]), i))
+    kept = [i for i in order if probs[i] >= min_p * probs[order[0]]]
+    kept = kept[: top_k or len(kept)]
+    total = sum(float(probs[i]) for i in kept)
+    nucleus, mass = [], 0.0
+    for i in kept:
+        if abs(mass - top_p) < 1e-6:
+            return None
+        if mass < top_p:
+            nucleus.append(i)
+        mass += float(probs[i]) / total
+    total, mass = sum(float(probs[i]) for i in nucleus), 0.0
+    for i in nucleus:
+        mass += float(probs[i]) / total
+        if abs(mass - u) < 1e-6 and mass < 1 - 1e-9:
+            return None
+        if u < mass:
+            return i
+    return nucleus[-1]
+
+
+def columns(rows: list[tuple[float, int, float, float, float]]) -> list[Tensor]:
+    temperature, top_k, top_p, min_p, u = zip(*rows)
+    return [torch.tensor(c) for c in (temperature, top_k, top_p, min_p, u)]
+
+
+def test_sampling_is_the_inverse_of_the_truncated_distribution() -> None:
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.rand(400, 5, generator=generator).tolist()
+    rows = [
+        (
+            0.0 if a < 0.1 else 0.3 + 2 * a,
+            0 if b < 0.4 else 1 + int(b * 20),
+            1.0 if c < 0.4 else max(c, 0.05),
+            0.0 if d < 0.5 else d - 0.5,
+            e,
+        )
+        for a, b, c, d, e in numbers
+    ]
+    logits = 3 * torch.randn(len(rows), 37, generator=generator)
+    tokens = sample(logits, *columns(rows)).tolist()
+    wanted = [brute_force(row_logits, *row) for row_logits, row in zip(logits, rows)]
+    told = [(token, want) for token, want in zip(tokens, wanted) if want is not None]
+    assert len(told) > 390
+    assert [token for token, _ in told] == [want for _, want in told]
+
+
+def test_each_truncation_keeps_exactly_its_tokens() -> None:
+    probs = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
+    points = [(i + 0.5) / 500 for i in range(500)]
+    for setting, kept in {
+        (1.0, 0, 1.0, 0.0): {0, 1, 2, 3, 4},
+        (1.0, 2, 1.0, 0.0): {1, 3},
+        (1.0, 1, 1.0, 0.0): {1},
+        (1.0, 99, 1.0, 0.0): {0, 1, 2, 3, 4},
+        (1.0, 0, 0.39, 0.0): {1},
+        (1.0, 0, 0.69, 0.0): {1, 3},
+        (1.0, 0, 0.71, 0.0): {1, 3, 4},
+        (1.0, 0, 1e-6, 0.0): {1},
+        (1.0, 0, 1.0, 0.3): {1, 3, 4},
+        (1.0, 0, 1.0, 1.0): {1},
+        (1.0, 3, 0.8, 0.3): {1, 3},  # of 0.4 0.3 0.15, renormalised: 0.47 0.35 0.18
+        (1e-30, 0, 1.0, 0.0): {1},
+    }.items():
+        rows = [(*setting, u) for u in points]
+        tokens = sample(probs.log().expand(500, 5), *columns(rows)).tolist()
+        assert set(tokens) == kept, setting
+        for token in kept:
+            share = float(probs[token] / probs[sorted(kept)].sum())
+            assert setting[0] < 1 or abs(tokens.count(token) / 500 - share) <= 1 / 500 + 1e-6, setting
+
+
+def test_the_ends_of_the_unit_interval_and_ties_stay_within_what_is_kept() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, -torch.inf, 0.0]]).repeat(4, 1)
+    rows = [(0.0, 0, 1.0, 0.0, 0.0), (1.0, 0, 1.0, 0.0, 0.0), (1.0, 2, 1.0, 0.0, 1 - 2**-24), (1.0, 0, 1.0, 0.0, 1.0)]
+    assert sample(logits, *columns(rows)).tolist() == [1, 1, 2, 4]
+
+
+def test_rows_that_are_not_finite_bring_a_token_of_the_vocabulary() -> None:
+    logits = torch.stack([torch.full((5,), torch.nan), torch.full((5,), -torch.inf), torch.tensor([0, torch.inf] * 2 + [0])])
+    for temperature in (0.0, 1.0):
+        tokens = sample(logits, *columns([(temperature, 0, 1.0, 0.0, 0.5)] * 3))
+        assert ((tokens >= 0) & (tokens < 5)).all()
+
+
+def test_penalties_follow_transformers_and_openai() -> None:
+    logits = 4 * torch.randn(20)
+    prompt, output = [3, 5, 5, 7], [7, 7, 11, 2, 11, 11]
+    used = sorted({*prompt, *output})
+    counts = torch.tensor([float(output.count(token)) for token in used])
+    seen = [torch.tensor(used), counts, torch.tensor([token in prompt for token in used])]
+    before = logits.clone()
+    for repetition in (1.0, 0.7, 1.8):
+        out = penalise(logits, *seen, repetition, 0.0, 0.0)
+        processor = RepetitionPenaltyLogitsProcessor(repetition)
+        torch.testing.assert_close(out, processor(torch.tensor([prompt + output]), logits[None].clone())[0])
+    for presence, frequency in ((0.5, 0.0), (0.0, 1.5), (-2.0, 0.25)):
+        out = penalise(logits, *seen, 1.0, presence, frequency)
+        for token in range(20):
+            uses = output.count(token)
+            assert float(out[token]) == pytest.approx(
+                float(logits[token]) - uses * frequency - (uses > 0) * presence, abs=1e-5
+            )
+    assert torch.equal(logits, before)
+
+
+def test_uniform_numbers_are_uniform_and_unrelated_over_seeds_and_positions() -> None:
+    table = np.array([[uniform(seed, position) for position in range(300)] for seed in range(-50, 250)])
+    assert table.min() >= 0
+    assert table.max() < 1
+    assert np.array_equal(table, table.astype(np.float32)), "float32 holds them exactly"
+    for numbers in (table.ravel(), table[:, 7], table[7], np.diag(table)):
+        ordered = np.sort(numbers)
+        distance = np.abs(ordered - (np.arange(len(ordered)) + 0.5) / len(ordered)).max()
+        assert distance < 1.95 / math.sqrt(len(ordered)), "Kolmogorov-Smirnov at 0.1 %"
+    for first, second in ((table[:, :-1], table[:, 1:]), (table[:-1], table[1:]), (table[1:, :-1], table[:-1, 1:])):
+        assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 4 / math.sqrt(first.size)
+    assert uniform(2**63 - 1, 5) == uniform(2**63 - 1, 5)
+    assert len(np.unique(table)) > 0.99 * table.size
+
+
+# ---- registration ----
+
+
+def _linear_case(dtype: torch.dtype) -> dict[str, Any]:
+    a, b = adapters(11, dtype)
+    rows = routing(MIXES["some none"])
+    return {
+        "a": a.contiguous(),
+        "b": b.contiguous(),
+        "rows": rows,
+        "owed": [torch.randn(7, 3, 32), b.contiguous(), *rows[:3]],
+        "where": [1, *BOUNDS],
+        "y": torch.randn(7, 15).to(dtype),
+        "bias": torch.randn(15).to(dtype),
+    }
+
+
+def _shrink(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    case = _linear_case(dtype)
+    return [(torch.randn(7, 11).to(dtype), case["a"], *case["rows"], 1)]
+
+
+def _complete(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    case = _linear_case(dtype)
+    y, bias = case["y"], case["bias"]
+    return [(y, bias, case["owed"], case["where"]), (y, None, case["owed"], case["where"]), (y, bias, [], [])]
+
+
+def _whole_linear(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    case = _linear_case(dtype)
+    x, weight = torch.randn(7, 11).to(dtype), torch.randn(15, 11).to(dtype)
+    return [(x, weight, [case["a"], case["b"], *case["rows"]], case["where"]), (x, weight, [], [])]
+
+
+def _rms_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    return [(torch.randn(7, 2, 6).to(dtype), torch.randn(6).to(dtype), 1e-5)]
+
+
+def _add_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    rest = [torch.randn(7, 15).to(dtype), torch.randn(15).to(dtype), 1e-5]
+    return [(*case, *rest) for case in _complete(dtype)]
+
+
+def _silu_mul(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    rows = routing(MIXES["some none"])
+    owed = [torch.randn(7, 2, 32), torch.randn(10, 8, 14).to(dtype), *rows[:3]]
+    y, bias = torch.randn(7, 14).to(dtype), torch.randn(14).to(dtype)
+    return [(y, bias, owed, [1, 0, 7, 14]), (y, None, [], [])]
+
+
+def _rope_store(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    rows = routing(MIXES["some none"])
+    owed = [torch.randn(7, 3, 32), torch.randn(10, 8, 48).to(dtype), *rows[:3]]
+    y, bias, norm = torch.randn(7, 48).to(dtype), torch.randn(48).to(dtype), torch.randn(6).to(dtype)
+    index = torch.tensor([0, 1, 2, 5, 4, 3, -1], dtype=torch.int32)
+    rest = [1e-5, torch.randn(9, 6), index.abs(), index]
+    caches = [torch.zeros(3, 4, 2, 6, dtype=dtype) for _ in range(4)]
+    return [
+        (y, bias, owed, [1, 0, 24, 36, 48], norm, norm, *rest, *caches[:2], 4),
+        (y, None, [], [], None, None, *rest, *caches[2:], 4),
+    ]
+
+
+def _attention(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    return [(*paged(*CASES["a mixed step"], dtype), 0.3, window) for window in (0, 3)]
+
+
+def _sample(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    return [(torch.randn(2, 9).to(dtype).float(), *columns([(0.0, 0, 1.0, 0.0, 0.2), (0.8, 4, 0.9, 0.1, 0.7)]))]
+
+
+def _penalise(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    used = [torch.tensor([1, 4]), torch.tensor([2.0, 0.0]), torch.tensor([False, True])]
+    return [(torch.randn(9).to(dtype).float(), *used, 1.2, 0.3, 0.4)]
+
+
+OPS: dict[str, tuple[Any, Callable[[torch.dtype], list[tuple[Any, ...]]]]] = {
+    "shrink": (shrink_op, _shrink),
+    "complete": (complete_op, _complete),
+    "whole_linear": (whole_linear_op, _whole_linear),
+    "rms_norm": (rms_norm_op, _rms_norm),
+    "add_norm": (add_norm_op, _add_norm),
+    "silu_mul": (silu_mul_op, _silu_mul),
+    "rope_store": (rope_store_op, _rope_store),
+    "attention": (attention_op, _attention),
+    "sample": (sample_op, _sample),
+    "penalise": (penalise_op, _penalise),
+}
+
+
+def test_the_list_of_ops_is_complete() -> None:
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aiolora::")}
+    assert registered == set(OPS)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["reference", "compiled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_says_truly_what_it_returns_and_mutates(name: str, dtype: torch.dtype, compiled: bool) -> None:
+    op, cases = OPS[name]
+    with kernels(compiled=compiled):
+        for case in cases(dtype):
+            torch.library.opcheck(op, case)
