@@ -81,6 +81,7 @@ def served(environment: dict[str, str], request: pytest.FixtureRequest) -> Itera
         finally:
             server.terminate()
             server.communicate(timeout=60)
+            assert server.returncode == 0, "SIGTERM drains, stops the engine and ends well"
 
 
 def _wait_until_ready(server: "subprocess.Popen[str]", url: str) -> None:

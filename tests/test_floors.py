@@ -22,7 +22,7 @@ FLOORS = {
 # outside package -> the rooms or files (without .py) that may import it
 HOMES = {
     "triton": {"ops"},
-    "litestar": {"api"},
+    "litestar": {"api", "cli/server"},
     "uvicorn": {"cli"},
     "transformers": {"tokenizer", "models"},
     "tokenizers": {"tokenizer"},

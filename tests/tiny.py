@@ -126,6 +126,27 @@ def make_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes:
     return folder
 
 
+def make_reciter(folder: Path, text: str) -> Path:
+    """A model that knows `text` by heart: after each of its tokens, all different, comes the next; at the end eos.
+
+    The layers add nothing; an embedding of one-hot vectors and a head that moves them on do it.
+    """
+    ids = byte_tokenizer().encode(text).ids
+    assert len(set(ids)) == len(ids), "every token may come once"
+    make_model(folder, vocab_size=320, hidden_size=320, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1)
+        model.model.embed_tokens.weight.copy_(torch.eye(320))
+        for token, following in zip(ids, [*ids[1:], EOS]):
+            model.lm_head.weight[following, token] = 1
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+    return folder
+
+
 def word_tokenizer(vocab: int = VOCAB) -> Tokenizer:
     names = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, vocab))]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))

@@ -8,6 +8,7 @@ AioloraError
 │   ├── UnsupportedModelError
 │   └── WeightsError
 ├── RequestError                this one request is wrong (HTTP 400; carries `param`)
+│   ├── PromptTooLongError      more tokens than the context has room for
 │   └── UnknownModelError       no base model and no adapter of that name (HTTP 404)
 ├── AdapterError                this one adapter cannot be used (HTTP 422; carries `adapter`)
 │   ├── AdapterNotFoundError    (HTTP 404)
@@ -60,6 +61,13 @@ class RequestError(AioloraError, ValueError):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class PromptTooLongError(RequestError):
+    """The prompt, with at least one token to come, is longer than the context."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="prompt")
 
 
 class UnknownModelError(RequestError):

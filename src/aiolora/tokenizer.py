@@ -62,7 +62,11 @@ class TextStream:
     def __init__(self, tokenizer: FastTokenizer, prompt_ids: Sequence[int], skip_special: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._stream = DecodeStream(ids=list(prompt_ids[-_TAIL:]), skip_special_tokens=skip_special)
+        tail = list(prompt_ids[-_TAIL:])
+        self._stream = DecodeStream(ids=tail, skip_special_tokens=skip_special)
+        shown = str(tokenizer.decode(tail, skip_special_tokens=skip_special))
+        # behind a prompt that may end within a character DecodeStream begins with the prompt's own text
+        self._repeated = shown if shown.endswith("\ufffd") else ""
         self._held: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -72,6 +76,9 @@ class TextStream:
         if text is None:
             return ""
         self._held.clear()
+        if self._repeated:
+            before, self._repeated = self._repeated, ""
+            return text.removeprefix(before if text.startswith(before) else before.rstrip("\ufffd"))
         return text
 
     def flush(self) -> str:

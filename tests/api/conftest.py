@@ -21,6 +21,26 @@ BASE = "smollm"
 LOADED = ("sql", "json", "pirate")
 
 
+class Standing(AsyncLLMEngine):
+    """An engine without a model: what a server does to its life, and what it says of its death."""
+
+    def __init__(self, *, started: bool, death: BaseException | None = None) -> None:
+        super().__init__(EngineArgs(model="none"))
+        self.calls: list[str] = []
+        self._is_started, self._death = started, death
+
+    @property
+    def started(self) -> bool:
+        return self._is_started
+
+    async def start(self) -> None:
+        self.calls.append("start")
+        self._is_started = True
+
+    async def stop(self) -> None:
+        self.calls.append("stop")
+
+
 @dataclass(frozen=True)
 class Server:
     """Where it listens, and the engine behind it (only its snapshot may be read from here)."""

@@ -6,30 +6,9 @@ from litestar.testing import AsyncTestClient
 
 import aiolora
 from aiolora.api import create_app
-from aiolora.config import EngineArgs
-from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.errors import ConfigError
 from aiolora.types import LoRARequest
-
-
-class Standing(AsyncLLMEngine):
-    """An engine without a model: what a server does to its life, and what it says of its death."""
-
-    def __init__(self, *, started: bool, death: BaseException | None = None) -> None:
-        super().__init__(EngineArgs(model="none"))
-        self.calls: list[str] = []
-        self._is_started, self._death = started, death
-
-    @property
-    def started(self) -> bool:
-        return self._is_started
-
-    async def start(self) -> None:
-        self.calls.append("start")
-        self._is_started = True
-
-    async def stop(self) -> None:
-        self.calls.append("stop")
+from tests.api.conftest import Standing
 
 
 async def test_a_living_engine_is_healthy(http: httpx.AsyncClient) -> None:

@@ -228,7 +228,9 @@ def test_an_unserved_rope_type_is_refused_with_those_served(copied: Path, rope: 
         load(copied)
 
 
-@pytest.mark.parametrize("config", [b"", b"{", b"[]", b"{}", b'{"model_type": 3}', b'{"model_type": "no-such"}', b"\xff"])
+@pytest.mark.parametrize(
+    "config", [b"", b"{", b"[]", b"{}", b'{"model_type": 3}', b'{"model_type": "no-such"}', b"\xff"]
+)
 def test_a_config_that_cannot_be_read_is_a_model_error(copied: Path, config: bytes) -> None:
     (copied / "config.json").write_bytes(config)
     with pytest.raises(ModelError, match=r"config\.json|model_type"):

@@ -1,6 +1,7 @@
 """The decoder is one graph: torch.compile sees no break, whatever adapters and sequences a step has."""
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from aiolora import LLM, LoRARequest
-from aiolora.engine.runner import ModelRunner
+from aiolora import LLM, LoRARequest, SamplingParams
+from aiolora.engine.runner import ModelRunner, _leave_sizes_open
 from aiolora.models.inputs import LayerKV, StepInputs
 from aiolora.types import Prompt
 from tests.conftest import ModelOf
@@ -46,17 +47,42 @@ def answer(llm: LLM) -> list[Tensor]:
     return [reported(out)[1] for out in llm.generate(prompts, everything(4), lora_request=loras, use_tqdm=False)]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("family", ["llama biased", "mistral", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "backend"), [("llama biased", "aot_eager"), ("mistral", "eager"), ("qwen3", "aot_eager")]
+)
 def test_one_graph_serves_prefill_and_decode_with_the_same_result(
     family: str, backend: str, model_of: ModelOf, tmp_path: Path
 ) -> None:
-    llm, runner = serve(model_of(family), tmp_path)
-    expected = answer(llm)
-    llm, runner = serve(model_of(family), tmp_path)
+    expected = answer(serve(model_of(family), tmp_path, max_num_batched_tokens=17, max_num_seqs=4)[0])
+    llm, runner = serve(model_of(family), tmp_path, max_num_batched_tokens=17, max_num_seqs=4, compile=True)
     runner._forward = torch.compile(runner._model, fullgraph=True, dynamic=True, backend=backend)
+    torch._dynamo.utils.counters.clear()
     for ours, theirs in zip(answer(llm), expected):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "one with adapters, one without"
+
+
+def test_steps_of_every_shape_need_two_graphs(model_of: ModelOf, tmp_path: Path) -> None:
+    llm, runner = serve(model_of("llama"), tmp_path, compile=True)
+    runner._forward = torch.compile(runner._model, fullgraph=True, dynamic=True, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    for lengths, loras in (
+        ([1], [None]),
+        ([30], [None]),
+        ([1, 1], [None, None]),
+        ([30, 7], [None, None]),
+        ([1], ["a1"]),
+        ([30], ["a1"]),
+        ([1], ["a2"]),
+        ([1, 1], ["a1", "a1"]),
+        ([20, 30], ["a1", "a2"]),
+        ([9, 9, 40], [None, "a1", "a2"]),
+        ([3], [{"a1": 0.5, "a2": 0.5}]),
+    ):
+        prompts: list[Prompt] = [prompt_ids(length, length) for length in lengths]
+        llm.generate(prompts, greedy, lora_request=loras, use_tqdm=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def decode_step(runner: ModelRunner, llm: LLM) -> Step:
@@ -78,40 +104,25 @@ def decode_step(runner: ModelRunner, llm: LLM) -> Step:
     return step, runner._cache.layers
 
 
-def graphs_of(run: Callable[[], object]) -> int:
-    counted = torch._dynamo.utils.counters
-    counted.clear()
-    run()
-    assert not counted["graph_break"]
-    return counted["stats"]["unique_graphs"]
-
-
-def test_a_decode_step_is_a_single_graph_that_other_adapters_and_lengths_use_again(
+def test_a_decode_step_gives_the_same_whatever_adapters_the_graph_was_made_for(
     model_of: ModelOf, tmp_path: Path
 ) -> None:
-    llm, runner = serve(model_of("llama"), tmp_path)
+    llm, runner = serve(model_of("llama"), tmp_path, compile=True)
+    runner._forward = torch.compile(runner._model, fullgraph=True, dynamic=True, backend="aot_eager")
     step, cache = decode_step(runner, llm)
-    model = torch.compile(runner._model, fullgraph=True, dynamic=True, backend="aot_eager")
     assert step.rows is not None
-    swapped = replace(step, rows=step.rows._replace(pages=step.rows.pages.flip(0), scales=step.rows.scales.flip(0)))
-    fewer = replace(
-        step,
-        tokens=step.tokens[:4],
-        positions=step.positions[:4],
-        slots=step.slots[:4],
-        block_tables=step.block_tables[:4],
-        kv_lengths=step.kv_lengths[:4],
-        query_starts=step.query_starts[:5],
-        logits_at=step.logits_at[:4],
-        rows=step.rows._replace(perm=torch.tensor([0, 2], dtype=torch.int32), tiles=step.rows.tiles[:2] * 0),
-    )
+    rows = step.rows
+    swapped = replace(step, rows=rows._replace(pages=rows.pages.flip(0), scales=rows.scales.flip(0)))
+    empty = replace(step, rows=rows._replace(tiles=rows.tiles * torch.tensor([1, 1, 0], dtype=torch.int32)))
+    seen = []
     with torch.inference_mode():
-        assert graphs_of(lambda: torch.testing.assert_close(model(step, cache), runner._model(step, cache))) == 1
-        for other in (swapped, fewer):
-            assert graphs_of(lambda x=other: torch.testing.assert_close(model(x, cache), runner._model(x, cache))) == 0
-        assert not torch.equal(model(step, cache), model(swapped, cache))
-        base = replace(step, rows=None)
-        assert graphs_of(lambda: torch.testing.assert_close(model(base, cache), runner._model(base, cache))) == 1
+        for inputs in (step, swapped, empty, replace(step, rows=None)):
+            _leave_sizes_open(inputs)
+            seen.append(runner._forward(inputs, cache))
+            torch.testing.assert_close(seen[-1], runner._model(inputs, cache), rtol=0, atol=1e-5)
+    assert not torch.equal(seen[0], seen[1])
+    torch.testing.assert_close(seen[2], seen[3], rtol=0, atol=1e-5)
+    assert not torch.equal(seen[0], seen[2])
 
 
 def test_a_step_without_adapters_has_no_op_of_them_in_its_graph(model_of: ModelOf, tmp_path: Path) -> None:
@@ -131,6 +142,7 @@ def test_a_step_without_adapters_has_no_op_of_them_in_its_graph(model_of: ModelO
     assert with_adapters - without >= 4 + 2 * 4 * 2  # the four tensors of Rows; a and b of 4 Linears in 2 layers
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch 2.13 imports its own
 def test_inductor_gives_the_same_tokens_and_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))

@@ -1,7 +1,6 @@
 """The compiled CPU kernels against their references, which compute in float32 what the kernels round once."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,13 +84,12 @@ def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(("width", "columns"), [(7, 5), (1, 1), (64, 33), (80, 130), (576, 192)])
 def test_a_plain_linear_is_the_product_for_every_number_of_tokens(dtype: torch.dtype, width: int, columns: int) -> None:
     weight = torch.randn(columns, width).to(dtype)
-    for tokens in range(34):
+    for tokens in [*range(34), 49, 200]:
         x = torch.randn(tokens, width).to(dtype)
         out = whole_linear_op(x, weight, [], [])
         assert out.dtype == dtype
         assert out.shape == (tokens, columns)
-        if tokens <= 32:
-            assert_rounded_once(out, x.float() @ weight.float().T)
+        assert_rounded_once(out, x.float() @ weight.float().T)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -99,9 +97,9 @@ def test_a_plain_linear_is_the_product_for_every_number_of_tokens(dtype: torch.d
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adapters_add_their_share_in_every_mix(dtype: torch.dtype, adapter_dtype: torch.dtype, mix: str) -> None:
     ranks = [1 + 7 * i % 64 for i in range(33)]
-    for tokens, width, bounds in [(1, 7, [0, 5]), (8, 64, [0, 40, 57, 70]), (31, 80, [0, 3, 66]), (32, 33, [0, 64])]:
+    for tokens, width, bounds in [(1, 7, [0, 5]), (8, 64, [0, 40, 57, 70]), (31, 80, [0, 3, 66]), (99, 33, [0, 64])]:
         columns, slices = bounds[-1], len(bounds) - 1
-        rows = routing(MIXES[mix][:tokens], ranks)
+        rows = routing((3 * MIXES[mix])[:tokens], ranks)
         a, b = pool(ranks, slices, width, columns, adapter_dtype)
         x, weight = torch.randn(tokens, width).to(dtype), torch.randn(columns, width).to(dtype)
         out = native.linear(x, weight, [a, b, *rows], [1, *bounds])
@@ -154,7 +152,7 @@ def test_what_the_kernel_does_not_serve_goes_to_the_reference(what: str) -> None
     elif what == "strided":
         weight = torch.randn(16, 32).T
     elif what == "long":
-        x = torch.randn(33, 16)
+        x = torch.randn(native.MAX_TOKENS + 1, 16)
     else:
         a, b = pool([8], 1, 16, 32, torch.float32)
         a = a.transpose(2, 3).contiguous().transpose(2, 3)
@@ -324,7 +322,7 @@ def test_importing_the_ops_compiles_nothing_and_processes_may_compile_at_once(tm
     script = f"""#!/bin/sh
 case "$*" in *-dM*) echo macros;; *)
     while [ "$1" != -o ]; do shift; done
-    echo one >> {tmp_path}/calls; sleep 0.2; cp {made} "$2";;
+    sleep 0.2; cp {made} "$2";;
 esac
 """
     fake.write_text(script)
@@ -336,12 +334,7 @@ esac
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "AIOLORA_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", code]
     together = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [p.communicate()[0].split()[1] for p in together] == ["True", "True"]
-    calls = (tmp_path / "calls").read_text()
+    said = sorted(process.communicate()[0].strip() for process in together)
+    assert said[0] == "False True"  # (is the cache there after the import, is there a library after asking)
+    assert said[1].endswith(" True")
     assert len(list((tmp_path / "cache" / "native").iterdir())) == 1
-    later = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert later.stdout.split() == ["True", "True"]
-    assert (tmp_path / "calls").read_text() == calls
-    shutil.rmtree(tmp_path / "cache")
-    fresh = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert fresh.stdout.split() == ["False", "True"]

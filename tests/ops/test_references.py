@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def expanded(h: Tensor, b: Tensor, mix: list[int], pages: Tensor) -> Tensor:
     out = torch.zeros(len(mix), b.shape[2], dtype=torch.float64)
     for t, row in enumerate(mix):
         for place, page in enumerate(pages[row, 1].tolist() if row >= 0 else []):
-            for s, (low, high) in enumerate(zip(BOUNDS, BOUNDS[1:])):
+            for s, (low, high) in enumerate(pairwise(BOUNDS)):
                 for r in range(8 if page >= 0 else 0):
                     out[t, low:high] += h[t, s, place * 8 + r].double() * b[page, r, low:high].double()
     return out
@@ -371,7 +372,9 @@ def test_the_ends_of_the_unit_interval_and_ties_stay_within_what_is_kept() -> No
 
 
 def test_rows_that_are_not_finite_bring_a_token_of_the_vocabulary() -> None:
-    logits = torch.stack([torch.full((5,), torch.nan), torch.full((5,), -torch.inf), torch.tensor([0, torch.inf] * 2 + [0])])
+    logits = torch.stack(
+        [torch.full((5,), torch.nan), torch.full((5,), -torch.inf), torch.tensor([0, torch.inf] * 2 + [0])]
+    )
     for temperature in (0.0, 1.0):
         tokens = sample(logits, *columns([(temperature, 0, 1.0, 0.0, 0.5)] * 3))
         assert ((tokens >= 0) & (tokens < 5)).all()

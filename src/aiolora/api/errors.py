@@ -21,6 +21,7 @@ from aiolora.errors import (
     AdapterNotFoundError,
     EngineDeadError,
     NonFiniteLogitsError,
+    PromptTooLongError,
     RequestError,
     UnknownModelError,
 )
@@ -65,6 +66,7 @@ class _Row(Struct, frozen=True):
 _INTERNAL = _Row(500, "server_error", "internal_error", "the server failed on this request; its log has the details")
 _TABLE: dict[type[BaseException], _Row] = {
     UnknownModelError: _Row(404, "invalid_request_error", "model_not_found"),
+    PromptTooLongError: _Row(400, "invalid_request_error", "context_length_exceeded"),
     MalformedBodyError: _Row(400, "invalid_request_error", "invalid_json"),
     RequestError: _Row(400, "invalid_request_error", "invalid_value"),
     AdapterNotFoundError: _Row(404, "invalid_request_error", "adapter_not_found"),

@@ -1,6 +1,7 @@
 """`aiolora serve MODEL`: the OpenAI-compatible server."""
 
 import argparse
+import asyncio
 import sys
 
 from aiolora.cli.flags import add_engine_flags, engine_args, lora_modules
@@ -22,15 +23,12 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, then serve until a signal."""
+    """Load, then serve until SIGINT or SIGTERM; open streams get `--shutdown-timeout` to end."""
     try:
-        import uvicorn
-
         from aiolora.api import create_app
+        from aiolora.cli.server import Server, config
     except ImportError as error:
         raise MissingExtraError("aiolora serve", "server") from error
-    import asyncio
-
     from aiolora.engine.async_engine import AsyncLLMEngine
 
     async def serve() -> None:
@@ -47,17 +45,7 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             app = create_app(engine, served_model_name=args.served_model_name)
-            config = uvicorn.Config(
-                app,
-                host=args.host,
-                port=args.port,
-                http="h11",  # bounded headers: httptools accepts one of 50 MB
-                h11_max_incomplete_event_size=16 << 10,
-                timeout_graceful_shutdown=args.shutdown_timeout,
-                log_level="warning",
-            )
-            print(f"ready at http://{args.host}:{args.port}", file=sys.stderr, flush=True)
-            await uvicorn.Server(config).serve()
+            await Server(config(app, args.host, args.port, args.shutdown_timeout)).serve()
 
     asyncio.run(serve())
     return 0

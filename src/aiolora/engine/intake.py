@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from aiolora.errors import AdapterUnsupportedError, RequestError
+from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestError
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
@@ -104,10 +104,9 @@ class Intake:
         """A token is at most some dozen characters; refuse what cannot fit before spending time on it."""
         limit = self.limits.max_model_len * 64
         if len(text) > limit:
-            raise RequestError(
+            raise PromptTooLongError(
                 f"the prompt has {len(text)} characters, more than {self.limits.max_model_len} tokens "
-                "(max_model_len) can hold; shorten it",
-                param="prompt",
+                "(max_model_len) can hold; shorten it"
             )
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
@@ -123,10 +122,9 @@ class Intake:
             if bad is not None:
                 raise RequestError(f"{field}: token id {bad} is not in the vocabulary of {vocab}", param=field)
         if len(ids) >= longest:
-            raise RequestError(
+            raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens; with at least one to come the context (max_model_len) allows "
-                f"{longest - 1}; shorten it or start with a larger --max-model-len",
-                param="prompt",
+                f"{longest - 1}; shorten it or start with a larger --max-model-len"
             )
         for field in ("logprobs", "prompt_logprobs"):
             wanted = getattr(params, field)

@@ -7,7 +7,10 @@ from aiolora.models.inputs import LayerKV
 
 
 class KVCache:
-    """[P, page_size, G, D] of keys and of values for every layer. Engine thread only."""
+    """[P, page_size, G, D] of keys and of values for every layer. Engine thread only.
+
+    Not filled: nothing is read before it was written, and on the CPU memory is only taken as pages come into use.
+    """
 
     def __init__(
         self, config: DecoderConfig, *, num_pages: int, page_size: int, dtype: torch.dtype, device: str
@@ -15,7 +18,7 @@ class KVCache:
         shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
         self.page_size = page_size
         self.layers = [
-            LayerKV(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            LayerKV(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(config.num_layers)
         ]
 

@@ -14,7 +14,7 @@ from aiolora.ops.linear import RANKS_PER_PAGE
 
 PAGE_SIZE = 16
 _CPU_SHARE = 0.25  # of the machine's memory for the KV cache, at most
-_CPU_KV_LIMIT = 8 << 30
+_CPU_KV_LIMIT = 4 << 30
 _GPU_LORA_SHARE = 0.1  # of what the weights leave free
 
 

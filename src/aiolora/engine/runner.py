@@ -12,6 +12,7 @@ from aiolora.engine.sampler import Sampled, Sampler
 from aiolora.engine.scheduler import Batch
 from aiolora.engine.sequence import Sequence
 from aiolora.models.decoder import Decoder
+from aiolora.models.inputs import StepInputs
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ class ModelRunner:
     overlaps = False
 
     def __init__(self, model: Decoder, cache: KVCache, packer: Packer, sampler: Sampler, *, compiled: bool) -> None:
+        self._compiled = compiled
         self._forward = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
         self._model = model
         self._cache = cache
@@ -67,6 +69,8 @@ class ModelRunner:
         """Compute one step."""
         with torch.inference_mode():
             inputs = self._packer.pack(batch)
+            if self._compiled:
+                _leave_sizes_open(inputs)
             hidden = self._forward(inputs, self._cache.layers)
             logits = self._model.logits(hidden, inputs)
             return ReadyFlight(batch, self._read(batch, logits))
@@ -93,4 +97,16 @@ class ModelRunner:
 
     def _prompt(self, seq: Sequence, start: int, logits: Tensor) -> list[Sampled]:
         following = torch.tensor(seq.tokens[start + 1 : start + 1 + len(logits)], device=logits.device)
-        return self._sampler.report(logits, following, [seq.params.prompt_logprobs or 0] * len(logits))
+        return self._sampler.report(logits, following, [seq.params.prompt_logprobs] * len(logits))
+
+
+def _leave_sizes_open(inputs: StepInputs) -> None:
+    """Let the compiler assume nothing of any size in `inputs`: one graph with adapters and one without serve all steps.
+
+    Else every size that is 1 for the first time compiles again, and the ninth time ends in an error.
+    """
+    from torch._dynamo.decorators import mark_unbacked  # 1 s to import
+
+    step = (inputs.tokens, inputs.positions, inputs.slots, inputs.block_tables, inputs.kv_lengths, inputs.query_starts)
+    for tensor in (*step, inputs.logits_at, *(inputs.rows or ()), *(inputs.head_rows or ())):
+        mark_unbacked(tensor, list(range(tensor.dim())))

@@ -41,20 +41,24 @@ class Sampler:
                 self._column([p.min_p for p in params], logits),
                 self._column([uniform(seq.seed, seq.length) for seq in seqs], logits),
             )
-        return self.report(logits, tokens, [p.logprobs or 0 for p in params])
+        return self.report(logits, tokens, [p.logprobs for p in params])
 
-    def report(self, logits: Tensor, tokens: Tensor, tops: list[int]) -> list[Sampled]:
-        """Log-probability and rank of `tokens` [B] under raw `logits` [B, V], and each row's `tops` likeliest."""
+    def report(self, logits: Tensor, tokens: Tensor, tops: list[int | None]) -> list[Sampled]:
+        """Log-probability of `tokens` [B] under raw `logits` [B, V], and each row's `tops` likeliest.
+
+        Ranks are counted where any row asks for a report (None: it does not), 1 elsewhere.
+        """
+        wanted = [top for top in tops if top is not None]
         normaliser = logits.logsumexp(-1)
         chosen = logits.gather(1, tokens.unsqueeze(1).long()).squeeze(1)
         logprobs = (chosen - normaliser).tolist()
-        ranks = (logits > chosen.unsqueeze(1)).sum(-1).tolist() if any(tops) else [0] * len(tops)
+        ranks = (logits > chosen.unsqueeze(1)).sum(-1).tolist() if wanted else [0] * len(tops)
         most: list[list[tuple[int, float]]] = [[] for _ in tops]
-        if any(tops):
-            best = logits.topk(max(tops), dim=-1)
+        if any(wanted):
+            best = logits.topk(max(wanted), dim=-1)
             values = (best.values - normaliser.unsqueeze(1)).tolist()
             for row, ids in enumerate(best.indices.tolist()):
-                most[row] = list(zip(ids[: tops[row]], values[row]))
+                most[row] = list(zip(ids[: tops[row] or 0], values[row]))
         return [
             Sampled(token, logprob, rank + 1, tuple(top))
             for token, logprob, rank, top in zip(tokens.tolist(), logprobs, ranks, most)

@@ -14,7 +14,7 @@ from aiolora.ops.linear import RANKS_PER_PAGE, Site
 class AdapterPool:
     """Pages of 8 ranks of one kind of site over all layers: a [P, L, S, 8, K], b [P, L, 8, N] a kind.
 
-    One page is one contiguous copy each way. Which page holds what is `Residency`'s business. Engine thread only.
+    One page is one contiguous copy, written whole before it is read. Which page holds what is `Residency`'s business. Engine thread only.
     """
 
     def __init__(self, layout: Layout, num_pages: int, device: str) -> None:
@@ -25,8 +25,8 @@ class AdapterPool:
         for kind in layout.kinds:
             a = (num_pages, kind.layers, kind.slices, RANKS_PER_PAGE, kind.inputs)
             b = (num_pages, kind.layers, RANKS_PER_PAGE, kind.bounds[-1])
-            self._a.append(torch.zeros(a, dtype=layout.dtype, device=device))
-            self._b.append(torch.zeros(b, dtype=layout.dtype, device=device))
+            self._a.append(torch.empty(a, dtype=layout.dtype, device=device))
+            self._b.append(torch.empty(b, dtype=layout.dtype, device=device))
 
     @property
     def nbytes(self) -> int:

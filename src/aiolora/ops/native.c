@@ -1,7 +1,8 @@
-/* The decode path's ops for the CPU: float32 or bfloat16 in memory, float32 in registers. native.py builds and calls it.
+/* The decode path's ops for the CPU: float32 or bfloat16 in memory, float32 in registers. native.py builds and calls
+   it: every exported function takes one packed struct of 8-byte fields, in the order of the tuples there.
 
-   Every exported function takes one packed struct of 8-byte fields; the tuples in native.py are in the same order. A row of a result is summed in the same order whatever else is in the batch and whatever the
-   number of threads. NaN and infinity propagate: no flag here lets the compiler assume that they do not occur. */
+   A row of a result is summed in the same order whatever else is in the batch and whatever the number of threads. NaN
+   and infinity propagate: no flag here lets the compiler assume that they do not occur. */
 
 #include <math.h>
 #include <stdint.h>
@@ -22,6 +23,7 @@
 #define LANES 4
 #endif
 
+#define LINE 64 /* bytes, of a cache */
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -113,6 +115,11 @@ INLINE vec exponential(vec x) { /* 2 ulp: Cody-Waite reduction and the polynomia
     return pick((word)(x != x), x, pick((word)(x > 88.3f), high, p));
 }
 
+INLINE void prefetch(const char *p, i64 nbytes) { /* inlined by force: gcc 12 drops calls that only prefetch */
+    for (i64 i = 0; i < nbytes; i += LINE)
+        __builtin_prefetch(p + i, 0, 2);
+}
+
 /* ---- threads ---- */
 
 typedef void worker(void *job, int thread, int threads);
@@ -144,7 +151,6 @@ static void span(i64 total, int thread, int threads, i64 *low, i64 *high) {
 /* Weights are prefetched into the second level cache this many bytes ahead, line after line, while 4 rows are in work:
    one Zen4 core then reads 20-22 GB/s instead of 11 (8 tokens: 7), two cores all that memory gives (30). */
 #define AHEAD 16384
-#define LINE 64
 
 #if defined(__AVX__) && !defined(__AVX512F__)
 #define TOKENS 2 /* 16 registers: 8 sums, 4 of w, one of x */
@@ -246,7 +252,8 @@ static dots_of *const DOTS_OF[2][2] = {{dots_ff, dots_fb}, {dots_bf, dots_bb}}; 
 
 /* ---- linear: y = x w^T, and what the adapters add ---- */
 
-#define MAX_TOKENS 32
+#define MAX_TOKENS 1024 /* as in native.py */
+#define BLOCK 24        /* tokens that pass over some weights at a time: of 576 bfloat16 they fit the first level cache */
 #define MAX_THREADS 256
 #define COLUMNS 32 /* of y that a thread takes at a time: 64 bytes of bfloat16, so threads share no cache line */
 
@@ -311,8 +318,9 @@ static void shrink(const linear_job *job, int thread, int threads) {
     }
 }
 
-INLINE void expand_block(const linear_job *job, const run *u, int type, i64 s, i64 first, int tokens, float *sums, i64 n0, i64 n1) {
-    /* columns n0 to n1, all of slice s; sums[t * COLUMNS + n % COLUMNS] for tokens `first` and on of the run */
+INLINE void expand_block(const linear_job *job, const run *u, int type, i64 s, i64 first, int tokens, float *sums,
+                         i64 n0, i64 n1) {
+    /* sums[t * COLUMNS + n % COLUMNS] += h[t, s] b[pages, n]: `tokens` of the run, columns n0 to n1 of slice s */
     const linear_args *c = job->args;
     const int32_t *pages = c->pages + u->row * c->row_stride, *perm = c->perm + u->start + first;
     const float *h = job->h + ((u->start + first) * c->S + s) * c->W * 8;
@@ -360,8 +368,7 @@ INLINE void prefetch_columns(const linear_job *job, i64 n0) { /* of b: they arri
         for (i64 p = 0; p < u->pages; p++) {
             const char *b = c->b + (c->pages[u->row * c->row_stride + p] * c->b_page + n0) * width;
             for (i64 r = 0; r < 8; r++)
-                for (i64 at = 0; at < COLUMNS * width; at += LINE)
-                    __builtin_prefetch(b + r * c->N * width + at, 0, 2);
+                prefetch(b + r * c->N * width, COLUMNS * width);
         }
 }
 
@@ -374,11 +381,16 @@ INLINE void linear_columns(linear_job *job, int type, i64 n0) {
         x[t] = c->x + t * c->K * size(type);
     if (job->num_runs)
         prefetch_columns(job, n0);
-    for (i64 n = n0; n < n1; n += 4) {
-        const char *w[4];
-        for (i64 r = 0; r < 4; r++) /* past the end: the last row again, its sums are not stored */
-            w[r] = c->w + MIN(n + r, c->N - 1) * c->K * size(type);
-        DOTS_OF[type][type](w, x, c->K, c->T, sums + n - n0, COLUMNS, w[0] + AHEAD);
+    i64 blocks = (c->T + BLOCK - 1) / BLOCK;
+    for (i64 block = 0; block < blocks; block++) {
+        i64 t = c->T * block / blocks, count = c->T * (block + 1) / blocks - t;
+        for (i64 n = n0; n < n1; n += 4) {
+            const char *w[4];
+            for (i64 r = 0; r < 4; r++) /* past the end: the last row again, its sums are not stored */
+                w[r] = c->w + MIN(n + r, c->N - 1) * c->K * size(type);
+            const char *next = block == 0 ? w[0] + AHEAD : w[0];
+            DOTS_OF[type][type](w, x + t, c->K, count, sums + t * COLUMNS + n - n0, COLUMNS, next);
+        }
     }
     if (job->num_runs && c->adapter_type == BF16)
         expand(job, BF16, sums, n0, n1);
@@ -637,7 +649,8 @@ typedef struct {
     sequence *sequences;
 } attention_job;
 
-INLINE void add_values(const char *const *v, int type, const float *weights, i64 keys, i64 d, int wide, int queries, float *out, i64 ld) {
+INLINE void add_values(rows v, int type, const float *weights, i64 keys, i64 d, int wide, int queries, float *out,
+                       i64 ld) {
     /* out[i * ld + d ...] = sum over keys of weights[i, key] v[key, d ...] for `wide` registers of values */
     vec acc[4][4] = {0};
     for (i64 key = 0; key < keys; key++) {
@@ -656,7 +669,7 @@ INLINE void add_values(const char *const *v, int type, const float *weights, i64
             memcpy(out + i * ld + d + j * LANES, &acc[i][j], sizeof(vec));
 }
 
-INLINE void all_values(const char *const *v, int type, const float *weights, i64 keys, i64 D, int queries, float *out, i64 ld) {
+INLINE void all_values(rows v, int type, const float *weights, i64 keys, i64 D, int queries, float *out, i64 ld) {
     i64 d = 0;
     for (; d + WIDE * LANES <= D; d += WIDE * LANES)
         add_values(v, type, weights, keys, d, WIDE, queries, out, ld);
@@ -678,6 +691,7 @@ INLINE void attend(const attention_args *c, int type, const sequence *s, i64 b, 
         k[key] = c->k_cache + at;
         v[key] = c->v_cache + at;
     }
+    v[keys] = v[keys + 1] = v[keys + 2] = v[keys - 1];
     k[keys] = k[keys + 1] = k[keys + 2] = k[keys - 1]; /* scores are taken four at a time */
     for (i64 first = 0; first < s->queries * shared; first += 4) {
         float weights[4 * KEYS] __attribute__((aligned(64)));
@@ -688,8 +702,13 @@ INLINE void attend(const attention_args *c, int type, const sequence *s, i64 b, 
             i64 query = c->starts[b] + (first + i) / shared, head = group * shared + (first + i) % shared;
             q[i] = c->q + (query * c->H + head) * width;
         }
-        for (i64 key = 0; key < keys; key += 4)
+        for (i64 key = 0; key < keys; key += 4) {
+            for (i64 i = 0; first == 0 && i < 4; i++) {
+                prefetch(k[MIN(key + 32 + i, keys)], width);
+                prefetch(v[key + i], width);
+            }
             DOTS_OF[type][type](k + key, q, c->D, queries, weights + key, KEYS, k[key]);
+        }
         for (int i = 0; i < queries; i++) {
             float *w = weights + i * KEYS, top = -INFINITY;
             i64 end = length - s->queries + (first + i) / shared + 1 - low; /* keys that this query sees: from, end */
