@@ -5,6 +5,7 @@ Down: a message into a deque and an event, once a request. Up: one `call_soon_th
 
 import asyncio
 import contextlib
+import itertools
 import threading
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from functools import partial
 from types import TracebackType
 
 import anyio.to_thread
+from msgspec import structs
 
 from aiolora.config import EngineArgs
 from aiolora.engine.build import Built, build
@@ -20,7 +22,7 @@ from aiolora.engine.core import Engine, Snapshot
 from aiolora.engine.intake import Intake, LoRA
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
-from aiolora.errors import AioloraError, EngineDeadError, RequestError
+from aiolora.errors import AdapterFormatError, AioloraError, EngineDeadError, RequestError
 from aiolora.lora.loader import AdapterWeights
 from aiolora.types import (
     AdapterVersion,
@@ -91,7 +93,9 @@ class AsyncLLMEngine:
         self._wake = threading.Event()
         self._stopping = False
         self._death: BaseException | None = None
-        self._mailboxes: dict[str, _Mailbox] = {}
+        self._mailboxes: dict[str, _Mailbox] = {}  # by ticket
+        self._tickets: dict[str, str] = {}  # request id -> the name the engine knows it by, never used twice
+        self._num_tickets = itertools.count()
         self._loading: dict[str, asyncio.Future[AdapterVersion]] = {}
         self._sources: dict[int, LoRARequest] = {}
         self._loaded_at: dict[int, float] = {}
@@ -222,17 +226,19 @@ class AsyncLLMEngine:
         Leaving the iteration aborts what is unfinished. One request that fails ends them all with its error.
         """
         self._alive()
-        positions = {assembler.request.id: position for position, assembler in enumerate(assemblers)}
-        for request_id in positions:
-            if request_id in self._mailboxes:
-                raise RequestError(
-                    f"request_id {request_id!r} is in use; give each request its own", param="request_id"
-                )
+        requests = [assembler.request for assembler in assemblers]
+        taken = next((request.id for request in requests if request.id in self._tickets), None)
+        if taken is not None:
+            raise RequestError(f"request_id {taken!r} is in use; give each request its own", param="request_id")
+        # a delta of a request that was left may still be on its way when its id is used again: tickets tell them apart
+        tickets = [f"{request.id}#{next(self._num_tickets)}" for request in requests]
+        positions = {ticket: position for position, ticket in enumerate(tickets)}
         mailbox = _Mailbox()
         try:
-            for assembler in assemblers:
-                self._mailboxes[assembler.request.id] = mailbox
-                self._post(partial(_add, request=assembler.request))
+            for request, ticket in zip(requests, tickets):
+                self._tickets[request.id] = ticket
+                self._mailboxes[ticket] = mailbox
+                self._post(partial(_add, request=structs.replace(request, id=ticket)))
             while not all(assembler.finished for assembler in assemblers):
                 burst = []
                 for delta in await mailbox.get():
@@ -246,17 +252,18 @@ class AsyncLLMEngine:
                 if burst:
                     yield burst
         finally:
-            for assembler in assemblers:
-                self._mailboxes.pop(assembler.request.id, None)
+            for assembler, ticket in zip(assemblers, tickets):
+                self._tickets.pop(assembler.request.id, None)
+                self._mailboxes.pop(ticket, None)
                 if not assembler.finished:
-                    self._abort(assembler.request.id)
+                    self._abort(ticket)
 
     def abort(self, request_id: str) -> None:
         """End a request: its stream simply ends, its answers with "abort". Unknown ids are fine."""
-        mailbox = self._mailboxes.get(request_id)
-        if mailbox is not None:
-            self._abort(request_id)
-            mailbox.put(TokenDelta(request_id, 0, token_id=None, finish_reason="abort"))
+        ticket = self._tickets.get(request_id)
+        if ticket is not None:
+            self._abort(ticket)
+            self._mailboxes[ticket].put(TokenDelta(ticket, 0, token_id=None, finish_reason="abort"))
 
     async def add_lora(self, lora_request: LoRARequest) -> AdapterVersion:
         """Load an adapter, or find it loaded. Raises `AdapterError`; a failed load changes nothing."""
@@ -318,8 +325,8 @@ class AsyncLLMEngine:
         finally:
             del self._loading[lora.lora_name]
 
-    def _abort(self, request_id: str, index: int | None = None) -> None:
-        self._post(lambda engine: engine.abort(request_id, index))
+    def _abort(self, ticket: str, index: int | None = None) -> None:
+        self._post(lambda engine: engine.abort(ticket, index))
 
     def _post(self, message: Message) -> None:
         self._inbox.append(message)
@@ -377,8 +384,10 @@ class AsyncLLMEngine:
         try:
             weights: AdapterWeights = await anyio.to_thread.run_sync(self._parts.load, self._sources[version.id])
             message = partial(_landed, version=version, weights=weights)
-        except AioloraError as error:
-            message = partial(_failed, version=version, error=error)
+        except Exception as error:
+            known = error if isinstance(error, AioloraError) else None
+            failure = known or AdapterFormatError(version.name, f"could not be read again: {error!r}")
+            message = partial(_failed, version=version, error=failure)
         self._post(message)
 
 

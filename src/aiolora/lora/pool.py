@@ -14,7 +14,8 @@ from aiolora.ops.linear import RANKS_PER_PAGE, Site
 class AdapterPool:
     """Pages of 8 ranks of one kind of site over all layers: a [P, L, S, 8, K], b [P, L, 8, N] a kind.
 
-    One page is one contiguous copy, written whole before it is read. Which page holds what is `Residency`'s business. Engine thread only.
+    One page is one contiguous copy, written whole before it is read. Which page holds what is `Residency`'s business.
+    Engine thread only.
     """
 
     def __init__(self, layout: Layout, num_pages: int, device: str) -> None:

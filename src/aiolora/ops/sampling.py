@@ -9,15 +9,17 @@ from torch import Tensor
 
 from aiolora.ops.registration import define
 
+_GREEDY_BELOW = 1e-6
+
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
     """A token [B] int64 a row of `logits` [B, V]: temperature, then min_p, then top_k, then top_p, then the draw.
 
-    temperature 0: the likeliest. top_k 0: all. `u` [B] in [0, 1): the point of the cumulative distribution, over
-    tokens from the likeliest down, at which the token stands.
+    temperature 0 (or under 1e-6, where dividing could overflow): the likeliest. top_k 0: all. `u` [B] in [0, 1): the
+    point of the cumulative distribution, over tokens from the likeliest down, at which the token stands.
     """
     greedy = logits.argmax(-1)
-    rows = (temperature > 0).nonzero().squeeze(1)
+    rows = (temperature >= _GREEDY_BELOW).nonzero().squeeze(1)
     if len(rows) == 0:
         return greedy
     scaled = logits[rows] / temperature[rows].unsqueeze(1)

@@ -1,0 +1,218 @@
+"""The bridge: streams, aborts, single-flight loads, and what everybody is told when the engine dies."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
+from aiolora.engine.runner import ModelRunner
+from aiolora.errors import AdapterFormatError, AdapterNotFoundError, EngineDeadError, RequestError, UnknownModelError
+from aiolora.lora import loader
+from tests.conftest import ModelOf
+from tests.tiny import make_adapter
+
+LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+SHORT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture
+async def engine(model_of: ModelOf) -> AsyncIterator[AsyncLLMEngine]:
+    room = {"max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": 8}  # for one adapter, on the device and beside it
+    args = EngineArgs(model=str(model_of("llama")), dtype="float32", enable_lora=True, **room)
+    async with AsyncLLMEngine.from_engine_args(args) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def adapters(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> list[LoRARequest]:
+    folder = tmp_path_factory.mktemp("adapters")
+    made = [make_adapter(model_of("llama"), folder / f"a{seed}", seed=seed, strength=2.0) for seed in range(3)]
+    return [LoRARequest(path.name, number, str(path)) for number, path in enumerate(made, start=1)]
+
+
+async def tokens(engine: AsyncLLMEngine, params: SamplingParams = SHORT, lora: LoRARequest | None = None) -> list[int]:
+    return [token.token_id async for token in engine.stream(PROMPT, params, lora=lora)]
+
+
+async def running(engine: AsyncLLMEngine, count: int) -> None:
+    for _ in range(5000):
+        if engine.snapshot().running == count:
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError(f"never {count}: {engine.snapshot()}")
+
+
+async def idle(engine: AsyncLLMEngine) -> None:
+    """Until nothing runs; the messages are in the inbox already, so a few steps suffice."""
+    for _ in range(500):
+        seen = engine.snapshot()
+        if seen.running == seen.waiting == 0:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"still busy: {engine.snapshot()}")
+
+
+async def test_leaving_a_stream_aborts_its_request_and_gives_its_pages_back(engine: AsyncLLMEngine) -> None:
+    start = engine.snapshot().free_pages
+    stream = engine.stream(PROMPT, LONG)
+    async for _ in stream:
+        break
+    await stream.aclose()
+    await idle(engine)
+    assert engine.snapshot().free_pages == start
+
+
+async def test_cancelling_a_generate_aborts_its_request(engine: AsyncLLMEngine) -> None:
+    task = asyncio.create_task(engine.generate(PROMPT, LONG))
+    await running(engine, 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await idle(engine)
+
+
+async def test_abort_ends_the_stream_with_the_reason_abort(engine: AsyncLLMEngine) -> None:
+    task = asyncio.create_task(engine.generate(PROMPT, LONG, request_id="mine"))
+    await running(engine, 1)
+    engine.abort("mine")
+    engine.abort("nobody's")
+    output = await task
+    assert (output.request_id, output.finished, output.outputs[0].finish_reason) == ("mine", True, "abort")
+    await idle(engine)
+
+
+async def test_an_id_used_again_at_once_never_gets_tokens_of_the_request_before(engine: AsyncLLMEngine) -> None:
+    expected = await tokens(engine)
+    for _ in range(20):
+        stream = engine.stream([9, 9, 9], LONG, request_id="same")
+        async for _ in stream:
+            break
+        await stream.aclose()
+        again = [token.token_id async for token in engine.stream(PROMPT, SHORT, request_id="same")]
+        assert again == expected
+
+
+async def test_an_id_in_use_is_refused_and_its_stream_goes_on(engine: AsyncLLMEngine) -> None:
+    task = asyncio.create_task(engine.generate(PROMPT, SHORT, request_id="same"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    with pytest.raises(RequestError, match="in use"):
+        await engine.generate(PROMPT, SHORT, request_id="same")
+    assert (await task).finished
+
+
+async def test_many_who_ask_for_a_new_adapter_at_once_load_it_once(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    real = loader.build
+
+    def counted(name: str, *args: object, **kwargs: object) -> object:
+        loads.append(name)
+        return real(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loader, "build", counted)
+    answers = await asyncio.gather(*(tokens(engine, lora=adapters[0]) for _ in range(8)))
+    assert all(answer == answers[0] for answer in answers)
+    assert loads == ["a0"]
+    assert [version.name for version in await engine.list_loras()] == ["a0"]
+
+
+async def test_adapters_beyond_every_cache_are_read_again_with_equal_answers(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest]
+) -> None:
+    first = [await tokens(engine, lora=adapter) for adapter in adapters]
+    assert len({tuple(answer) for answer in first}) == 3
+    again = await asyncio.gather(*(tokens(engine, lora=adapter) for adapter in adapters * 2))
+    assert again == first * 2
+
+
+async def test_an_adapter_that_cannot_be_read_again_fails_its_own_requests_only(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], tmp_path: Path
+) -> None:
+    folder = tmp_path / "gone"
+    shutil.copytree(adapters[0].lora_path, folder)
+    doomed = LoRARequest("doomed", 9, str(folder))
+    await tokens(engine, lora=doomed)
+    await tokens(engine, lora=adapters[1])  # takes its place on the device and in host memory
+    shutil.rmtree(folder)
+    lost, kept = await asyncio.gather(
+        tokens(engine, lora=doomed), tokens(engine, lora=adapters[1]), return_exceptions=True
+    )
+    assert isinstance(lost, AdapterNotFoundError)
+    assert isinstance(kept, list)
+
+
+async def test_whatever_goes_wrong_while_reading_again_is_the_adapters_error(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await tokens(engine, lora=adapters[0])
+    await tokens(engine, lora=adapters[1])
+
+    def broken(*_: object) -> object:
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setattr(loader, "_tensors", broken)
+    with pytest.raises(AdapterFormatError, match="the disk is on fire"):
+        await tokens(engine, lora=adapters[0])
+    assert await tokens(engine)
+
+
+async def test_a_removed_name_is_unknown_at_once_and_running_requests_finish(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest]
+) -> None:
+    version = await engine.add_lora(adapters[0])
+    task = asyncio.create_task(engine.generate(PROMPT, SHORT, lora="a0"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert await engine.remove_lora("a0")
+    assert not await engine.remove_lora("a0")
+    with pytest.raises(UnknownModelError, match="'a0' does not exist"):
+        await engine.generate(PROMPT, SHORT, lora="a0")
+    assert (await task).adapter == version.label
+
+
+async def test_when_a_step_fails_every_stream_is_told_and_new_requests_are_refused(
+    engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [asyncio.create_task(tokens(engine, LONG)) for _ in range(3)]
+    await running(engine, 3)
+
+    def broken(*_: object) -> object:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(ModelRunner, "launch", broken)
+    for outcome in await asyncio.gather(*streams, return_exceptions=True):
+        assert isinstance(outcome, EngineDeadError)
+        assert str(outcome.__cause__) == "the device is gone"
+    assert str(engine.death) == "the device is gone"
+    with pytest.raises(EngineDeadError, match="the device is gone"):
+        await tokens(engine)
+
+
+async def test_an_engine_that_is_not_started_says_so_and_stop_may_come_twice(model_of: ModelOf) -> None:
+    engine = AsyncLLMEngine.from_engine_args(EngineArgs(model=str(model_of("llama")), dtype="float32"))
+    with pytest.raises(EngineDeadError, match="not started"):
+        await tokens(engine)
+    await engine.stop()
+    await engine.start()
+    await engine.start()
+    assert len(await tokens(engine)) == 5
+    await engine.stop()
+    await engine.stop()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        await tokens(engine)
+
+
+async def test_snapshot_counts_what_runs(engine: AsyncLLMEngine) -> None:
+    stream = engine.stream(PROMPT, LONG)
+    async for _ in stream:
+        break
+    assert engine.snapshot().running == 1
+    assert engine.snapshot().free_pages < engine.snapshot().num_pages
+    await stream.aclose()
+    await idle(engine)
