@@ -29,7 +29,7 @@ HOMES = {
     "huggingface_hub": {"hub"},
     "threading": {"engine/async_engine"},
     "rich": {"cli", "llm"},
-    "subprocess": {"models/embedded", "ops/native"},
+    "subprocess": {"models/embedded", "ops/build_native"},
     "pickle": set[str](),
 }
 NO_TORCH = {"errors", "types", "config", "pages", "hub", "api", "cli"}

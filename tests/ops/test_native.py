@@ -1,6 +1,7 @@
 """The compiled CPU kernels against their references, which compute in float32 what the kernels round once."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from aiolora.ops import native
+from aiolora.config import Environment
+from aiolora.ops import build_native, native
 from aiolora.ops.activation import silu_mul, silu_mul_op
 from aiolora.ops.attention import attention, attention_op, rope_store, rope_store_op
 from aiolora.ops.linear import whole_linear, whole_linear_op
@@ -315,9 +317,29 @@ def test_a_compiler_that_fails_means_the_references(monkeypatch: pytest.MonkeyPa
     assert native.library() is not None
 
 
+@pytest.mark.parametrize("name", ["linear.c", "vectors.h"])
+def test_a_change_in_any_source_gives_another_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """The compiler stands in: it gives no macros and links an empty file."""
+    fake = tmp_path / "cc"
+    fake.write_text("""#!/bin/sh
+case "$*" in *-dM*) ;; *) while [ "$1" != -o ]; do shift; done; : > "$2";; esac
+""")
+    fake.chmod(0o755)
+    sources = tmp_path / "csrc"
+    shutil.copytree(build_native.SOURCES, sources)
+    monkeypatch.setattr(build_native, "SOURCES", sources)
+    first = build_native.built(str(fake), (), tmp_path)
+    assert build_native.built(str(fake), (), tmp_path) == first
+    with (sources / name).open("a") as source:
+        source.write("/* other */\n")
+    assert build_native.built(str(fake), (), tmp_path) != first
+
+
 def test_importing_the_ops_compiles_nothing_and_processes_may_compile_at_once(tmp_path: Path) -> None:
     """A compiler that only copies what the cache already has stands in, so that this takes no seconds."""
-    made = sorted(native.Environment.read().cache.joinpath("native").glob("*.so"), key=lambda p: p.stat().st_mtime)[-1]
+    made = sorted(Environment.read().cache.joinpath("native").glob("*.so"), key=lambda p: p.stat().st_mtime)[-1]
     fake = tmp_path / "cc"
     script = f"""#!/bin/sh
 case "$*" in *-dM*) echo macros;; *)

@@ -1,4 +1,4 @@
-"""The decode path's ops compiled for this CPU: builds native.c once a machine, loads it, calls it.
+"""The decode path's ops compiled for this CPU: calls the kernels that build_native.py compiled from csrc/.
 
 Each function here takes the tensors of the reference of the same name and returns its result, or None where the
 compiled kernel does not serve (no compiler, another dtype, strides, too many tokens): the caller then runs the
@@ -6,108 +6,27 @@ reference. Arguments cross as one packed struct: ctypes converts 20 separate one
 (2-core EPYC Zen4, Python 3.11), and a decode step makes 270 calls.
 """
 
-import ctypes
-import functools
-import hashlib
-import logging
-import os
-import shutil
 import struct
-import subprocess
-import tempfile
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aiolora.config import Environment
+from aiolora.ops.build_native import library
 
 MAX_TOKENS = 1024  # of a linear; with 64 oneDNN and MKL take 1.4 times as long, from 256 on as long
 MAX_QUERIES = 8  # of one sequence in attention
 MAX_HEAD_DIM = 512
 
-_SOURCE = Path(__file__).with_name("native.c")
-_COMMON = ("-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-lm")
-_FLAGS = (  # the first that compiles; Apple's clang has no OpenMP, some compilers do not know -march=native
-    ("-march=native", "-fopenmp"),
-    ("-mcpu=native", "-fopenmp"),
-    ("-march=native",),
-    (),
-)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_LOG = logging.getLogger(__name__)
-
-
-class Library(NamedTuple):
-    """The loaded kernels: each takes one packed struct; other than 0 is explained in native.c."""
-
-    linear: "ctypes._NamedFuncPointer"
-    attention: "ctypes._NamedFuncPointer"
-    norm: "ctypes._NamedFuncPointer"
-    silu_mul: "ctypes._NamedFuncPointer"
-    rope_store: "ctypes._NamedFuncPointer"
-
-
-@functools.cache
-def library() -> Library | None:
-    """The compiled kernels, built at the first call; None where AIOLORA_NATIVE=0 or nothing here can compile them."""
-    environment = Environment.read()
-    if not environment.native:
-        return None
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        _LOG.warning("no C compiler (cc, gcc, clang) found: CPU decoding stays 2-3 times slower")
-        return None
-    problem = ""
-    for flags in _FLAGS:
-        try:
-            return _load(_built(compiler, flags, environment.cache / "native"))
-        except subprocess.CalledProcessError as error:
-            problem = problem or error.stderr.strip()[-500:]
-        except OSError as error:
-            problem = str(error)
-    _LOG.warning("compiling %s with %s failed, CPU decoding stays 2-3 times slower: %s", _SOURCE, compiler, problem)
-    return None
+_SHORT = {n: struct.Struct(f"{n}q").pack for n in range(64)}  # the `_args` of csrc/: all fields have 8 bytes
+_NORM = struct.Struct("10qd").pack
+_ROPE = struct.Struct("16qd").pack
+_ATTENTION = struct.Struct("16qd").pack
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `whole_linear` of this dtype on this device runs compiled."""
     return device.type == "cpu" and dtype in _TYPES and library() is not None
-
-
-def _built(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
-    """The library under a name that says everything it depends on: source, compiler and the features of this CPU."""
-    macros = subprocess.run(
-        [compiler, *flags, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True
-    ).stdout
-    source = _SOURCE.read_bytes()
-    name = hashlib.sha256(b"\0".join([source, " ".join([*_COMMON, *flags]).encode(), macros.encode()])).hexdigest()[:32]
-    path = folder / f"{name}.so"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: several processes may do this
-        made = Path(scratch) / path.name
-        command = [compiler, *flags, *_COMMON, "-o", str(made), str(_SOURCE)]
-        subprocess.run(command, capture_output=True, text=True, check=True)
-        made.replace(path)
-    return path
-
-
-def _load(path: Path) -> Library:
-    """Bind the functions; the short ones keep the GIL: asking for it back may wait longer than their 1-3 us."""
-    free, held = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
-    loaded = Library(free.linear, free.attention, held.norm, held.silu_mul, held.rope_store)
-    for function in loaded:
-        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
-    return loaded
-
-
-_SHORT = {n: struct.Struct(f"{n}q").pack for n in range(64)}  # the structs of native.c: all fields have 8 bytes
-_NORM = struct.Struct("10qd").pack
-_ROPE = struct.Struct("16qd").pack
-_ATTENTION = struct.Struct("16qd").pack
 
 
 def linear(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) -> Tensor | None:
