@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -64,6 +65,13 @@ def test_the_memory_example_starts_with_its_arguments(environment: dict[str, str
 def test_the_async_example_streams_three_models_at_once(environment: dict[str, str]) -> None:
     printed = example("async_stream.py", environment)
     assert {line.split(":")[0] for line in printed.splitlines()} >= {"base", "sql", "pirate"}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_readmes_python_runs_as_printed(environment: dict[str, str], number: int) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    assert run([sys.executable, "-c", blocks[number]], environment).strip()
 
 
 @pytest.fixture
