@@ -22,7 +22,7 @@ PROMPT = [5, 6, 7, 8]
 @pytest.fixture
 async def engine(model_of: ModelOf) -> AsyncIterator[AsyncLLMEngine]:
     room = {"max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": 8}  # for one adapter, on the device and beside it
-    args = EngineArgs(model=str(model_of("llama")), dtype="float32", enable_lora=True, **room)
+    args = EngineArgs(model=str(model_of("llama")), dtype="float32", device="cpu", enable_lora=True, **room)
     async with AsyncLLMEngine.from_engine_args(args) as engine:
         yield engine
 

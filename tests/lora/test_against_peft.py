@@ -207,7 +207,7 @@ def test_one_adapter_at_a_time_gives_the_same_answers(
     model_of: ModelOf, folders_of: Callable[[str], Folders], peft_of: PeftOf
 ) -> None:
     family = FAMILIES[0]
-    llm = serve(model_of(family), max_loras=1, max_cpu_loras=2)
+    llm = serve(model_of(family), max_loras=1, max_cpu_loras=2, device="cpu")
     loras: list[LoRARequest | None] = [None, *requests(folders_of(family))[:6]] * 2
     prompts: list[Prompt] = [prompt_ids(number, 12) for number in range(len(loras))]
     outputs = llm.generate(prompts, everything(NEW), lora_request=loras, use_tqdm=False)

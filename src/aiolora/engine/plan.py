@@ -44,8 +44,9 @@ def pick_device(said: str) -> str:
 
 def make_plan(args: EngineArgs, config: DecoderConfig, layout: Layout | None, dtype: torch.dtype, device: str) -> Plan:
     """Size everything. Raises `ConfigError` where the wishes do not fit together or into the memory."""
-    max_num_seqs = args.max_num_seqs or (256 if device == "cuda" else 32)
-    budget = args.max_num_batched_tokens or max(8192 if device == "cuda" else 1024, max_num_seqs)
+    usual_seqs, usual_tokens = (256, 8192) if device == "cuda" else (32, 1024)
+    max_num_seqs = args.max_num_seqs or min(usual_seqs, args.max_num_batched_tokens or usual_seqs)
+    budget = args.max_num_batched_tokens or max(usual_tokens, max_num_seqs)
     if budget < max_num_seqs:
         raise ConfigError(
             f"max_num_batched_tokens={budget} is under max_num_seqs={max_num_seqs}: a step must fit one token of each"
@@ -79,7 +80,10 @@ def make_plan(args: EngineArgs, config: DecoderConfig, layout: Layout | None, dt
 
 
 def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple[int, int]:
-    """Rank pages of each kind, and their bytes: room for `max_loras` adapters of the largest rank, or `lora_memory`."""
+    """Rank pages of each kind, and their bytes: room for `max_loras` adapters of the largest rank, or `lora_memory`.
+
+    On a GPU as many more as host memory keeps, within a share of what is free.
+    """
     if layout is None:
         return 0, 0
     page = sum(kind.page_nbytes(layout.dtype) for kind in layout.kinds)
@@ -89,7 +93,7 @@ def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple
         pages = args.lora_memory // page
     elif device == "cuda":
         free, _ = torch.cuda.mem_get_info()
-        pages = max(pages, int(free * _GPU_LORA_SHARE) // page)
+        pages = max(pages, min(int(free * _GPU_LORA_SHARE) // page, args.host_adapters * one))
     if pages < one:
         raise ConfigError(
             f"lora_memory={args.lora_memory} holds rank {pages * RANKS_PER_PAGE}, under max_lora_rank="

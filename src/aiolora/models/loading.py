@@ -21,7 +21,7 @@ def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Decoder:
     """
     try:
         hf = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what transformers raises of JSON
         raise ModelError(f"{folder}/config.json cannot be read: {error}") from error
     if args.max_model_len is not None and args.max_model_len > hf.max_position_embeddings:
         raise ConfigError(
