@@ -277,7 +277,7 @@ def later_mixes_are_spared(patch: pytest.MonkeyPatch) -> None:
 
     def place(self: Engine) -> None:
         spared = self._wanted()
-        for mix in self.scheduler.wanted():
+        for mix in self.scheduler.wanted(self._reading):
             for version in mix.versions:
                 if not self._residency.on_device(version) and version.id not in self._reading:
                     self._bring(version, spared)

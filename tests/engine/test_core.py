@@ -49,6 +49,19 @@ def test_an_adapter_whose_folder_has_changed_fails_only_those_who_wait_for_it() 
     assert ends[same.request.id].finish_reason == ends[base.request.id].finish_reason == "length"
 
 
+def test_an_adapter_that_is_still_being_read_takes_no_slot_from_one_that_is_there() -> None:
+    world = world_of(max_loras=1)
+    world.answer_at_once = lambda version: None
+    slow, there = mix_of(world, "slow"), mix_of(world, "there")
+    waiting = world.submit(PROMPT, slow, max_tokens=2, ignore_eos=True)
+    served = world.submit(PROMPT, there, max_tokens=2, ignore_eos=True)
+    steps(world, 6)
+    assert (waiting.open, served.open) == (True, False)
+    world.answer(slow.versions[0], "ok")
+    steps(world, 6)
+    assert not waiting.open
+
+
 def test_a_base_request_does_not_wait_for_the_adapter_of_another() -> None:
     world = world_of()
     world.answer_at_once = lambda version: None

@@ -187,12 +187,15 @@ class Engine:
         A mix may take the room of those behind it in line: were they spared too, two that do not fit together could
         each wait for the other.
         """
-        spared: set[int] = set()
-        for mix in self.scheduler.wanted():
-            spared.update(version.id for version in mix.versions)
-            for version in mix.versions:
-                if not self._residency.on_device(version) and version.id not in self._reading:
-                    self._bring(version, spared)
+        reads = -1
+        while reads != len(self._reading):  # a read that has just begun is passed over: look again who comes next
+            reads = len(self._reading)
+            spared: set[int] = set()
+            for mix in self.scheduler.wanted(self._reading):
+                spared.update(version.id for version in mix.versions)
+                for version in mix.versions:
+                    if not self._residency.on_device(version) and version.id not in self._reading:
+                        self._bring(version, spared)
 
     def _bring(self, version: AdapterVersion, spared: set[int]) -> None:
         if not self._residency.in_host(version):
@@ -204,7 +207,7 @@ class Engine:
                 self._store.write(placement.weights, placement.pages)
 
     def _wanted(self) -> set[int]:
-        return {version.id for mix in self.scheduler.wanted() for version in mix.versions}
+        return {version.id for mix in self.scheduler.wanted(self._reading) for version in mix.versions}
 
     def _settle(self, batch: Batch, landed: Landed) -> list[TokenDelta]:
         """Append what a step brought and end what has ended."""

@@ -92,14 +92,20 @@ class Scheduler:
         """Let `seq` wait, behind those of its mix that came before it; a preempted one came before some that wait."""
         insort(self._queues.setdefault(seq.mix, deque()), seq, key=lambda other: other.number)
 
-    def wanted(self) -> list[Mix]:
+    def wanted(self, arriving: Collection[int] = ()) -> list[Mix]:
         """Mixes that the next steps need on the device: of running sequences, then of waiting heads by arrival.
 
-        At most `max_loras` mixes: looking further ahead would evict what is about to run.
+        At most `max_loras` mixes: looking further ahead would evict what is about to run. `arriving`: ids of versions
+        that are being read; up to as many mixes of them are passed over, so that a slow disk holds up only its own.
         """
         mixes = dict.fromkeys(self._active)
+        passed_over = 0
         for seq in self._heads():
-            if seq.mix is not None and len(mixes) < self.limits.max_loras:
+            if seq.mix is None or seq.mix in mixes:
+                continue
+            if passed_over < self.limits.max_loras and any(version.id in arriving for version in seq.mix.versions):
+                passed_over += 1
+            elif len(mixes) < self.limits.max_loras:
                 mixes[seq.mix] = None
         return list(mixes)
 
