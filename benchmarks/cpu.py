@@ -9,6 +9,7 @@ checked in the same run: the log-probability that transformers + PEFT gives our 
 
 import argparse
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from aiolora import LLM, LoRARequest, RequestOutput, SamplingParams
 from aiolora.models.weights import locate
-from benchmarks.harness import Result, machine, median, read_bandwidth, write
+from benchmarks.harness import Result, machine, median, medians, read_bandwidth, write
 
 MODEL = "smollm2-135m"
 ROOT = Path(__file__).parent.parent
@@ -104,21 +105,26 @@ def main() -> None:
     mix: list[str | None] = [name for name in ADAPTERS for _ in range(2)]
     print(machine(), flush=True)
 
-    def pace(engine: Ours | Theirs, prompts: list[str], adapters: list[str | None], *, short: bool = False) -> float:
-        """Tokens a second; `short` takes the time to the first token out, leaving a step."""
-        whole = median(lambda: engine.run(prompts, adapters, tokens), repeat=args.repeat)
-        if not short:
-            return len(prompts) * tokens / whole
-        first = median(lambda: engine.run(prompts, adapters, 1), repeat=args.repeat)
-        return len(prompts) * (tokens - 1) / (whole - first)
+    def pace(engine: Ours | Theirs, prompts: list[str], adapters: list[str | None]) -> float:
+        """Tokens a second."""
+        return len(prompts) * tokens / median(lambda: engine.run(prompts, adapters, tokens), repeat=args.repeat)
+
+    def steps_of(engine: Ours, cases: dict[str, tuple[list[str], list[str | None]]]) -> dict[str, float]:
+        """Seconds of a step of each case: (time of all tokens - time of the first) / the rest."""
+        runs = {
+            f"{name} {count}": partial(engine.run, prompts, adapters, count)
+            for name, (prompts, adapters) in cases.items()
+            for count in (1, tokens)
+        }
+        took = medians(runs, repeat=2 * args.repeat + 1)
+        return {name: (took[f"{name} {tokens}"] - took[f"{name} 1"]) / (tokens - 1) for name in cases}
 
     bandwidth = read_bandwidth()
     results = [Result("memory read bandwidth", bandwidth / 1e9, "GB/s", "torch.sum over 1 GiB")]
     ours = Ours(args.dtype)
     ones = {name: pace(ours, eight[:1], [name]) for name in (None, "sql")}
     eights = {"base": pace(ours, eight, none), "4 adapters": pace(ours, eight, mix)}
-    steps = {name: 8 / pace(ours, eight, adapters, short=True) for name, adapters in (("base", none), ("lora", mix))}
-    step_one = 1 / pace(ours, eight[:1], [None], short=True)
+    steps = steps_of(ours, {"one": (eight[:1], [None]), "base": (eight, none), "lora": (eight, mix)})
     outputs = [ours.run(eight, none, tokens), ours.run(eight, mix, tokens)]
     del ours
     gc.collect()
@@ -147,7 +153,7 @@ def main() -> None:
         Result("step of 8 rows, base", steps["base"] * 1e3, "ms"),
         Result("step of 8 rows, 4 adapters", steps["lora"] * 1e3, "ms"),
         Result("LoRA over base at batch 8", (steps["lora"] / steps["base"] - 1) * 100, "%", "bar: 15 %"),
-        Result("step of 1 row, base", step_one * 1e3, "ms"),
+        Result("step of 1 row, base", steps["one"] * 1e3, "ms"),
         Result("weights read once at that bandwidth", weights / bandwidth * 1e3, "ms", f"{weights / 1e6:.0f} MB"),
         Result("mean |logprob difference|, base", gap_base, "nat", "the same tokens, teacher-forced"),
         Result("mean |logprob difference|, 4 adapters", gap_mix, "nat", "the same tokens, teacher-forced"),

@@ -50,6 +50,17 @@ def median(call: Callable[[], object], *, repeat: int = 3, warm: int = 1) -> flo
     return statistics.median(seconds(call, repeat=repeat, warm=warm))
 
 
+def medians(calls: dict[str, Callable[[], object]], *, repeat: int = 5) -> dict[str, float]:
+    """Median wall time of each call, taken in turns so that a drift of the machine meets all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(repeat + 1):
+        for name, call in calls.items():
+            took = seconds(call, repeat=1, warm=0)
+            if round_ > 0:
+                times[name] += took
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def read_bandwidth() -> float:
     """Bytes a second that all threads together can read from memory (a sum over 1 GiB)."""
     data = torch.ones(1 << 28, dtype=torch.float32)

@@ -68,6 +68,13 @@ def test_a_wrong_lora_module_is_named_with_the_way_out(item: str) -> None:
         lora_modules([item])
 
 
+def test_a_flag_of_several_values_may_come_again() -> None:
+    parser = argparse.ArgumentParser()
+    add_engine_flags(parser)
+    args = parser.parse_args(["m", "--lora-modules", "a=1", "--lora-modules", "b=2", "c=3"])
+    assert [module.lora_name for module in lora_modules(args.lora_modules)] == ["a", "b", "c"]
+
+
 def test_a_name_given_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="twice"):
         lora_modules(["a=1", "a=2"])
@@ -80,6 +87,9 @@ def test_a_name_given_twice_is_refused() -> None:
         (["generate", "m", "--max-loras", "4", "--max-cpu-loras", "2"], "max_cpu_loras=2 is under max_loras=4"),
         (["generate", "m", "--max-loras", "0"], "max_loras=0"),
         (["generate", "m", "--temperature", "nan"], "temperature=nan"),
+        (["generate", "m", "--lora", "sql", "--lora-modules", "json=x"], "--lora sql"),
+        (["serve", "m", "--lora-modules", "broken"], "broken"),
+        (["serve", "m", "--served-model-name", "sql", "--lora-modules", "sql=x"], "name of the base model"),
         (["demo", "--adapters", "/nowhere"], "/nowhere"),
         (["pull", "no such model"], "no such model"),
     ],

@@ -16,10 +16,9 @@ def fetch(repository: str, patterns: Sequence[str]) -> Path:
     if not _REPOSITORY.fullmatch(repository) or ".." in repository:
         raise FileNotFoundError(f"{repository!r} is neither a folder here nor the name of a hub repository")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the client lets errors of several HTTP libraries through
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(f"{repository!r} is not a folder here and the hub did not give it: {reason}") from error

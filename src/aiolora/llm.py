@@ -11,7 +11,16 @@ from aiolora.engine.core import Snapshot
 from aiolora.engine.intake import LoRA
 from aiolora.engine.output import Assembler
 from aiolora.errors import AioloraError, RequestError
-from aiolora.types import AdapterVersion, LoRARequest, Messages, Mix, Prompt, RequestOutput, SamplingParams
+from aiolora.types import (
+    AdapterVersion,
+    LoRARequest,
+    Messages,
+    Mix,
+    Prompt,
+    RequestOutput,
+    SamplingParams,
+    read_again,
+)
 
 
 class LLMEngine:
@@ -23,7 +32,6 @@ class LLMEngine:
         self._intake = self._built.intake
         self._assemblers: dict[str, Assembler] = {}
         self._failures: dict[str, AioloraError] = {}  # request id -> what is still to be raised
-        self._sources: dict[int, LoRARequest] = {}
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> "LLMEngine":
@@ -124,14 +132,13 @@ class LLMEngine:
             return known
         self._intake.parts(lora)  # refuses where LoRA is off
         weights = self._built.load(lora)
-        self._engine.add_adapter(weights)
-        self._sources[weights.version.id] = lora
         registry.publish(lora, weights.version)
+        self._engine.add_adapter(weights)
         return weights.version
 
     def _read_again(self, version: AdapterVersion) -> None:
         try:
-            weights = self._built.load(self._sources[version.id])
+            weights = self._built.load(read_again(version))
         except AioloraError as error:
             self._engine.adapter_failed(version, error)
         else:

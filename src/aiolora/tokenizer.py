@@ -27,7 +27,10 @@ class Tokenizer:
         if not self._hf.is_fast:
             raise ModelError(f"{folder} holds a slow tokenizer; save a tokenizer.json beside it")
         self._fast = self._hf.backend_tokenizer
-        self.eos_token_ids = _eos_ids(folder, self._hf.eos_token_id)
+        try:
+            self.eos_token_ids = _eos_ids(folder, self._hf.eos_token_id)
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ModelError(f"{folder}/generation_config.json cannot be read: {error}") from error
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` adds what the tokenizer puts around a prompt (bos)."""

@@ -20,6 +20,8 @@ Prompt: TypeAlias = str | list[int] | Mapping[str, object]
 MAX_N = 128
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024
+MAX_TOKEN_IDS = 1024
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True):
@@ -57,16 +59,23 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             force_setattr(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            force_setattr(self, name, tuple(getattr(self, name) or ()))
         for field in fields(self):
             value = getattr(self, field.name)
             try:
                 convert(value, field.type)
             except Exception as error:
                 raise RequestError(f"{field.name}={value!r}: {error}", param=field.name) from None
-        if len(self.stop) > MAX_STOPS or any(not text for text in self.stop):
-            raise RequestError(f"stop={self.stop!r}: give 1 to {MAX_STOPS} strings, none empty", param="stop")
+        force_setattr(self, "stop", tuple(self.stop))
+        force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if len(self.stop) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_LENGTH for text in self.stop):
+            raise RequestError(
+                f"stop has {len(self.stop)} strings, the longest of {max(map(len, self.stop))} characters; give up to "
+                f"{MAX_STOPS}, each of 1 to {MAX_STOP_LENGTH} characters",
+                param="stop",
+            )
+        for name, given in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias or ())):
+            if len(given) > MAX_TOKEN_IDS:
+                raise RequestError(f"{name} has {len(given)} token ids, the limit is {MAX_TOKEN_IDS}", param=name)
         if self.logit_bias and any(not math.isfinite(bias) for bias in self.logit_bias.values()):
             raise RequestError(
                 f"logit_bias={self.logit_bias!r}: every bias must be a finite number", param="logit_bias"
@@ -121,11 +130,18 @@ class AdapterVersion(Struct, frozen=True):
     pages: tuple[SitePages, ...]
     nbytes: int  # of its pages on the device
     base_model_name: str | None = None
+    loaded_at: float = 0.0  # time.time()
 
     @property
     def label(self) -> str:
         """NAME@DIGEST12, the way a response names its adapter."""
         return f"{self.name}@{self.digest[:12]}"
+
+
+def read_again(version: AdapterVersion) -> LoRARequest:
+    """The request that reads a version's bytes a second time. The id plays no part in reading."""
+    assert version.source is not None, "a version from memory is never evicted"
+    return LoRARequest(version.name, 1, version.source, version.base_model_name)
 
 
 class Mix(Struct, frozen=True):

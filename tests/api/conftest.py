@@ -40,6 +40,9 @@ class Standing(AsyncLLMEngine):
     async def stop(self) -> None:
         self.calls.append("stop")
 
+    def reserve(self, name: str) -> None:
+        assert name == "none"
+
 
 @dataclass(frozen=True)
 class Server:

@@ -9,7 +9,14 @@ import pytest
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
 from aiolora.engine.runner import ModelRunner
-from aiolora.errors import AdapterFormatError, AdapterNotFoundError, EngineDeadError, RequestError, UnknownModelError
+from aiolora.errors import (
+    AdapterConflictError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    EngineDeadError,
+    RequestError,
+    UnknownModelError,
+)
 from aiolora.lora import loader
 from tests.conftest import ModelOf
 from tests.tiny import make_adapter
@@ -122,6 +129,42 @@ async def test_many_who_ask_for_a_new_adapter_at_once_load_it_once(
     assert [version.name for version in await engine.list_loras()] == ["a0"]
 
 
+async def test_who_leaves_while_an_adapter_loads_takes_it_from_nobody(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest]
+) -> None:
+    first, second = (asyncio.create_task(engine.add_lora(adapters[0])) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).name == "a0"
+
+
+async def test_a_bad_path_under_a_name_is_its_own_callers_error(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest]
+) -> None:
+    wrong = LoRARequest("a0", 1, "/nowhere/at/all")
+    lost, kept = await asyncio.gather(engine.add_lora(wrong), engine.add_lora(adapters[0]), return_exceptions=True)
+    assert isinstance(lost, AdapterNotFoundError)
+    assert not isinstance(kept, BaseException)
+
+
+async def test_one_id_for_two_names_is_refused_though_both_load_at_once(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest]
+) -> None:
+    both = [LoRARequest(name, 9, adapters[0].lora_path) for name in ("x", "y")]
+    outcomes = await asyncio.gather(*map(engine.add_lora, both), return_exceptions=True)
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["AdapterConflictError", "AdapterVersion"]
+    assert len(await engine.list_loras()) == 1
+
+
+async def test_no_adapter_may_have_a_reserved_name(engine: AsyncLLMEngine, adapters: list[LoRARequest]) -> None:
+    await engine.add_lora(adapters[0])
+    with pytest.raises(AdapterConflictError, match="a0"):
+        engine.reserve("a0")
+    engine.reserve("a1")
+    with pytest.raises(AdapterConflictError, match="base model"):
+        await engine.add_lora(adapters[1])
+
+
 async def test_adapters_beyond_every_cache_are_read_again_with_equal_answers(
     engine: AsyncLLMEngine, adapters: list[LoRARequest]
 ) -> None:
@@ -204,8 +247,9 @@ async def test_an_engine_that_is_not_started_says_so_and_stop_may_come_twice(mod
     assert len(await tokens(engine)) == 5
     await engine.stop()
     await engine.stop()
-    with pytest.raises(EngineDeadError, match="shut down"):
-        await tokens(engine)
+    for call in (tokens(engine), engine.start()):
+        with pytest.raises(EngineDeadError, match="shut down"):
+            await call
 
 
 async def test_snapshot_counts_what_runs(engine: AsyncLLMEngine) -> None:

@@ -672,3 +672,20 @@ def test_a_config_digest_says_what_the_tensors_mean(copied: Path, good: Path, ll
     same = llm.engine.add_lora(LoRARequest("other", 11, str(copied)))
     llm.engine.remove_lora("other")
     assert same.digest == known.digest
+
+
+def test_a_module_of_scale_zero_leaves_its_neighbours_alone(model_of: ModelOf, tmp_path: Path) -> None:
+    folder = make_adapter(model_of("llama"), tmp_path / "zero", alpha_pattern={"layers.0.self_attn.q_proj": 0})
+    llm = LLM(str(model_of("llama")), dtype="float32", enable_lora=True)
+    llm.engine.add_lora(LoRARequest("zero", 1, str(folder)))
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=0)
+    base, adapted = llm.generate([[5, 6, 7]] * 2, params, lora_request=[None, "zero"], use_tqdm=False)
+    assert base.outputs[0].logprobs != adapted.outputs[0].logprobs
+
+
+@pytest.mark.parametrize("alpha", [1e300, -1e9])
+def test_a_scale_that_no_training_makes_is_refused(model_of: ModelOf, tmp_path: Path, alpha: float) -> None:
+    folder = make_adapter(model_of("llama"), tmp_path / "huge", alpha_pattern={"q_proj": alpha})
+    llm = LLM(str(model_of("llama")), dtype="float32", enable_lora=True)
+    with pytest.raises(AdapterFormatError, match="the limit is 10000"):
+        llm.engine.add_lora(LoRARequest("huge", 1, str(folder)))

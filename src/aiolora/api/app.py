@@ -40,6 +40,7 @@ def create_app(
         own = not engine.started
         try:
             await engine.start()
+            engine.reserve(serving.base)
             for module in lora_modules:
                 await engine.add_lora(module)
             serving.since = time.time()

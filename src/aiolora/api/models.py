@@ -54,7 +54,7 @@ def _card(serving: Serving, version: AdapterVersion) -> ModelCard:
     engine = serving.engine
     return ModelCard(
         version.name,
-        int(engine.loaded_at(version)),
+        int(version.loaded_at),
         version.source or version.name,
         version.base_model_name or serving.base,
         engine.plan.max_model_len,

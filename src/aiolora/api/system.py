@@ -15,8 +15,9 @@ class Version(Struct, frozen=True):
 
 @route("/health", http_method=[HttpMethod.GET, HttpMethod.HEAD], tags=["system"])
 async def health(serving: Served) -> Response[str]:
-    """200 while the engine steps, 503 once it has stopped."""
-    return Response("", media_type=MediaType.TEXT, status_code=200 if serving.engine.death is None else 503)
+    """200 while the engine steps, 503 before it has started and once it has stopped."""
+    alive = serving.engine.started and serving.engine.death is None
+    return Response("", media_type=MediaType.TEXT, status_code=200 if alive else 503)
 
 
 @get("/version", operation_id="version", tags=["system"])

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
@@ -34,16 +34,18 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: str | None = Non
         if kind is bool:
             group.add_argument(flag, default=field.default, action=argparse.BooleanOptionalAction, help=shown)
         elif several:
-            group.add_argument(flag, default=field.default, nargs="+", type=kind, metavar="NAME", help=shown)
+            several_of: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME"}
+            group.add_argument(flag, default=field.default, type=kind, help=shown, **several_of)
         else:
             metavar = None if choices else kind.__name__.upper()
             group.add_argument(flag, default=field.default, type=kind, choices=choices, metavar=metavar, help=shown)
     group.add_argument(
         "--lora-modules",
         nargs="+",
+        action="extend",
         default=[],
         metavar="MODULE",
-        help='adapters to load at start: name=path, or {"name": ..., "path": ..., "base_model_name": ...}',
+        help='adapters to load at start: name=path or {"name": ..., "path": ..., "base_model_name": ...}',
     )
 
 

@@ -1,9 +1,10 @@
-"""`aiolora generate MODEL PROMPT...`: answers on the terminal, streamed."""
+"""`aiolora generate MODEL --prompt ...`: answers on the terminal, streamed."""
 
 import argparse
 import sys
 
 from aiolora.cli.flags import add_engine_flags, engine_args, lora_modules
+from aiolora.errors import ConfigError
 from aiolora.types import SamplingParams
 
 
@@ -37,9 +38,13 @@ def run(args: argparse.Namespace) -> int:
         stop=args.stop,
     )
 
+    said, modules = engine_args(args), lora_modules(args.lora_modules)
+    if args.lora is not None and args.lora not in [module.lora_name for module in modules]:
+        raise ConfigError(f"--lora {args.lora}: --lora-modules names no such adapter")
+
     async def answer() -> None:
-        async with AsyncLLMEngine.from_engine_args(engine_args(args)) as engine:
-            for module in lora_modules(args.lora_modules):
+        async with AsyncLLMEngine.from_engine_args(said) as engine:
+            for module in modules:
                 await engine.add_lora(module)
             for prompt in args.prompt or [sys.stdin.read()]:
                 asked = [{"role": "user", "content": prompt}] if args.chat else prompt

@@ -5,7 +5,7 @@ import asyncio
 import sys
 
 from aiolora.cli.flags import add_engine_flags, engine_args, lora_modules
-from aiolora.errors import MissingExtraError
+from aiolora.errors import ConfigError, MissingExtraError
 
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,14 +26,18 @@ def run(args: argparse.Namespace) -> int:
     """Load, then serve until SIGINT or SIGTERM; open streams get `--shutdown-timeout` to end."""
     try:
         from aiolora.api import create_app
-        from aiolora.cli.server import Server, config
+        from aiolora.cli.server import Server, config, new_event_loop
     except ImportError as error:
         raise MissingExtraError("aiolora serve", "server") from error
     from aiolora.engine.async_engine import AsyncLLMEngine
 
+    said, modules = engine_args(args), lora_modules(args.lora_modules)
+    base = args.served_model_name or args.model
+    if base in [module.lora_name for module in modules]:
+        raise ConfigError(f"--lora-modules: {base!r} is the name of the base model; choose another")
+
     async def serve() -> None:
-        async with AsyncLLMEngine.from_engine_args(engine_args(args)) as engine:
-            modules = lora_modules(args.lora_modules)
+        async with AsyncLLMEngine.from_engine_args(said) as engine:
             for module in modules:
                 await engine.add_lora(module)
             plan = engine.plan
@@ -44,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
                 f"room for adapters {plan.adapter_nbytes / 2**20:.0f} MiB",
                 file=sys.stderr,
             )
-            app = create_app(engine, served_model_name=args.served_model_name)
+            app = create_app(engine, served_model_name=base)
             await Server(config(app, args.host, args.port, args.shutdown_timeout)).serve()
 
-    asyncio.run(serve())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(serve())
     return 0

@@ -25,6 +25,16 @@ def config(app: Litestar, host: str, port: int, shutdown_timeout_s: int) -> uvic
     )
 
 
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's, where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
 class Server(uvicorn.Server):
     """uvicorn raises a signal again once it has drained, which would end the process before the engine is stopped."""
 

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import itertools
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
@@ -35,6 +34,7 @@ from aiolora.types import (
     SamplingParams,
     TokenDelta,
     TokenOutput,
+    read_again,
 )
 
 Message = Callable[[Engine], None]
@@ -96,9 +96,8 @@ class AsyncLLMEngine:
         self._mailboxes: dict[str, _Mailbox] = {}  # by ticket
         self._tickets: dict[str, str] = {}  # request id -> the name the engine knows it by, never used twice
         self._num_tickets = itertools.count()
-        self._loading: dict[str, asyncio.Future[AdapterVersion]] = {}
-        self._sources: dict[int, LoRARequest] = {}
-        self._loaded_at: dict[int, float] = {}
+        self._loading: dict[LoRARequest, asyncio.Future[AdapterVersion]] = {}
+        self._starting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._snapshot: Snapshot | None = None
 
@@ -117,16 +116,20 @@ class AsyncLLMEngine:
         await self.stop()
 
     async def start(self) -> None:
-        """Load the model in a worker thread and begin to step. Raises `ConfigError` or a `ModelError`."""
-        if self._thread is not None:
-            return
-        self._loop = asyncio.get_running_loop()
-        self._built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
-        self._snapshot = self._built.engine.snapshot()
-        self._thread = threading.Thread(
-            target=self._run, args=(self._built.engine,), name="aiolora-engine", daemon=True
-        )
-        self._thread.start()
+        """Load the model in a worker thread and begin to step; started already: nothing.
+
+        Raises `ConfigError`, a `ModelError`, or `EngineDeadError` where it has stopped before.
+        """
+        async with self._starting:
+            if self._thread is not None:
+                self._alive()
+                return
+            self._loop = asyncio.get_running_loop()
+            self._built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
+            self._snapshot = self._built.engine.snapshot()
+            engine = self._built.engine
+            self._thread = threading.Thread(target=self._run, args=(engine,), name="aiolora-engine", daemon=True)
+            self._thread.start()
 
     async def stop(self) -> None:
         """End every stream with `EngineDeadError` and the thread with its step. Idempotent."""
@@ -134,8 +137,10 @@ class AsyncLLMEngine:
             return
         self._stopping = True
         self._wake.set()
-        for task in list(self._tasks):
+        for task in self._tasks:
             task.cancel()
+        for loading in self._loading.values():
+            loading.cancel()
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self._thread.join)
         self._fail(RuntimeError("it was shut down"))
@@ -279,9 +284,9 @@ class AsyncLLMEngine:
         """Loaded adapters in the order they came."""
         return self.intake.registry.versions()
 
-    def loaded_at(self, version: AdapterVersion) -> float:
-        """When a version was loaded, in seconds of `time.time()`."""
-        return self._loaded_at[version.id]
+    def reserve(self, name: str) -> None:
+        """`name` means the base model too: no adapter may have it. Raises `AdapterConflictError` where one has."""
+        self.intake.registry.reserve(name)
 
     @property
     def _parts(self) -> Built:
@@ -302,28 +307,26 @@ class AsyncLLMEngine:
         known = registry.match(lora)
         if known is not None:
             return known
-        pending = self._loading.get(lora.lora_name)
-        if pending is not None:
-            await asyncio.shield(pending)
-            return registry.match(lora) or await self._version(lora)
-        future: asyncio.Future[AdapterVersion] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else may be waiting
-        self._loading[lora.lora_name] = future
+        loading = self._loading.get(lora)
+        if loading is None:
+            loading = self._loading[lora] = asyncio.ensure_future(self._load(lora))
+            loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # who asked may have left
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            if loading.cancelled():
+                raise EngineDeadError("the engine has stopped") from self._death
+            raise
+
+    async def _load(self, lora: LoRARequest) -> AdapterVersion:
+        """Read and publish: nobody's in particular, so that no caller who leaves takes it from the others."""
         try:
             weights = await anyio.to_thread.run_sync(self._parts.load, lora)
-            self._sources[weights.version.id] = lora
+            self.intake.registry.publish(lora, weights.version)
             self._post(lambda engine: engine.add_adapter(weights))
-            self._loaded_at[weights.version.id] = time.time()
-            registry.publish(lora, weights.version)
-            future.set_result(weights.version)
             return weights.version
-        except BaseException as error:
-            future.set_exception(
-                error if isinstance(error, AioloraError) else AioloraError(f"loading failed: {error!r}")
-            )
-            raise
         finally:
-            del self._loading[lora.lora_name]
+            del self._loading[lora]
 
     def _abort(self, ticket: str, index: int | None = None) -> None:
         self._post(lambda engine: engine.abort(ticket, index))
@@ -382,7 +385,7 @@ class AsyncLLMEngine:
     async def _reading(self, version: AdapterVersion) -> None:
         message: Message
         try:
-            weights: AdapterWeights = await anyio.to_thread.run_sync(self._parts.load, self._sources[version.id])
+            weights: AdapterWeights = await anyio.to_thread.run_sync(self._parts.load, read_again(version))
             message = partial(_landed, version=version, weights=weights)
         except Exception as error:
             known = error if isinstance(error, AioloraError) else None

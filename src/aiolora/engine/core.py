@@ -249,7 +249,7 @@ class Engine:
         """Whether `token` ends `seq`, and the stop token id if it was one of the request's own."""
         params = seq.params
         if seq.num_output >= max(params.min_tokens, 1):
-            if token in params.stop_token_ids:
+            if token in seq.stop_token_ids:
                 return "stop", token
             if token in self._ends.eos_token_ids and not params.ignore_eos:
                 return "stop", None

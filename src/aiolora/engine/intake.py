@@ -65,14 +65,14 @@ class Intake:
         if isinstance(lora, str) and lora == self.model:
             return []
         if not self._lora_enabled:
-            name = (
-                lora.lora_name if isinstance(lora, LoRARequest) else lora if isinstance(lora, str) else "+".join(lora)
-            )
+            name = lora.lora_name if isinstance(lora, LoRARequest) else str(lora)
             raise AdapterUnsupportedError(name, "LoRA is not enabled; start with enable_lora=True (--enable-lora)")
         if isinstance(lora, (str, LoRARequest)):
             return [(lora, 1.0)]
+        if not isinstance(lora, Mapping) or not lora:
+            raise RequestError(f"lora={lora!r}: give a name, a LoRARequest or {{name: weight}}", param="lora")
         for key, weight in lora.items():
-            if not math.isfinite(weight):
+            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise RequestError(f"lora: weight {weight} of {key!r} is not a finite number", param="lora")
         return [(key, float(weight)) for key, weight in lora.items()]
 
@@ -102,6 +102,10 @@ class Intake:
 
     def _check_characters(self, text: str) -> None:
         """A token is at most some dozen characters; refuse what cannot fit before spending time on it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the prompt is no Unicode text: {error}", param="prompt") from None
         limit = self.limits.max_model_len * 64
         if len(text) > limit:
             raise PromptTooLongError(
@@ -130,7 +134,6 @@ class Intake:
             wanted = getattr(params, field)
             if wanted is not None and wanted > vocab:
                 raise RequestError(f"{field}={wanted} is over the vocabulary of {vocab}", param=field)
-        if params.max_tokens is not None and len(ids) + params.max_tokens > longest and params.min_tokens:
+        if params.min_tokens > longest - len(ids):
             room = longest - len(ids)
-            if params.min_tokens > room:
-                raise RequestError(f"min_tokens={params.min_tokens}, the context leaves {room}", param="min_tokens")
+            raise RequestError(f"min_tokens={params.min_tokens}, the context leaves {room}", param="min_tokens")

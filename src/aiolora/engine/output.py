@@ -157,8 +157,11 @@ class _Answer:
         """Characters at the end that may be the beginning of a stop string, so not to be sent yet."""
         longest = 0
         for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(self._text)), longest, -1):
-                if self._text.endswith(stop[:size]):
+            size = min(len(stop) - 1, len(self._text))
+            while size > longest:  # only where the beginning ends as the text does
+                size = stop.rfind(self._text[-1], 0, size) + 1
+                if size > longest and self._text.endswith(stop[:size]):
                     longest = size
                     break
+                size -= 1
         return longest

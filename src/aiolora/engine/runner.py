@@ -14,6 +14,8 @@ from aiolora.engine.sequence import Sequence
 from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
 
+_ROWS_OF_LOGITS = 256  # of prompt positions at a time: 131 MB of float32 for a vocabulary of 128k
+
 
 @dataclass(slots=True)
 class Landed:
@@ -72,18 +74,17 @@ class ModelRunner:
             if self._compiled:
                 _leave_sizes_open(inputs)
             hidden = self._forward(inputs, self._cache.layers)
-            logits = self._model.logits(hidden, inputs)
-            return ReadyFlight(batch, self._read(batch, logits))
+            return ReadyFlight(batch, self._read(batch, hidden, inputs))
 
-    def _read(self, batch: Batch, logits: Tensor) -> Landed:
-        """Split the rows of `logits` into samples and prompt positions, as `Packer` asked for them."""
+    def _read(self, batch: Batch, hidden: Tensor, inputs: StepInputs) -> Landed:
+        """Split the rows of `hidden` into samples and prompt positions, as `Packer` asked for them."""
         sample_rows: list[int] = []
         seqs: list[Sequence] = []
         prompt: list[list[Sampled]] = []
         row = 0
         for run in batch.runs:
             wanted = len(logit_offsets(run)) - run.samples
-            prompt.append(self._prompt(run.seq, run.start, logits[row : row + wanted]) if wanted else [])
+            prompt.append(self._prompt(run.seq, run.start, hidden[row : row + wanted], inputs))
             row += wanted
             if run.samples:
                 sample_rows.append(row)
@@ -91,13 +92,19 @@ class ModelRunner:
                 row += 1
         if not seqs:
             return Landed([None] * len(batch.runs), prompt)
-        rows = logits if len(sample_rows) == len(logits) else logits[sample_rows]
-        sampled = iter(self._sampler.sample(rows, seqs))
+        rows = hidden if len(sample_rows) == len(hidden) else hidden[sample_rows]
+        sampled = iter(self._sampler.sample(self._model.logits(rows, inputs), seqs))
         return Landed([next(sampled) if run.samples else None for run in batch.runs], prompt)
 
-    def _prompt(self, seq: Sequence, start: int, logits: Tensor) -> list[Sampled]:
-        following = torch.tensor(seq.tokens[start + 1 : start + 1 + len(logits)], device=logits.device)
-        return self._sampler.report(logits, following, [seq.params.prompt_logprobs] * len(logits))
+    def _prompt(self, seq: Sequence, start: int, hidden: Tensor, inputs: StepInputs) -> list[Sampled]:
+        """Log-probabilities of the tokens that follow `start`, some rows of logits at a time to bound the memory."""
+        reported: list[Sampled] = []
+        for low in range(0, len(hidden), _ROWS_OF_LOGITS):
+            logits = self._model.logits(hidden[low : low + _ROWS_OF_LOGITS], inputs)
+            first = start + low + 1
+            following = torch.tensor(seq.tokens[first : first + len(logits)], device=logits.device)
+            reported += self._sampler.report(logits, following, [seq.params.prompt_logprobs] * len(logits))
+        return reported
 
 
 def _leave_sizes_open(inputs: StepInputs) -> None:

@@ -79,7 +79,7 @@ class Sampler:
                 ids = torch.tensor(list(params.logit_bias), device=logits.device)
                 logits[row, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
             if seq.num_output < params.min_tokens:
-                ends = sorted({*params.stop_token_ids, *(() if params.ignore_eos else self._eos)})
+                ends = sorted({*seq.stop_token_ids, *(() if params.ignore_eos else self._eos)})
                 logits[row, ends] = -torch.inf
             if params.penalised:
                 uses = Counter(seq.tokens[seq.num_prompt :])

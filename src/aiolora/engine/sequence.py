@@ -30,6 +30,7 @@ class Sequence:
         self.number = number  # order of arrival
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
+        self.stop_token_ids = frozenset(request.params.stop_token_ids)
         self.max_length = max_length  # it ends when it has that many tokens
         self.num_computed = 0
         self.num_landed = 0

@@ -8,8 +8,10 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _HEADS = ("lm_head", "embed_tokens")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
+_MAX_SCALE = 1e4  # alpha / r is of order 1; float32 and bfloat16 hold products with it
 _MAX_HEADER, _MAX_TENSORS, _MAX_CONFIG = 4 << 20, 20_000, 1 << 20
 
 _ids = itertools.count(1)
@@ -118,7 +121,7 @@ def build(
             f"needs {max(pages.values())} rank pages of one kind, the room for adapters has {limits.pages}; "
             "raise --lora-memory",
         )
-    a_pages, b_pages, kind_scales = _paged(factors, scales, pages, layout)
+    a_pages, b_pages, kind_scales = _paged(name, factors, scales, pages, layout)
     version = AdapterVersion(
         id=next(_ids),
         name=name,
@@ -128,6 +131,7 @@ def build(
         pages=tuple(SitePages(kind, count, kind_scales[kind]) for kind, count in pages.items()),
         nbytes=layout.pages_nbytes(pages),
         base_model_name=base_model_name,
+        loaded_at=time.time(),
     )
     return AdapterWeights(version, a_pages, b_pages)
 
@@ -211,7 +215,10 @@ def _factors(
             raise AdapterFormatError(
                 name, f"{key} ({tensor.dtype}) holds values that are not finite floats in {layout.dtype}"
             )
-        found.setdefault(match["module"], {})[match["factor"]] = tensor
+        pair = found.setdefault(match["module"], {})
+        if match["factor"] in pair:
+            raise AdapterFormatError(name, f"{key} names lora_{match['factor']} of {match['module']} a second time")
+        pair[match["factor"]] = tensor
     if heads := [head for head in _HEADS if any(f".{head}." in f".{key}" for key in tensors)]:
         raise AdapterUnsupportedError(
             name, f"tensors of {' and '.join(heads)} are not served; retrain without them in target_modules"
@@ -233,7 +240,13 @@ def _factors(
     if isinstance(config.target_modules, list):
         for wanted in config.target_modules:
             meant = _named(wanted, layout.targets)
-            if not _named(wanted, found) and not (meant and all(config.spares(module) for module in meant)):
+            if bare := [module for module in meant if module not in found and not config.spares(module)]:
+                raise AdapterFormatError(
+                    name,
+                    f"target_modules names {wanted!r}, but no tensor belongs to it in {len(bare)} of {len(meant)} "
+                    f"modules: {bare[:3]}",
+                )
+            if not meant and not _named(wanted, found):
                 raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
     return {module: (found[module]["A"], found[module]["B"]) for module in sorted(found)}
 
@@ -259,9 +272,16 @@ def _checked_rank(name: str, config: PeftConfig, module: str, a: Tensor, b: Tens
 
 
 def _paged(
-    factors: dict[str, tuple[Tensor, Tensor]], scales: dict[str, float], pages: dict[int, int], layout: Layout
+    name: str,
+    factors: dict[str, tuple[Tensor, Tensor]],
+    scales: dict[str, float],
+    pages: dict[int, int],
+    layout: Layout,
 ) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, float]]:
-    """Lay the factors out as pages. A kind has one scale; a module with another one has the ratio folded into B."""
+    """Lay the factors out as pages.
+
+    A kind has one scale, the largest of its modules'; a module with a smaller one has the ratio folded into B.
+    """
     a_pages: dict[int, Tensor] = {}
     b_pages: dict[int, Tensor] = {}
     kind_scales: dict[int, float] = {}
@@ -271,11 +291,17 @@ def _paged(
             (count, shape.layers, shape.slices, RANKS_PER_PAGE, shape.inputs), dtype=layout.dtype
         )
         b_pages[kind] = torch.zeros((count, shape.layers, RANKS_PER_PAGE, shape.bounds[-1]), dtype=layout.dtype)
+    for module, scale in scales.items():
+        kind = layout.targets[module].kind
+        if not math.isfinite(scale) or abs(scale) > _MAX_SCALE:
+            raise AdapterFormatError(name, f"{module} has the scale {scale}; the limit is {_MAX_SCALE:g}")
+        if abs(scale) >= abs(kind_scales.get(kind, 0.0)):
+            kind_scales[kind] = scale
     for module, (a, b) in factors.items():
         target = layout.targets[module]
-        scale = kind_scales.setdefault(target.kind, scales[module])
-        if scales[module] != scale:
-            b = b.float() * (scales[module] / scale) if scale else b.float() * 0
+        largest = kind_scales[target.kind]
+        if scales[module] != largest:
+            b = b.float() * (scales[module] / largest)
         low, high = layout.kinds[target.kind].bounds[target.slice : target.slice + 2]
         for page, start in enumerate(range(0, a.shape[0], RANKS_PER_PAGE)):
             part = a[start : start + RANKS_PER_PAGE]

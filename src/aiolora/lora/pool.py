@@ -29,10 +29,6 @@ class AdapterPool:
             self._a.append(torch.empty(a, dtype=layout.dtype, device=device))
             self._b.append(torch.empty(b, dtype=layout.dtype, device=device))
 
-    @property
-    def nbytes(self) -> int:
-        return sum(store.nbytes for store in (*self._a, *self._b))
-
     def attach(self, model: Decoder) -> None:
         """Give every Linear inside the layers its Site."""
         for layer, linear in model.linears():

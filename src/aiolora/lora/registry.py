@@ -13,7 +13,7 @@ class AdapterRegistry:
     """
 
     def __init__(self, base_model: str) -> None:
-        self._base_model = base_model
+        self._base_models = [base_model]
         self._versions: dict[str, AdapterVersion] = {}
         self._requests: dict[str, LoRARequest] = {}
         self._name_of_id: dict[int, str] = {}
@@ -22,15 +22,18 @@ class AdapterRegistry:
         """Every published version, oldest name first."""
         return list(self._versions.values())
 
-    def request(self, name: str) -> LoRARequest:
-        """What the name was loaded by."""
-        return self._requests[name]
+    def reserve(self, name: str) -> None:
+        """`name` is another name of the base model: no adapter may have it. Raises `AdapterConflictError`."""
+        if name in self._versions:
+            raise AdapterConflictError(name, "is to be the served name of the base model; choose another")
+        if name not in self._base_models:
+            self._base_models.append(name)
 
     def find(self, name: str) -> AdapterVersion:
         """The version that `name` stands for. Raises `UnknownModelError` with the nearest known names."""
         version = self._versions.get(name)
         if version is None:
-            known = [self._base_model, *self._versions]
+            known = [*self._base_models, *self._versions]
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known[:8])}"
             raise UnknownModelError(f"the model {name!r} does not exist; {hint}")
@@ -42,7 +45,7 @@ class AdapterRegistry:
         Raises `AdapterConflictError` where the name or the id already stands for something else.
         """
         name, number = request.lora_name, request.lora_int_id
-        if name == self._base_model:
+        if name in self._base_models:
             raise AdapterConflictError(name, "is the name of the base model; choose another")
         owner = self._name_of_id.get(number)
         if owner is not None and owner != name:
@@ -65,7 +68,8 @@ class AdapterRegistry:
         return self._versions[name]
 
     def publish(self, request: LoRARequest, version: AdapterVersion) -> None:
-        """From now on the name stands for `version`."""
+        """From now on the name stands for `version`. Raises as `match`: others may have published since then."""
+        self.match(request)
         self._versions[request.lora_name] = version
         self._requests[request.lora_name] = request
         self._name_of_id[request.lora_int_id] = request.lora_name
@@ -76,9 +80,5 @@ class AdapterRegistry:
         if request is None:
             return False
         del self._versions[name]
-        del self._name_of_id[request.lora_int_id]
+        self._name_of_id.pop(request.lora_int_id)
         return True
-
-    def free_id(self) -> int:
-        """An id that no adapter has, for names given without one."""
-        return max(self._name_of_id, default=0) + 1

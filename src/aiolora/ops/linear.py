@@ -64,7 +64,7 @@ def linear(
 ) -> Partial:
     """`x` [T, K] times `weight` [N, K]: the base product, and what the adapters of `rows` owe on top of it.
 
-    `whole`: one kernel does all of it and nothing is owed (CPU, bfloat16, where `native` could be compiled).
+    `whole`: one kernel does all of it and nothing is owed (CPU, where the kernels could be compiled).
     """
     if site is None or rows is None:
         return Partial(whole_linear_op(x, weight, [], []) if whole else F.linear(x, weight), bias)
