@@ -18,7 +18,9 @@ from aiolora.types import LoRARequest
 
 ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 BASE = "smollm"
-LOADED = ("sql", "json", "pirate")
+FOLDERS = {name: ADAPTERS / name for name in ("sql", "json", "pirate")}
+FOLDERS["e-r1"] = Path(__file__).parents[1] / "data" / "adapters" / "e-r1"
+LOADED = tuple(FOLDERS)
 
 
 class Standing(AsyncLLMEngine):
@@ -65,7 +67,7 @@ def server(one_thread: None) -> Iterator[Server]:
         kv_cache_memory=512 << 20,
     )
     engine = AsyncLLMEngine.from_engine_args(args)
-    modules = [LoRARequest(name, number, str(ADAPTERS / name)) for number, name in enumerate(LOADED, start=1)]
+    modules = [LoRARequest(name, number, str(folder)) for number, (name, folder) in enumerate(FOLDERS.items(), start=1)]
     app = create_app(engine, lora_modules=modules, served_model_name=BASE)
     config = uvicorn.Config(app, port=0, http="h11", ws="none", log_level="warning", timeout_graceful_shutdown=5)
     uv = uvicorn.Server(config)

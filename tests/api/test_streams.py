@@ -14,9 +14,9 @@ from openai import APIError, AsyncOpenAI
 from aiolora.engine.output import Assembler
 from aiolora.errors import EngineDeadError
 from aiolora.types import TokenOutput
-from tests.api.conftest import BASE, Server
+from tests.api.conftest import BASE, LOADED, Server
 
-MODELS = (BASE, "sql", "json", "pirate")
+MODELS = (BASE, *LOADED)
 QUESTIONS = (
     "Tell me about a cat.",
     "Which boats have crew greater than 12?",
@@ -45,7 +45,7 @@ async def answer(client: AsyncOpenAI, model: str, question: str) -> str:
     return text
 
 
-async def test_many_streams_over_four_models_each_equal_their_solo_run(client: AsyncOpenAI) -> None:
+async def test_many_streams_over_the_base_and_four_adapters_each_equal_their_solo_run(client: AsyncOpenAI) -> None:
     pairs = [(model, question) for question in QUESTIONS for model in MODELS]
     solo = {pair: await answer(client, *pair) for pair in pairs}
     chosen = [pairs[index % len(pairs)] for index in range(STREAMS)]
