@@ -8,7 +8,9 @@ checked in the same run: the log-probability that transformers + PEFT gives our 
 """
 
 import argparse
+import cProfile
 import gc
+import pstats
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="only profile one run of 8 requests over 4 adapters")
     parser.add_argument("--out", type=Path, default=Path("results/cpu.csv"))
     args = parser.parse_args()
     tokens, eight = args.tokens, PROMPTS
@@ -122,6 +125,12 @@ def main() -> None:
     bandwidth = read_bandwidth()
     results = [Result("memory read bandwidth", bandwidth / 1e9, "GB/s", "torch.sum over 1 GiB")]
     ours = Ours(args.dtype)
+    if args.profile:
+        ours.run(eight, mix, tokens)
+        with cProfile.Profile() as profile:
+            ours.run(eight, mix, tokens)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(20)
+        return
     ones = {name: pace(ours, eight[:1], [name]) for name in (None, "sql")}
     eights = {"base": pace(ours, eight, none), "4 adapters": pace(ours, eight, mix)}
     steps = steps_of(ours, {"one": (eight[:1], [None]), "base": (eight, none), "lora": (eight, mix)})

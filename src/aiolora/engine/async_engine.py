@@ -19,6 +19,7 @@ from aiolora.config import EngineArgs
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import Engine, Snapshot
 from aiolora.engine.intake import Intake, LoRA
+from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
 from aiolora.errors import AdapterFormatError, AioloraError, EngineDeadError, RequestError
@@ -38,39 +39,6 @@ from aiolora.types import (
 )
 
 Message = Callable[[Engine], None]
-
-
-class _Mailbox:
-    """Deltas of one request, from the loop's callback to the one task that reads them."""
-
-    __slots__ = ("_failure", "_items", "_waiter")
-
-    def __init__(self) -> None:
-        self._items: list[TokenDelta] = []
-        self._failure: BaseException | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, delta: TokenDelta) -> None:
-        self._items.append(delta)
-        self._wake()
-
-    def fail(self, error: BaseException) -> None:
-        self._failure = error
-        self._wake()
-
-    async def get(self) -> list[TokenDelta]:
-        """All that has come, at least one."""
-        while not self._items:
-            if self._failure is not None:
-                raise EngineDeadError(f"the engine has stopped: {self._failure}") from self._failure
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        items, self._items = self._items, []
-        return items
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class AsyncLLMEngine:
@@ -93,7 +61,7 @@ class AsyncLLMEngine:
         self._wake = threading.Event()
         self._stopping = False
         self._death: BaseException | None = None
-        self._mailboxes: dict[str, _Mailbox] = {}  # by ticket
+        self._mailboxes: dict[str, Mailbox] = {}  # by ticket
         self._tickets: dict[str, str] = {}  # request id -> the name the engine knows it by, never used twice
         self._num_tickets = itertools.count()
         self._loading: dict[LoRARequest, asyncio.Future[AdapterVersion]] = {}
@@ -238,7 +206,7 @@ class AsyncLLMEngine:
         # a delta of a request that was left may still be on its way when its id is used again: tickets tell them apart
         tickets = [f"{request.id}#{next(self._num_tickets)}" for request in requests]
         positions = {ticket: position for position, ticket in enumerate(tickets)}
-        mailbox = _Mailbox()
+        mailbox = Mailbox()
         try:
             for request, ticket in zip(requests, tickets):
                 self._tickets[request.id] = ticket

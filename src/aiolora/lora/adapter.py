@@ -70,12 +70,17 @@ class PeftConfig(Struct, frozen=True):
         if isinstance(excluded, str):
             if re.fullmatch(excluded, module):
                 return True
-        elif any(module == name or module.endswith("." + name) for name in excluded):
+        elif any(stands_for(name, module) for name in excluded):
             return True
         if layers is None or layers == []:
             return False
         layer = re.match(r".*\.[^.]*\.(\d+)\.", module)
         return layer is None or int(layer[1]) not in ([layers] if isinstance(layers, int) else layers)
+
+
+def stands_for(name: str, module: str) -> bool:
+    """Whether `name` of a list in the config means `module`: the whole of it, or its end behind a dot."""
+    return module == name or module.endswith("." + name)
 
 
 def parse_config(adapter: str, data: bytes) -> PeftConfig:

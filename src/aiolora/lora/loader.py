@@ -13,7 +13,6 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from aiolora.errors import (
     AdapterUnsupportedError,
 )
 from aiolora.hub import fetch
-from aiolora.lora.adapter import PeftConfig, parse_config
+from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
 from aiolora.lora.layout import Layout
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.types import AdapterVersion, LoRARequest, SitePages
@@ -239,21 +238,16 @@ def _factors(
         )
     if isinstance(config.target_modules, list):
         for wanted in config.target_modules:
-            meant = _named(wanted, layout.targets)
+            meant = [module for module in layout.targets if stands_for(wanted, module)]
+            if not meant:
+                raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
             if bare := [module for module in meant if module not in found and not config.spares(module)]:
                 raise AdapterFormatError(
                     name,
                     f"target_modules names {wanted!r}, but no tensor belongs to it in {len(bare)} of {len(meant)} "
                     f"modules: {bare[:3]}",
                 )
-            if not meant and not _named(wanted, found):
-                raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
     return {module: (found[module]["A"], found[module]["B"]) for module in sorted(found)}
-
-
-def _named(target: str, modules: Iterable[str]) -> list[str]:
-    """The modules that `target` of a list in target_modules stands for."""
-    return [module for module in modules if module == target or module.endswith("." + target)]
 
 
 def _checked_rank(name: str, config: PeftConfig, module: str, a: Tensor, b: Tensor, inputs: int, outputs: int) -> int:
