@@ -100,7 +100,7 @@ def decode_step(runner: ModelRunner, llm: LLM) -> Step:
     step = seen[-1]
     assert step.rows is not None
     assert len(step.tokens) == 5
-    assert len(step.rows.tiles) == 3
+    assert len(step.rows.tiles) == 4  # three adapters and the base
     return step, runner._cache.layers
 
 

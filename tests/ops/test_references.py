@@ -14,7 +14,16 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from aiolora.engine.sampler import uniform
 from aiolora.ops.activation import silu_mul, silu_mul_op
 from aiolora.ops.attention import attention, attention_op, rope_store, rope_store_op
-from aiolora.ops.linear import complete, complete_op, shrink, shrink_op, whole_linear, whole_linear_op
+from aiolora.ops.linear import (
+    complete,
+    complete_op,
+    product_op,
+    product_shrink_op,
+    shrink,
+    shrink_op,
+    whole_linear,
+    whole_linear_op,
+)
 from aiolora.ops.norm import add_norm, add_norm_op, rms_norm, rms_norm_op
 from aiolora.ops.sampling import penalise, penalise_op, sample, sample_op
 from tests.tiny import kernels
@@ -34,6 +43,12 @@ BOUNDS = [0, 6, 10, 15]
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+def routed(rows: list[Tensor]) -> list[Tensor]:
+    """`rows` with the items that references do not read."""
+    perm, tiles, pages, scales = rows
+    return [perm, tiles, tiles[:, :2], pages, scales]
 
 
 def assert_close(out: Tensor, exact: Tensor) -> None:
@@ -93,7 +108,7 @@ def expanded(h: Tensor, b: Tensor, mix: list[int], pages: Tensor) -> Tensor:
 def test_shrink_is_the_sum_over_the_pages_of_each_tokens_row(mix: str, dtype: torch.dtype) -> None:
     (a, _), rows = adapters(11, dtype), routing(MIXES[mix])
     x = torch.randn(len(MIXES[mix]), 11).to(dtype)
-    h = shrink(x, a, *rows, 1)
+    h = shrink(x, a, routed(rows), [1, 2, 3]).sum(0)
     assert h.dtype == torch.float32
     exact = low_rank(x, a, MIXES[mix], rows[2], rows[3])
     torch.testing.assert_close(h.double(), exact, rtol=0, atol=(1e-5 if dtype == torch.float32 else 0.1))
@@ -110,7 +125,7 @@ def test_complete_adds_what_is_owed_and_the_bias(mix: str, biased: bool, dtype: 
     h = torch.randn(len(y), 3, 32)
     bias = torch.randn(BOUNDS[-1]).to(dtype) if biased else None
     before = y.clone()
-    out = complete(y, bias, [h, b, perm, tiles, pages], [1, *BOUNDS])
+    out = complete(y, bias, [h.expand(1, -1, -1, -1), b, perm, tiles, pages], [1, 2, *BOUNDS])
     extra = 0.0 if bias is None else bias.double()
     assert_close(out, y.double() + expanded(h, b, MIXES[mix], pages) + extra)
     assert torch.equal(y, before)
@@ -163,7 +178,9 @@ def test_add_norm_pays_into_the_residual_first(dtype: torch.dtype) -> None:
     (_, b), (perm, tiles, pages, _) = adapters(11, dtype), routing(mix)
     y, residual = torch.randn(7, 15).to(dtype), torch.randn(7, 15).to(dtype)
     bias, weight, h = torch.randn(15).to(dtype), torch.randn(15).to(dtype), torch.randn(7, 3, 32)
-    normed, total = add_norm(y, bias, [h, b, perm, tiles, pages], [1, *BOUNDS], residual, weight, 1e-5)
+    normed, total = add_norm(
+        y, bias, [h.expand(1, -1, -1, -1), b, perm, tiles, pages], [1, 2, *BOUNDS], residual, weight, 1e-5
+    )
     exact = residual.double() + y.double() + expanded(h, b, mix, pages) + bias.double()
     assert_close(total, exact)
     wide = total.double()
@@ -175,7 +192,7 @@ def test_silu_mul_gates_the_paid_value(dtype: torch.dtype) -> None:
     mix = MIXES["some none"]
     (perm, tiles, pages, _), b = routing(mix), torch.randn(10, 8, 14).to(dtype)
     y, bias, h = torch.randn(7, 14).to(dtype), torch.randn(14).to(dtype), torch.randn(7, 2, 32)
-    out = silu_mul(y, bias, [h, b, perm, tiles, pages], [1, 0, 7, 14])
+    out = silu_mul(y, bias, [h.expand(1, -1, -1, -1), b, perm, tiles, pages], [1, 2, 0, 7, 14])
     value = y.double() + bias.double()
     for t, row in enumerate(mix):
         for place, page in enumerate(pages[row, 1].tolist() if row >= 0 else []):
@@ -227,7 +244,7 @@ def test_rope_store_pays_what_q_k_and_v_owe() -> None:
     mix, dim = MIXES["some none"], 5 * 2
     (perm, tiles, pages, _), b = routing(mix), torch.randn(10, 8, 40)
     y, h = torch.randn(7, 40), torch.randn(7, 3, 32)
-    owed, where = [h, b, perm, tiles, pages], [1, 0, 20, 30, 40]
+    owed, where = [h.expand(1, -1, -1, -1), b, perm, tiles, pages], [1, 2, 0, 20, 30, 40]
     rest: list[Any] = [None, None, 1e-5, torch.randn(9, dim), torch.arange(7), torch.arange(7)]
     caches = [torch.zeros(2, 4, 1, dim) for _ in range(4)]
     q = rope_store(y, None, owed, where, *rest, *caches[:2], 2)
@@ -426,8 +443,8 @@ def _linear_case(dtype: torch.dtype) -> dict[str, Any]:
         "a": a.contiguous(),
         "b": b.contiguous(),
         "rows": rows,
-        "owed": [torch.randn(7, 3, 32), b.contiguous(), *rows[:3]],
-        "where": [1, *BOUNDS],
+        "owed": [torch.randn(2, 7, 3, 32), b.contiguous(), *rows[:3]],
+        "where": [1, 2, *BOUNDS],
         "y": torch.randn(7, 15).to(dtype),
         "bias": torch.randn(15).to(dtype),
     }
@@ -435,7 +452,15 @@ def _linear_case(dtype: torch.dtype) -> dict[str, Any]:
 
 def _shrink(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     case = _linear_case(dtype)
-    return [(torch.randn(7, 11).to(dtype), case["a"], *case["rows"], 1)]
+    return [(torch.randn(7, 11).to(dtype), case["a"], routed(case["rows"]), [1, 2, 3])]
+
+
+def _product(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    return [(torch.randn(7, 11).to(dtype), torch.randn(15, 11).to(dtype))]
+
+
+def _product_shrink(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    return [(x, torch.randn(15, 11).to(dtype), *rest) for x, *rest in _shrink(dtype)]
 
 
 def _complete(dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -447,7 +472,7 @@ def _complete(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 def _whole_linear(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     case = _linear_case(dtype)
     x, weight = torch.randn(7, 11).to(dtype), torch.randn(15, 11).to(dtype)
-    return [(x, weight, [case["a"], case["b"], *case["rows"]], case["where"]), (x, weight, [], [])]
+    return [(x, weight, [case["a"], case["b"], *case["rows"]], [1, *BOUNDS]), (x, weight, [], [])]
 
 
 def _rms_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -461,20 +486,20 @@ def _add_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 def _silu_mul(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     rows = routing(MIXES["some none"])
-    owed = [torch.randn(7, 2, 32), torch.randn(10, 8, 14).to(dtype), *rows[:3]]
+    owed = [torch.randn(2, 7, 2, 32), torch.randn(10, 8, 14).to(dtype), *rows[:3]]
     y, bias = torch.randn(7, 14).to(dtype), torch.randn(14).to(dtype)
-    return [(y, bias, owed, [1, 0, 7, 14]), (y, None, [], [])]
+    return [(y, bias, owed, [1, 2, 0, 7, 14]), (y, None, [], [])]
 
 
 def _rope_store(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     rows = routing(MIXES["some none"])
-    owed = [torch.randn(7, 3, 32), torch.randn(10, 8, 48).to(dtype), *rows[:3]]
+    owed = [torch.randn(2, 7, 3, 32), torch.randn(10, 8, 48).to(dtype), *rows[:3]]
     y, bias, norm = torch.randn(7, 48).to(dtype), torch.randn(48).to(dtype), torch.randn(6).to(dtype)
     index = torch.tensor([0, 1, 2, 5, 4, 3, -1], dtype=torch.int32)
     rest = [1e-5, torch.randn(9, 6), index.abs(), index]
     caches = [torch.zeros(3, 4, 2, 6, dtype=dtype) for _ in range(4)]
     return [
-        (y, bias, owed, [1, 0, 24, 36, 48], norm, norm, *rest, *caches[:2], 4),
+        (y, bias, owed, [1, 2, 0, 24, 36, 48], norm, norm, *rest, *caches[:2], 4),
         (y, None, [], [], None, None, *rest, *caches[2:], 4),
     ]
 
@@ -493,6 +518,8 @@ def _penalise(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 
 OPS: dict[str, tuple[Any, Callable[[torch.dtype], list[tuple[Any, ...]]]]] = {
+    "product": (product_op, _product),
+    "product_shrink": (product_shrink_op, _product_shrink),
     "shrink": (shrink_op, _shrink),
     "complete": (complete_op, _complete),
     "whole_linear": (whole_linear_op, _whole_linear),

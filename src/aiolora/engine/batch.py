@@ -7,7 +7,7 @@ import torch
 
 from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.models.inputs import StepInputs
-from aiolora.ops.linear import Rows
+from aiolora.ops.linear import Rows, tiling
 from aiolora.types import AdapterVersion, Mix
 
 
@@ -65,17 +65,19 @@ class Packer:
     def _rows(self, mixes: list[Mix | None]) -> Rows | None:
         """The routing of tokens [T] with those mixes; None where no token has an adapter."""
         groups: dict[Mix, list[int]] = {}
+        bare = [token for token, mix in enumerate(mixes) if mix is None]
         for token, mix in enumerate(mixes):
             if mix is not None:
                 groups.setdefault(mix, []).append(token)
         if not groups:
             return None
+        tile, splits = tiling(len(mixes), self._device)
         perm: list[int] = []
         tiles = []
         table: list[list[list[int]]] = []
         scales: list[list[list[float]]] = []
         for row, (mix, members) in enumerate(groups.items()):
-            tiles.append([row, len(perm), len(members)])
+            tiles += [[row, len(perm) + low, min(tile, len(members) - low)] for low in range(0, len(members), tile)]
             perm += members
             row_pages: list[list[int]] = [[] for _ in range(self._num_kinds)]
             row_scales: list[list[float]] = [[] for _ in range(self._num_kinds)]
@@ -86,10 +88,16 @@ class Packer:
                     row_scales[site.kind] += [site.scale * weight] * site.count
             table.append(row_pages)
             scales.append(row_scales)
+        if bare:
+            tiles += [[-1, len(perm) + low, min(tile, len(bare) - low)] for low in range(0, len(bare), tile)]
+            perm += bare
         width = max(len(pages) for row_pages in table for pages in row_pages)
         return Rows(
+            tile=tile,
+            splits=splits,
             perm=self._tensor(perm),
             tiles=self._tensor(tiles),
+            items=self._tensor([[-1, 0]]),
             pages=self._tensor([[pages + [-1] * (width - len(pages)) for pages in row] for row in table]),
             scales=torch.tensor(
                 [[values + [0.0] * (width - len(values)) for values in row] for row in scales],

@@ -116,4 +116,5 @@ def _leave_sizes_open(inputs: StepInputs) -> None:
 
     step = (inputs.tokens, inputs.positions, inputs.slots, inputs.block_tables, inputs.kv_lengths, inputs.query_starts)
     for tensor in (*step, inputs.logits_at, *(inputs.rows or ()), *(inputs.head_rows or ())):
-        mark_unbacked(tensor, list(range(tensor.dim())))
+        if isinstance(tensor, Tensor):
+            mark_unbacked(tensor, list(range(tensor.dim())))

@@ -23,13 +23,25 @@ from aiolora.ops.registration import define
 RANKS_PER_PAGE = 8
 
 
+def tiling(tokens: int, device: str) -> tuple[int, int]:
+    """(most tokens of a tile, splits of a shrink) that suit a step of so many tokens."""
+    if device == "cpu":
+        return 1024, 1
+    if tokens > 256:
+        return 64, 1
+    return 16, 16 if tokens <= 2 else 8 if tokens <= 16 else 4
+
+
 class Rows(NamedTuple):
     """The step's routing, shared by all Linears: which token belongs to which mix, and where its pages are."""
 
-    perm: Tensor  # [T'] int32, tokens that have an adapter, sorted by row
-    tiles: Tensor  # [G, 3] int32: (row, first position in perm, tokens); tokens 0: an empty tile
+    perm: Tensor  # [T] int32, the tokens sorted by row, those without an adapter last
+    tiles: Tensor  # [G, 3] int32: (row, first position in perm, tokens); row -1: no adapter; tokens 0: an empty tile
+    items: Tensor  # [I, 2] int32: (tile, pair) for every pair of pages that a tile's row has; tile -1: an empty item
     pages: Tensor  # [M, kinds, W] int32, -1 after the last page
     scales: Tensor  # [M, kinds, W] float32, one for each page
+    tile: int  # most tokens of a tile
+    splits: int  # parts that a shrink's sum over K is left in
 
 
 class Site(NamedTuple):
@@ -46,17 +58,18 @@ class Partial(NamedTuple):
 
     y: Tensor  # [T, N] base product, without the bias
     bias: Tensor | None = None  # [N], added after everything else
-    h: Tensor | None = None  # [T, S, W * 8] float32, scaled; None: nothing is owed
+    h: Tensor | None = None  # [splits, T, S, W * 8] float32, scaled, to be summed over splits; None: nothing is owed
     site: Site | None = None
     rows: Rows | None = None
 
     @property
     def flat(self) -> tuple[Tensor, Tensor | None, list[Tensor], list[int]]:
-        """What every reading op begins with: y, bias, [h, b, perm, tiles, pages] or [], [kind, *bounds] or []."""
+        """What every reading op begins with: y, bias, [h, b, perm, tiles, pages] or [], [kind, tile, *bounds] or []."""
         if self.h is None or self.site is None or self.rows is None:
             return self.y, self.bias, [], []
         site, rows = self.site, self.rows
-        return self.y, self.bias, [self.h, site.b, rows.perm, rows.tiles, rows.pages], [site.kind, *site.bounds]
+        owed = [self.h, site.b, rows.perm, rows.tiles, rows.pages]
+        return self.y, self.bias, owed, [site.kind, rows.tile, *site.bounds]
 
 
 def linear(
@@ -67,16 +80,36 @@ def linear(
     `whole`: one kernel does all of it and nothing is owed (CPU, where the kernels could be compiled).
     """
     if site is None or rows is None:
-        return Partial(whole_linear_op(x, weight, [], []) if whole else F.linear(x, weight), bias)
+        return Partial(whole_linear_op(x, weight, [], []) if whole else product_op(x, weight), bias)
     if whole:
-        return Partial(whole_linear_op(x, weight, [site.a, site.b, *rows], [site.kind, *site.bounds]), bias)
-    return Partial(F.linear(x, weight), bias, shrink_op(x, site.a, *rows, site.kind), site, rows)
+        adapters = [site.a, site.b, rows.perm, rows.tiles, rows.pages, rows.scales]
+        return Partial(whole_linear_op(x, weight, adapters, [site.kind, *site.bounds]), bias)
+    routing = [rows.perm, rows.tiles, rows.items, rows.pages, rows.scales]
+    y, h = product_shrink_op(x, weight, site.a, routing, [site.kind, rows.tile, rows.splits])
+    return Partial(y, bias, h, site, rows)
 
 
-def shrink(x: Tensor, a: Tensor, perm: Tensor, tiles: Tensor, pages: Tensor, scales: Tensor, kind: int) -> Tensor:
-    """`x` [T, K] into rank space, scaled: float32 [T, S, W * 8]. Tokens without an adapter get zeros."""
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` [T, K] times `weight` [N, K]: [T, N]."""
+    return F.linear(x, weight)
+
+
+def product_shrink(
+    x: Tensor, weight: Tensor, a: Tensor, routing: list[Tensor], where: list[int]
+) -> tuple[Tensor, Tensor]:
+    """`product` and `shrink` of the same x; `routing` is [perm, tiles, items, pages, scales]."""
+    return F.linear(x, weight), shrink(x, a, routing, where)
+
+
+def shrink(x: Tensor, a: Tensor, routing: list[Tensor], where: list[int]) -> Tensor:
+    """`x` [T, K] into rank space, scaled: float32 [splits, T, S, W * 8]; `where` is [kind, tile, splits].
+
+    Ranks that a token's row does not have are undefined (here 0): who expands reads only pages that there are.
+    """
+    perm, tiles, _, pages, scales = routing
+    kind, _, splits = where
     slices, _, ranks, _ = a.shape
-    h = x.new_zeros((x.shape[0], slices, pages.shape[2] * ranks), dtype=torch.float32)
+    h = x.new_zeros((splits, x.shape[0], slices, pages.shape[2] * ranks), dtype=torch.float32)
     for row, start, count in tiles.tolist():
         held = _held(pages, row, kind)
         if count == 0 or len(held) == 0:
@@ -85,7 +118,7 @@ def shrink(x: Tensor, a: Tensor, perm: Tensor, tiles: Tensor, pages: Tensor, sca
         scale = scales[row, kind, : len(held)].repeat_interleave(ranks)
         for s in range(slices):
             a_RK = a[s, held].flatten(0, 1)
-            h[tokens, s, : len(held) * ranks] = (x[tokens].to(a.dtype) @ a_RK.T).float() * scale
+            h[0, tokens, s, : len(held) * ranks] = (x[tokens].to(a.dtype) @ a_RK.T).float() * scale
     return h
 
 
@@ -101,8 +134,9 @@ def paid(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int]) -
     out = y.to(torch.float32, copy=True)
     if owed:
         h, b, perm, tiles, pages = owed
-        kind, bounds = where[0], where[1:]
+        kind, bounds = where[0], where[2:]
         ranks = b.shape[1]
+        h = h.sum(0)
         for row, start, count in tiles.tolist():
             held = _held(pages, row, kind)
             if count == 0 or len(held) == 0:
@@ -121,8 +155,9 @@ def whole_linear(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[
     if not adapters:
         return y
     a, b, perm, tiles, pages, scales = adapters
-    h = shrink(x, a, perm, tiles, pages, scales, where[0])
-    return complete(y, None, [h, b, perm, tiles, pages], where)
+    kind, *bounds = where
+    h = shrink(x, a, [perm, tiles, tiles, pages, scales], [kind, 0, 1])
+    return complete(y, None, [h, b, perm, tiles, pages], [kind, 0, *bounds])
 
 
 def _whole_linear_cpu(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) -> Tensor:
@@ -131,12 +166,23 @@ def _whole_linear_cpu(x: Tensor, weight: Tensor, adapters: list[Tensor], where: 
 
 
 def _held(pages: Tensor, row: int, kind: int) -> Tensor:
-    held = pages[row, kind]
+    held = pages[row, kind] if row >= 0 else pages.new_empty(0)
     return held[held >= 0]
 
 
-def _shrink_fake(x: Tensor, a: Tensor, perm: Tensor, tiles: Tensor, pages: Tensor, scales: Tensor, kind: int) -> Tensor:
-    return x.new_empty((x.shape[0], a.shape[0], pages.shape[2] * a.shape[2]), dtype=torch.float32)
+def _product_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _shrink_fake(x: Tensor, a: Tensor, routing: list[Tensor], where: list[int]) -> Tensor:
+    pages = routing[3]
+    return x.new_empty((where[2], x.shape[0], a.shape[0], pages.shape[2] * a.shape[2]), dtype=torch.float32)
+
+
+def _product_shrink_fake(
+    x: Tensor, weight: Tensor, a: Tensor, routing: list[Tensor], where: list[int]
+) -> tuple[Tensor, Tensor]:
+    return _product_fake(x, weight), _shrink_fake(x, a, routing, where)
 
 
 def _complete_fake(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int]) -> Tensor:
@@ -147,6 +193,9 @@ def _whole_linear_fake(x: Tensor, weight: Tensor, adapters: list[Tensor], where:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-shrink_op = define(shrink, fake=_shrink_fake)
-complete_op = define(complete, fake=_complete_fake)
+_KERNELS = "aiolora.ops.kernels.linear"
+product_op = define(product, fake=_product_fake, cuda=_KERNELS)
+product_shrink_op = define(product_shrink, fake=_product_shrink_fake, cuda=_KERNELS)
+shrink_op = define(shrink, fake=_shrink_fake, cuda=_KERNELS)
+complete_op = define(complete, fake=_complete_fake, cuda=_KERNELS)
 whole_linear_op = define(whole_linear, fake=_whole_linear_fake, cpu=_whole_linear_cpu)

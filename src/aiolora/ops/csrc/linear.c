@@ -191,9 +191,9 @@ static i64 find_runs(linear_job *job) { /* neighbouring tiles of a row become on
     for (const int32_t *tile = c->tiles; tile < c->tiles + 3 * c->G; tile += 3) {
         run *last = job->runs + job->num_runs - 1;
         i64 row = tile[0], start = tile[1], count = tile[2], held = 0;
-        const int32_t *pages = c->pages + row * c->row_stride;
-        if (count == 0)
+        if (count == 0 || row < 0)
             continue;
+        const int32_t *pages = c->pages + row * c->row_stride;
         while (held < c->W && pages[held] >= 0)
             held++;
         if (held == 0)
