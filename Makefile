@@ -1,17 +1,24 @@
-# Everything a newcomer needs: `make demo`, `make test`. Both make .venv first.
+# Everything a newcomer needs: `make demo`, `make test`. Both make .venv first; `make kernels` its own .venv-kernels.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
+# two cores spin badly when every thread pool busy-waits
+QUIET  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test lint bench clean
+# the Triton that CUDA builds of the oldest torch we support bring
+KERNELS_VENV  := .venv-kernels
+KERNELS_STAMP := $(KERNELS_VENV)/installed
+
+.PHONY: demo test lint bench kernels clean
 
 demo: $(STAMP)
 	$(BIN)/aiolora demo
 
-# two cores spin badly when every thread pool busy-waits
+# the kernels a second time for a machine without a GPU: in Triton's interpreter, which is chosen when Triton is imported
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	$(QUIET) $(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(QUIET) $(BIN)/python -m pytest tests/kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -21,11 +28,21 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu
 
+# what the kernels become on Hopper, GPU or not
+kernels: $(KERNELS_STAMP)
+	PYTHONPATH=src $(KERNELS_VENV)/bin/python tests/kernels/aot.py
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 
+$(KERNELS_STAMP): Makefile
+	$(PYTHON) -m venv $(KERNELS_VENV)
+	$(KERNELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" numpy
+	$(KERNELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "triton==3.6.0"
+	touch $(KERNELS_STAMP)
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(KERNELS_VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,8 @@
 """The blocking faces: LLM for batches, LLMEngine for those who step it themselves."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from rich.progress import Progress
@@ -10,7 +12,8 @@ from aiolora.engine.build import Built, build
 from aiolora.engine.core import Snapshot
 from aiolora.engine.intake import LoRA
 from aiolora.engine.output import Assembler
-from aiolora.errors import AioloraError, RequestError
+from aiolora.errors import AdapterFormatError, AioloraError, RequestError
+from aiolora.lora.loader import AdapterWeights
 from aiolora.types import (
     AdapterVersion,
     LoRARequest,
@@ -22,11 +25,19 @@ from aiolora.types import (
     read_again,
 )
 
+_READERS = 4  # adapters read at a time; each is read by several threads
+
 
 class LLMEngine:
-    """Requests in by `add_request`, outputs out by `step`. For one thread; adapters load in the call."""
+    """Requests in by `add_request`, outputs out by `step`. For one thread.
+
+    An adapter is read in the call that names it first, unless `read_ahead` did; an evicted one while steps go on.
+    """
 
     def __init__(self, args: EngineArgs) -> None:
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="aiolora-read")
+        self._ahead: dict[LoRARequest, Future[AdapterWeights]] = {}
+        self._again: dict[AdapterVersion, Future[AdapterWeights]] = {}
         self._built: Built = build(args, self._read_again)
         self._engine = self._built.engine
         self._intake = self._built.intake
@@ -69,8 +80,16 @@ class LLMEngine:
         A request that fails (an adapter that changed on disk, logits that are not finite) is ended and its error
         raised, by a call that brings nothing else; calling `step` again goes on with the others.
         """
+        return [assembler.output() for assembler in self.advance()]
+
+    def advance(self) -> list[Assembler]:
+        """`step` without the outputs, which copy a request's tokens: `output()` of an assembler makes one.
+
+        Raises as `step` does.
+        """
         if self._failures:
             raise self._failures.pop(next(iter(self._failures)))
+        self._take_again()
         touched: dict[str, Assembler] = {}
         for delta in self._engine.step():
             assembler = self._assemblers.get(delta.request_id)
@@ -86,13 +105,12 @@ class LLMEngine:
             touched[delta.request_id] = assembler
             if output is not None and output.finish_reason is not None and delta.finish_reason is None:
                 self._engine.abort(delta.request_id, delta.index)  # a stop string, which only text can show
-        outputs = [assembler.output() for assembler in touched.values()]
         for request_id, assembler in touched.items():
             if assembler.finished:
                 self._assemblers.pop(request_id, None)
-        if self._failures and not outputs:
+        if self._failures and not touched:
             raise self._failures.pop(next(iter(self._failures)))
-        return outputs
+        return list(touched.values())
 
     def abort_request(self, request_id: str) -> None:
         """End a request; unknown ones are fine."""
@@ -104,7 +122,27 @@ class LLMEngine:
 
     def remove_lora(self, lora_name: str) -> bool:
         """Forget a name; requests under way finish. False: it was not known."""
-        return self._intake.registry.forget(lora_name)
+        version = self._intake.registry.forget(lora_name)
+        if version is not None:
+            self._engine.drop_adapter(version)
+        return version is not None
+
+    @contextlib.contextmanager
+    def read_ahead(self, loras: Iterable[LoRA]) -> Iterator[None]:
+        """Read adapters that requests of this block will name, several at a time; what is wrong, those will raise."""
+        for lora in loras:
+            with contextlib.suppress(AioloraError):
+                for part, _ in self._intake.parts(lora):
+                    if isinstance(part, str) or part in self._ahead:
+                        continue
+                    if self._intake.registry.match(part) is None:
+                        self._ahead[part] = self._readers.submit(self._built.load, part)
+        try:
+            yield
+        finally:
+            for read in self._ahead.values():
+                read.cancel()
+            self._ahead.clear()
 
     def list_loras(self) -> list[AdapterVersion]:
         """Loaded adapters in the order they came."""
@@ -131,18 +169,29 @@ class LLMEngine:
         if known is not None:
             return known
         self._intake.parts(lora)  # refuses where LoRA is off
-        weights = self._built.load(lora)
+        ahead = self._ahead.pop(lora, None)
+        weights = self._built.load(lora) if ahead is None else ahead.result()
         registry.publish(lora, weights.version)
         self._engine.add_adapter(weights)
         return weights.version
 
     def _read_again(self, version: AdapterVersion) -> None:
-        try:
-            weights = self._built.load(read_again(version))
-        except AioloraError as error:
-            self._engine.adapter_failed(version, error)
-        else:
-            self._engine.adapter_landed(version, weights)
+        self._again[version] = self._readers.submit(self._built.load, read_again(version))
+
+    def _take_again(self) -> None:
+        """Hand over what was read again; wait for it where there is nothing else to do."""
+        if not self._again:
+            return
+        wait(self._again.values(), timeout=None if self._engine.stalled else 0, return_when=FIRST_COMPLETED)
+        for version in [version for version, read in self._again.items() if read.done()]:
+            try:
+                weights = self._again.pop(version).result()
+            except Exception as error:
+                known = error if isinstance(error, AioloraError) else None
+                failure = known or AdapterFormatError(version.name, f"could not be read again: {error!r}")
+                self._engine.adapter_failed(version, failure)
+            else:
+                self._engine.adapter_landed(version, weights)
 
 
 class LLM:
@@ -196,11 +245,12 @@ class LLM:
         loras = _spread("lora_request", lora_request, len(prompts))
         ids = []
         try:
-            for prompt, one_params, lora in zip(prompts, params, loras):
-                request_id = str(self._number)
-                self._number += 1
-                self._engine.add_request(request_id, prompt, one_params, lora_request=lora)
-                ids.append(request_id)
+            with self._engine.read_ahead(loras):
+                for prompt, one_params, lora in zip(prompts, params, loras):
+                    request_id = str(self._number)
+                    self._number += 1
+                    self._engine.add_request(request_id, prompt, one_params, lora_request=lora)
+                    ids.append(request_id)
             return self._drain(ids, use_tqdm)
         except BaseException:
             for request_id in ids:
@@ -212,9 +262,9 @@ class LLM:
         with Progress(transient=True, disable=not use_tqdm) as progress:
             task = progress.add_task("prompts", total=len(ids))
             while self._engine.has_unfinished_requests():
-                for output in self._engine.step():
-                    if output.finished:
-                        done[output.request_id] = output
+                for assembler in self._engine.advance():
+                    if assembler.finished:
+                        done[assembler.request.id] = assembler.output()
                         progress.advance(task)
         return [done[request_id] for request_id in ids]
 

@@ -1,12 +1,14 @@
 """Text to tokens and back. The only home of tokenizers; knows nothing of models."""
 
+import codecs
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import jinja2
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 from transformers import AutoTokenizer
 
 from aiolora.errors import ModelError, RequestError
@@ -27,6 +29,7 @@ class Tokenizer:
         if not self._hf.is_fast:
             raise ModelError(f"{folder} holds a slow tokenizer; save a tokenizer.json beside it")
         self._fast = self._hf.backend_tokenizer
+        self._bytes = TokenBytes(self._fast) if isinstance(self._fast.decoder, ByteLevel) else None
         try:
             self.eos_token_ids = _eos_ids(folder, self._hf.eos_token_id)
         except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -39,6 +42,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of `ids`; incomplete bytes become U+FFFD."""
+        if self._bytes is not None and len(ids) == 1:
+            data, text, special = self._bytes(ids[0])
+            return "" if special and skip_special else text if text is not None else data.decode(errors="replace")
         return str(self._fast.decode(list(ids), skip_special_tokens=skip_special))
 
     def chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
@@ -56,11 +62,95 @@ class Tokenizer:
 
     def stream(self, prompt_ids: Sequence[int], *, skip_special: bool = True) -> "TextStream":
         """An incremental decoder of what follows `prompt_ids`."""
-        return TextStream(self._fast, prompt_ids, skip_special)
+        if self._bytes is not None:
+            return ByteStream(self._bytes, prompt_ids, skip_special)
+        return WindowStream(self._fast, prompt_ids, skip_special)
 
 
-class TextStream:
+class TextStream(Protocol):
     """Tokens in, text out as soon as its bytes are complete."""
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while bytes are missing."""
+        ...
+
+    def flush(self) -> str:
+        """What is left at the end: incomplete bytes as U+FFFD."""
+        ...
+
+
+class TokenBytes:
+    """The bytes that each token stands for, of a tokenizer whose decoder is ByteLevel (GPT-2, Llama 3, Qwen).
+
+    There a token means the same bytes wherever it stands, so none is looked up twice. Shared by threads.
+    """
+
+    def __init__(self, tokenizer: FastTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        self._known: dict[int, tuple[bytes, str | None, bool]] = {}
+
+    def __call__(self, token_id: int) -> tuple[bytes, str | None, bool]:
+        """(bytes, their text where they are whole characters, whether the token is special)."""
+        found = self._known.get(token_id)
+        if found is None:
+            found = self._known[token_id] = self._look_up(token_id)
+        return found
+
+    def _look_up(self, token_id: int) -> tuple[bytes, str | None, bool]:
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        if token is None:  # an id that the model has and the tokenizer has not
+            return b"", "", False
+        try:
+            data = bytes(_BYTE_OF[character] for character in token)
+        except KeyError:  # an added token, which is spelled as it is
+            data = token.encode()
+        try:
+            return data, data.decode(), token in self._special
+        except UnicodeDecodeError:
+            return data, None, token in self._special
+
+
+class ByteStream:
+    """A `TextStream` over `TokenBytes`: a token costs a look-up, and a decoder only within a character."""
+
+    def __init__(self, token_bytes: TokenBytes, prompt_ids: Sequence[int], skip_special: bool) -> None:
+        self._token_bytes = token_bytes
+        self._skip_special = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in prompt_ids[-_TAIL:]:
+            data, _, special = token_bytes(token_id)
+            if not (special and skip_special):
+                self._decoder.decode(data)
+        begun = self._decoder.getstate()[0]
+        self._open = bool(begun)  # whether the decoder is within a character
+        self._of_prompt = begun.decode(errors="replace")  # what the prompt shows of a character that it has begun
+
+    def push(self, token_id: int) -> str:
+        data, text, special = self._token_bytes(token_id)
+        if special and self._skip_special:
+            return ""
+        if text is not None and not self._open:
+            return text
+        if not data:
+            return ""
+        shown = self._decoder.decode(data)
+        self._open = bool(self._decoder.getstate()[0])
+        if shown and self._of_prompt:
+            before, self._of_prompt = self._of_prompt, ""
+            return shown.removeprefix(before)
+        return shown
+
+    def flush(self) -> str:
+        if not self._open:
+            return ""
+        left = self._decoder.decode(b"", True)
+        self._open = False
+        return left.removeprefix(self._of_prompt)
+
+
+class WindowStream:
+    """A `TextStream` for any decoder (Metaspace, byte fallback): decodes the last tokens together."""
 
     def __init__(self, tokenizer: FastTokenizer, prompt_ids: Sequence[int], skip_special: bool) -> None:
         self._tokenizer = tokenizer
@@ -73,7 +163,6 @@ class TextStream:
         self._held: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while bytes are missing."""
         self._held.append(token_id)
         text: str | None = self._stream.step(self._tokenizer, token_id)
         if text is None:
@@ -85,11 +174,21 @@ class TextStream:
         return text
 
     def flush(self) -> str:
-        """What is left at the end: incomplete bytes as U+FFFD."""
         held, self._held = self._held, []
         if not held:
             return ""
         return str(self._tokenizer.decode(held, skip_special_tokens=self._skip_special))
+
+
+def _byte_of() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 as itself, the others as U+0100 and on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spelled = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    return spelled | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()
 
 
 def _eos_ids(folder: Path, own: int | None) -> frozenset[int]:

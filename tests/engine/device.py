@@ -26,6 +26,7 @@ from aiolora.types import AdapterVersion, Mix
 NUM_KINDS = 2
 VOCAB = 12
 EOS = 11
+TORN = "0"  # the digest of bytes that are being overwritten
 POISON = "nan"  # what a slot holds after its numbers were NaN
 
 Tag = int | str | None
@@ -106,16 +107,43 @@ class FakeWeights:
         self.version = version
 
 
+class FakeArrival:
+    """A copy that lands when it has been asked after `delay` times; until then the pages hold neither old nor new."""
+
+    def __init__(self, store: "FakeStore", digest: str, pages: dict[int, list[int]], delay: int) -> None:
+        self._store = store
+        self._digest = digest
+        self._pages = pages
+        self.left = delay
+        self._put(TORN)
+
+    def done(self) -> bool:
+        self.left -= 1
+        if self.left == -1:
+            self._put(self._digest)
+        return self.left < 0
+
+    def wait(self) -> None:
+        self._store.num_waits += 1
+        self.left = min(self.left, 0)
+
+    def _put(self, digest: str) -> None:
+        for kind, numbers in self._pages.items():
+            for index, page in enumerate(numbers):
+                self._store.contents[kind, page] = (digest, kind, index)
+
+
 class FakeStore:
     """Whose page of which kind lies where: (kind, page) -> (digest, kind, index in the adapter)."""
 
-    def __init__(self) -> None:
+    def __init__(self, delay: Callable[[], int]) -> None:
         self.contents: dict[tuple[int, int], tuple[str, int, int]] = {}
+        self.num_waits = 0
+        self._delay = delay
 
-    def write(self, weights: AdapterWeights, pages: dict[int, list[int]]) -> None:
-        for kind, numbers in pages.items():
-            for index, page in enumerate(numbers):
-                self.contents[kind, page] = (weights.version.digest, kind, index)
+    def write(self, weights: AdapterWeights, pages: dict[int, list[int]]) -> FakeArrival:
+        copied = {kind: list(numbers) for kind, numbers in pages.items()}
+        return FakeArrival(self, weights.version.digest, copied, self._delay())
 
 
 @dataclass

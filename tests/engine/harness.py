@@ -95,14 +95,17 @@ class Shape:
 class World:
     """One engine on a fake device, its adapters, its requests and its clock; checks itself after every operation."""
 
-    def __init__(self, shape: Shape, *, overlaps: bool, seed: int = 0) -> None:
+    def __init__(
+        self, shape: Shape, *, overlaps: bool, seed: int = 0, copy_delay: Callable[[], int] = lambda: 0
+    ) -> None:
+        """`copy_delay`: how often an adapter's copy is asked after before it has landed."""
         self.shape = shape
         self.now_s = 1000.0
         self.pool = TrackedPool(shape.num_pages)
         self.residency: Residency[AdapterWeights] = Residency(
             num_kinds=NUM_KINDS, num_pages=shape.adapter_pages, max_host=shape.max_host
         )
-        self.store = FakeStore()
+        self.store = FakeStore(copy_delay)
         self.scheduler = Scheduler(shape.limits, self.pool, self.residency)
         self.runner = FakeRunner(shape.limits, self.pool, self.residency, self.store, overlaps=overlaps)
         self.engine = Engine(
@@ -218,6 +221,8 @@ class World:
         require(not self.residency._leases, "no leases are left")
         require(self.scheduler.idle and not self.scheduler._active, "nothing is active")
         require(not self.runner.outstanding and not self.engine._reading, "nothing is under way")
+        arriving = {version.id for version, _ in self.engine._copying}
+        require(self.residency._arriving == arriving, "whoever arrives is watched", arriving)
 
     def _deliver(self, delta: TokenDelta) -> None:
         ticket = self.tickets.get(delta.request_id)

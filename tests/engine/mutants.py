@@ -194,6 +194,26 @@ def a_leased_adapter_is_evicted(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant
+def a_step_is_launched_before_its_adapter_has_landed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Residency, "on_device", Residency.placed)
+
+
+@mutant
+def an_adapter_is_evicted_while_it_arrives(patch: pytest.MonkeyPatch) -> None:
+    original = Residency.place
+
+    def place(self: Residency[Any], version: AdapterVersion, *, wanted: Collection[int] = ()) -> Placement[Any] | None:
+        arriving, self._arriving = self._arriving, set()
+        try:
+            return original(self, version, wanted=wanted)
+        finally:
+            self._arriving |= {other for other in arriving if other in self._device}
+
+    patch.setattr(Residency, "place", place)
+    patch.setattr(Residency, "landed", lambda self, version: self._arriving.discard(version.id))
+
+
+@mutant
 def leases_of_several_answers_are_released_twice(patch: pytest.MonkeyPatch) -> None:
     original = Scheduler._give_back
 

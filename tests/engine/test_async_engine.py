@@ -116,13 +116,13 @@ async def test_many_who_ask_for_a_new_adapter_at_once_load_it_once(
     engine: AsyncLLMEngine, adapters: list[LoRARequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = []
-    real = loader.build
+    real = loader._build
 
     def counted(name: str, *args: object, **kwargs: object) -> object:
         loads.append(name)
         return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loader, "build", counted)
+    monkeypatch.setattr(loader, "_build", counted)
     answers = await asyncio.gather(*(tokens(engine, lora=adapters[0]) for _ in range(8)))
     assert all(answer == answers[0] for answer in answers)
     assert loads == ["a0"]
@@ -199,7 +199,7 @@ async def test_whatever_goes_wrong_while_reading_again_is_the_adapters_error(
     def broken(*_: object) -> object:
         raise OSError("the disk is on fire")
 
-    monkeypatch.setattr(loader, "_tensors", broken)
+    monkeypatch.setattr(loader, "_open", broken)
     with pytest.raises(AdapterFormatError, match="the disk is on fire"):
         await tokens(engine, lora=adapters[0])
     assert await tokens(engine)

@@ -8,12 +8,14 @@ from tests.engine.harness import Shape, World
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
-def world_of(*, max_loras: int = 2, adapter_pages: int = 2, max_host: int = 1, budget: int = 32) -> World:
+def world_of(
+    *, max_loras: int = 2, adapter_pages: int = 2, max_host: int = 1, budget: int = 32, copy_delay: int = 0
+) -> World:
     limits = SchedulerLimits(
         max_num_seqs=4, max_num_batched_tokens=budget, max_loras=max_loras, page_size=4, patience_s=1.0
     )
     shape = Shape(limits=limits, num_pages=24, adapter_pages=adapter_pages, max_host=max_host, max_model_len=32)
-    return World(shape, overlaps=False)
+    return World(shape, overlaps=False, copy_delay=lambda: copy_delay)
 
 
 def mix_of(world: World, *names: str, pages: int = 1) -> Mix:
@@ -37,6 +39,55 @@ def test_an_evicted_adapter_is_read_again_and_its_request_goes_on() -> None:
     assert not world.engine.stalled
     assert len(steps(world, 2)) == 2
     assert not ticket.open
+
+
+def test_steps_go_on_while_an_adapter_is_copied_and_none_reads_it_before_it_has_landed() -> None:
+    world = world_of(copy_delay=5)
+    base = world.submit(PROMPT, max_tokens=20, ignore_eos=True)
+    steps(world, 1)
+    adapted = world.submit(PROMPT, mix_of(world, "copied"), max_tokens=2, ignore_eos=True)
+    assert [delta.request_id for delta in steps(world, 5)] == [base.request.id] * 5
+    assert {delta.request_id for delta in steps(world, 1)} == {base.request.id, adapted.request.id}
+    assert world.store.num_waits == 0
+    world.drain()
+
+
+def test_where_there_is_nothing_else_to_do_a_step_waits_for_the_copy() -> None:
+    world = world_of(copy_delay=1000)
+    ticket = world.submit(PROMPT, mix_of(world, "copied"), max_tokens=2, ignore_eos=True)
+    assert not world.engine.stalled
+    assert len(steps(world, 1)) == 1
+    assert world.store.num_waits == 1
+    steps(world, 1)
+    assert not ticket.open
+
+
+def test_who_waits_for_a_copy_can_be_aborted() -> None:
+    world = world_of(copy_delay=3, adapter_pages=1)
+    mixes = [mix_of(world, name) for name in ("aborted", "next")]
+    base = world.submit(PROMPT, max_tokens=12, ignore_eos=True)
+    aborted = world.submit(PROMPT, mixes[0])
+    steps(world, 1)
+    world.abort(aborted)
+    following = world.submit(PROMPT, mixes[1], max_tokens=1)
+    steps(world, 9)
+    assert not following.open
+    assert base.open
+    world.drain()
+
+
+def test_a_removed_adapter_is_dropped_unless_somebody_needs_it() -> None:
+    world = world_of(max_host=8, max_loras=1)
+    used, waited_for, unused = (mix_of(world, name) for name in ("used", "waited for", "unused"))
+    for mix in (used, waited_for):
+        world.submit(PROMPT, mix, max_tokens=4, ignore_eos=True)
+    steps(world, 1)
+    for mix in (used, waited_for, unused):
+        world.engine.drop_adapter(mix.versions[0])
+    in_host = [world.residency.in_host(mix.versions[0]) for mix in (used, waited_for, unused)]
+    assert in_host == [True, True, False]
+    world.submit(PROMPT, unused, max_tokens=1)
+    world.drain()
 
 
 def test_an_adapter_whose_folder_has_changed_fails_only_those_who_wait_for_it() -> None:

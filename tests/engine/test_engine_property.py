@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tests.engine.walk import NUM_SEEDS, PATIENCE_S, slow_read, starvation, walk
+from tests.engine.walk import NUM_SEEDS, PATIENCE_S, slow_read, starvation, unwanted_arrival, walk
 
 SEEDS = range(int(os.environ.get("AIOLORA_WALKS", 2 * NUM_SEEDS)))
 modes = pytest.mark.parametrize("overlaps", [False, True], ids=["one step at a time", "steps overlap"])
@@ -33,3 +33,8 @@ def test_a_cold_adapter_is_served_in_time_while_hot_ones_keep_coming(max_loras: 
 @modes
 def test_a_read_that_hangs_holds_up_nobody_else(overlaps: bool) -> None:
     slow_read(overlaps=overlaps)
+
+
+@modes
+def test_an_adapter_given_up_while_it_is_copied_harms_nobody(overlaps: bool) -> None:
+    unwanted_arrival(overlaps=overlaps)

@@ -27,6 +27,7 @@ class Desk:
         self.residency.store(version, None)
         if placed:
             assert self.residency.place(version) is not None
+            self.residency.landed(version)
         return Mix(((version, 1.0),))
 
     def add(self, prompt: list[int], mix: Mix | None = None, **params: Any) -> list[Sequence]:
@@ -117,7 +118,7 @@ def test_the_latest_arrival_is_preempted_and_computed_again() -> None:
     tokens = list(second.tokens)
     assert desk.step() == [(first, 8, 1)], "the second gave up its pages"
     assert second.status is Status.WAITING
-    assert (second.pages, second.num_computed, second.tokens) == ([], 0, tokens)
+    assert (list(second.pages), second.num_computed, second.tokens) == ([], 0, tokens)
     assert desk.scheduler.num_preemptions == 1
     desk.scheduler.finish(first, "stop")
     assert desk.step() == [(second, 0, 9)]

@@ -44,7 +44,9 @@ class Swarm:
 
     def __init__(self, seed: int, *, overlaps: bool) -> None:
         self.rng = rng = random.Random(seed)
-        self.world = World(shape_of(rng), overlaps=overlaps, seed=seed)
+        lags = random.Random(seed)
+        delays = lags.choice(((0,), (0, 1, 2), (1, 3, 8)))  # in steps; the first: a device that copies at once
+        self.world = World(shape_of(rng), overlaps=overlaps, seed=seed, copy_delay=lambda: lags.choice(delays))
         self.names = [f"adapter{number}" for number in range(rng.randrange(2, 6))]
         self.current = {name: self._new_version(name) for name in self.names}
         self.trunks = [[rng.randrange(VOCAB) for _ in range(16)] for _ in range(2)]
@@ -208,6 +210,24 @@ def slow_read(*, overlaps: bool) -> None:
     world.drain()
 
 
+def unwanted_arrival(*, overlaps: bool) -> None:
+    """An adapter is given up while it is copied, and the next one needs its pages."""
+    limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=32, max_loras=1, page_size=4)
+    shape = Shape(limits=limits, num_pages=32, adapter_pages=2, max_host=4, max_model_len=32)
+    delays = iter((9, 2))
+    world = World(shape, overlaps=overlaps, copy_delay=lambda: next(delays))
+    given_up, following = (Mix(((world.version(name, {0: 2}), 1.0),)) for name in ("given up", "following"))
+    world.submit([1, 2, 3], max_tokens=24, ignore_eos=True)
+    ticket = world.submit([1, 2, 3], given_up)
+    world.step()
+    world.abort(ticket)
+    world.submit([1, 2, 3], following, max_tokens=16, ignore_eos=True)
+    for _ in range(16):
+        world.step()
+        world.verify()
+    world.drain()
+
+
 def trials(num_seeds: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every check by its name: some walks, the scenarios, the other walks."""
 
@@ -219,6 +239,7 @@ def trials(num_seeds: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield from walks(range(min(6, num_seeds)))
     for overlaps in (False, True):
         yield f"slow_read(overlaps={overlaps})", partial(slow_read, overlaps=overlaps)
+        yield f"unwanted_arrival(overlaps={overlaps})", partial(unwanted_arrival, overlaps=overlaps)
         for max_loras in (1, 2):
             name = f"starvation(max_loras={max_loras}, overlaps={overlaps})"
             yield name, partial(starvation, max_loras=max_loras, overlaps=overlaps)

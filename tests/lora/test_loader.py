@@ -583,6 +583,46 @@ def test_a_mix_that_waits_is_served_though_others_fill_a_small_room(base: Path, 
     assert len(done) == 12
 
 
+# ---- several at a time ----
+
+
+def test_new_adapters_of_one_call_answer_as_those_loaded_one_by_one(base: Path, tmp_path: Path) -> None:
+    folders = [make_adapter(base, tmp_path / str(seed), seed=seed) for seed in range(6)]
+    requests = [LoRARequest(folder.name, number, str(folder)) for number, folder in enumerate(folders, 1)]
+    options = {"dtype": "float32", "enable_lora": True, "max_loras": 8, "max_lora_rank": 8}
+    one_by_one, together = LLM(str(base), **options), LLM(str(base), **options)
+    for request in requests:
+        one_by_one.engine.add_lora(request)
+    names: list[Any] = [request.lora_name for request in requests]
+    mixes: list[Any] = [*requests[:3], None, *requests[3:], requests[0], {names[0]: 0.5, names[1]: 0.5}]
+    known: list[Any] = [*names[:3], None, *names[3:], names[0], {names[0]: 0.5, names[1]: 0.5}]
+    expected, got = (
+        [
+            output.outputs[0].token_ids
+            for output in llm.generate([PROMPT] * len(loras), GREEDY, lora_request=loras, use_tqdm=False)
+        ]
+        for llm, loras in ((one_by_one, known), (together, mixes))
+    )
+    assert got == expected
+    assert len({tuple(tokens) for tokens in got}) > 6
+    assert [version.digest for version in together.engine.list_loras()] == [
+        version.digest for version in one_by_one.engine.list_loras()
+    ]
+
+
+def test_a_broken_one_among_new_adapters_is_named_and_the_call_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    folders = [make_adapter(base, tmp_path / str(seed), seed=seed) for seed in range(4)]
+    spoil(A, torch.nan)(folders[2])
+    requests = [LoRARequest(folder.name, number, str(folder)) for number, folder in enumerate(folders, 1)]
+    llm = LLM(str(base), dtype="float32", enable_lora=True, max_loras=8, max_lora_rank=8)
+    with pytest.raises(AdapterFormatError, match=r"adapter '2': .*not finite"):
+        llm.generate([PROMPT] * 4, GREEDY, lora_request=requests, use_tqdm=False)
+    assert [version.name for version in llm.engine.list_loras()] == ["0", "1"]
+    assert not llm.engine.has_unfinished_requests()
+    served = llm.generate([PROMPT] * 2, GREEDY, lora_request=[requests[0], requests[3]], use_tqdm=False)
+    assert served[0].outputs[0].token_ids != served[1].outputs[0].token_ids
+
+
 # ---- eviction from host memory ----
 
 
@@ -645,6 +685,19 @@ def test_an_evicted_adapter_whose_folder_vanished_fails_its_own_requests_only(
     assert [type(error) for error in errors] == [AdapterNotFoundError]
     assert str(first) in str(errors[0])
     first.with_name("elsewhere").rename(first)
+    assert drain(engine, {"a": "first"})[1] == []
+
+
+def test_whatever_goes_wrong_while_reading_again_is_the_adapters_error(
+    two: tuple[LLMEngine, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _, _ = two
+    with monkeypatch.context() as patch:
+        patch.setattr("aiolora.lora.loader.fill", lambda *_, **__: 1 / 0)
+        done, errors = drain(engine, {"a": "first", "c": None})
+    assert list(done) == ["c"]
+    assert [type(error) for error in errors] == [AdapterFormatError]
+    assert "could not be read again: ZeroDivisionError" in str(errors[0])
     assert drain(engine, {"a": "first"})[1] == []
 
 

@@ -21,11 +21,13 @@ def book(*versions: AdapterVersion, num_pages: int = 2, max_host: int = 8) -> Re
 
 
 def place(residency: Residency[str], *versions: AdapterVersion) -> list[Placement[str]]:
+    """Place and land them."""
     placements = []
     for one in versions:
         placement = residency.place(one)
         assert placement is not None
         residency.check()
+        residency.landed(one)
         placements.append(placement)
     return placements
 
@@ -90,12 +92,45 @@ def test_only_a_version_on_the_device_can_be_leased() -> None:
         book(one).lease(one)
 
 
+def test_a_version_whose_bytes_are_on_the_way_is_neither_used_nor_evicted() -> None:
+    one, two = version(1, 2), version(2, 1)
+    residency = book(one, two)
+    assert residency.place(one) is not None
+    residency.check()
+    assert (residency.placed(one), residency.on_device(one), residency.resident()) == (True, False, [])
+    with pytest.raises(AssertionError, match="not on the device"):
+        residency.lease(one)
+    assert residency.place(two) is None
+    residency.landed(one)
+    assert residency.on_device(one)
+    assert residency.place(two) is not None
+    assert not residency.placed(one)
+
+
+def test_a_version_whose_name_was_removed_leaves_host_memory_and_makes_room_first() -> None:
+    one, two, three, memory = version(1), version(2), version(3), version(4, source=None)
+    residency = book(one, two, three, memory)
+    place(residency, one, two)
+    residency.lease(two)
+    for each in (two, memory):
+        residency.drop(each)
+        assert residency.in_host(each), "in use, or not to be had again"
+    residency.release(two)
+    residency.drop(two)
+    assert not residency.in_host(two)
+    assert residency.on_device(two)
+    place(residency, three)
+    assert residency.resident() == [one, three]
+
+
 def test_a_wanted_version_is_spared() -> None:
     one, two, three = version(1), version(2), version(3)
     residency = book(one, two, three)
     place(residency, one, two)
     assert residency.place(three, wanted={1, 2}) is None
     assert residency.place(three, wanted={1}) is not None
+    assert residency.resident() == [one]
+    residency.landed(three)
     assert residency.resident() == [one, three]
 
 

@@ -14,6 +14,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from aiolora.engine.sampler import uniform
 from aiolora.ops.activation import silu_mul, silu_mul_op
 from aiolora.ops.attention import attention, attention_op, rope_store, rope_store_op
+from aiolora.ops.embedding import embed, embed_op
 from aiolora.ops.linear import (
     complete,
     complete_op,
@@ -25,7 +26,7 @@ from aiolora.ops.linear import (
     whole_linear_op,
 )
 from aiolora.ops.norm import add_norm, add_norm_op, rms_norm, rms_norm_op
-from aiolora.ops.sampling import penalise, penalise_op, sample, sample_op
+from aiolora.ops.sampling import greedy, greedy_op, penalise, penalise_op, report, report_op, sample, sample_op
 from tests.tiny import kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -306,29 +307,27 @@ def test_attention_is_the_softmax_over_what_each_token_sees(
 
 
 def brute_force(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int | None:
-    """The token at point u of the truncated distribution, likeliest first; None: too near a border to tell."""
+    """The token at point u of the truncated distribution, by id; None: too near a border to tell."""
     if temperature == 0:
         return int(logits.argmax())
-    probs = (logits.double() / temperature).softmax(0)
-    order = sorted(range(len(probs)), key=lambda i: (-float(probs[i]), i))
-    kept = [i for i in order if probs[i] >= min_p * probs[order[0]]]
-    kept = kept[: top_k or len(kept)]
-    total = sum(float(probs[i]) for i in kept)
-    nucleus, mass = [], 0.0
+    probs = (logits.double() / temperature).softmax(0).tolist()
+    kept = [i for i in range(len(probs)) if probs[i] >= min_p * max(probs)]
+    if top_k:
+        kth = sorted((probs[i] for i in kept), reverse=True)[:top_k][-1]
+        kept = [i for i in kept if probs[i] >= kth]
+    total = sum(probs[i] for i in kept)
+    likelier = {i: sum(probs[j] for j in kept if probs[j] > probs[i]) / total for i in kept}
+    if any(abs(mass - top_p) < 1e-6 for mass in likelier.values()):
+        return None
+    kept = [i for i in kept if likelier[i] < top_p]
+    total, mass = sum(probs[i] for i in kept), 0.0
     for i in kept:
-        if abs(mass - top_p) < 1e-6:
-            return None
-        if mass < top_p:
-            nucleus.append(i)
-        mass += float(probs[i]) / total
-    total, mass = sum(float(probs[i]) for i in nucleus), 0.0
-    for i in nucleus:
-        mass += float(probs[i]) / total
+        mass += probs[i] / total
         if abs(mass - u) < 1e-6 and mass < 1 - 1e-9:
             return None
         if u < mass:
             return i
-    return nucleus[-1]
+    return kept[-1]
 
 
 def columns(rows: list[tuple[float, int, float, float, float]]) -> list[Tensor]:
@@ -350,7 +349,10 @@ def test_sampling_is_the_inverse_of_the_truncated_distribution() -> None:
         for a, b, c, d, e in numbers
     ]
     logits = 3 * torch.randn(len(rows), 37, generator=generator)
-    tokens = sample(logits, *columns(rows)).tolist()
+    logits[::2] = logits[::2].round()  # equals
+    out = sample(logits, *columns(rows))
+    assert out.dtype == torch.int32
+    tokens = out.tolist()
     wanted = [brute_force(row_logits, *row) for row_logits, row in zip(logits, rows)]
     told = [(token, want) for token, want in zip(tokens, wanted) if want is not None]
     assert len(told) > 390
@@ -382,32 +384,79 @@ def test_each_truncation_keeps_exactly_its_tokens() -> None:
             assert setting[0] < 1 or abs(tokens.count(token) / 500 - share) <= 1 / 500 + 1e-6, setting
 
 
-def test_the_ends_of_the_unit_interval_and_ties_stay_within_what_is_kept() -> None:
-    logits = torch.tensor([[1.0, 3.0, 3.0, -torch.inf, 0.0]]).repeat(4, 1)
-    rows = [(0.0, 0, 1.0, 0.0, 0.0), (1.0, 0, 1.0, 0.0, 0.0), (1.0, 2, 1.0, 0.0, 1 - 2**-24), (1.0, 0, 1.0, 0.0, 1.0)]
-    assert sample(logits, *columns(rows)).tolist() == [1, 1, 2, 4]
+def test_equals_stay_or_go_together() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, -torch.inf]])
+    points = [(i + 0.5) / 100 for i in range(100)]
+    for setting, kept in {
+        (1.0, 1, 1.0, 0.0): {1, 3},
+        (1.0, 3, 1.0, 0.0): {1, 2, 3, 4},
+        (1.0, 0, 0.3, 0.0): {1, 3},
+        (1.0, 0, 0.7, 0.0): {1, 2, 3, 4},  # the two likeliest have 0.69
+        (1.0, 0, 1.0, 0.36): {1, 2, 3, 4},
+        (1.0, 4, 0.72, 0.0): {1, 3},  # 0.73 of what top_k left
+    }.items():
+        tokens = sample(logits.expand(100, -1), *columns([(*setting, u) for u in points])).tolist()
+        assert set(tokens) == kept, setting
+        assert tokens == sorted(tokens), "the larger u, the larger the id"
+
+
+def test_the_ends_of_the_unit_interval_stay_within_what_is_kept() -> None:
+    logits = torch.tensor([[-torch.inf, 3.0, 1.0, 3.0, 0.0, -torch.inf]]).repeat(5, 1)
+    end = 1 - 2**-24
+    settings = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 2, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 0, 0.5, 0.0)]
+    rows = [(*setting, u) for setting, u in zip(settings, (0.0, 0.0, end, 1.0, 1.0))]
+    assert sample(logits, *columns(rows)).tolist() == [1, 1, 3, 4, 3]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_greedy_and_report_are_the_softmax(dtype: torch.dtype) -> None:
+    logits = (3 * torch.randn(40, 50)).to(dtype)
+    logits[0, [7, 30]] = 20.0
+    logits[1, 5:] = -torch.inf
+    exact = logits.double().log_softmax(-1)
+    tokens, logprobs = greedy(logits)
+    assert (tokens.dtype, logprobs.dtype) == (torch.int32, torch.float32)
+    assert tokens.tolist() == [row.index(max(row)) for row in exact.tolist()]
+    torch.testing.assert_close(logprobs.double(), exact.max(-1).values, rtol=1e-5, atol=1e-5)
+    asked = torch.randint(0, 50, (40,), dtype=torch.int32)
+    for those in (asked, asked.long(), tokens):
+        reported, ranks = report(logits, those)
+        chosen = exact.gather(1, those.long().unsqueeze(1))
+        torch.testing.assert_close(reported.double(), chosen.squeeze(1), rtol=1e-5, atol=1e-5)
+        assert (reported.dtype, ranks.dtype) == (torch.float32, torch.int32)
+        assert ranks.tolist() == [sum(v > c[0] for v in row) for row, c in zip(exact.tolist(), chosen.tolist())]
+    assert torch.equal(report(logits, tokens)[0], logprobs), "to the last bit"
 
 
 def test_rows_that_are_not_finite_bring_a_token_of_the_vocabulary() -> None:
     logits = torch.stack(
-        [torch.full((5,), torch.nan), torch.full((5,), -torch.inf), torch.tensor([0, torch.inf] * 2 + [0])]
+        [
+            torch.full((5,), torch.nan),
+            torch.full((5,), -torch.inf),
+            torch.tensor([0, torch.inf] * 2 + [0]),
+            torch.tensor([0, 1, 2, 3, torch.nan]),
+        ]
     )
-    for temperature in (0.0, 1.0):
-        tokens = sample(logits, *columns([(temperature, 0, 1.0, 0.0, 0.5)] * 3))
+    for setting in ((0.0, 0, 1.0, 0.0, 0.5), (1.0, 0, 1.0, 0.0, 0.5), (1.0, 2, 0.5, 0.1, 0.5)):
+        tokens = sample(logits, *columns([setting] * 4))
         assert ((tokens >= 0) & (tokens < 5)).all()
+    tokens, logprobs = greedy(logits)
+    assert ((tokens >= 0) & (tokens < 5)).all()
+    assert logprobs.isnan().all()
+    assert report(logits, torch.zeros(4, dtype=torch.int32))[0].isnan().all()
 
 
-def test_penalties_follow_transformers_and_openai() -> None:
-    logits = 4 * torch.randn(20)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_penalties_follow_transformers_and_openai(dtype: torch.dtype) -> None:
+    logits = (4 * torch.randn(20)).to(dtype)
     prompt, output = [3, 5, 5, 7], [7, 7, 11, 2, 11, 11]
-    used = sorted({*prompt, *output})
-    counts = torch.tensor([float(output.count(token)) for token in used])
-    seen = [torch.tensor(used), counts, torch.tensor([token in prompt for token in used])]
+    seen = [torch.tensor(prompt, dtype=torch.int32), torch.tensor(output, dtype=torch.int32)]
     before = logits.clone()
     for repetition in (1.0, 0.7, 1.8):
         out = penalise(logits, *seen, repetition, 0.0, 0.0)
+        assert out.dtype == torch.float32
         processor = RepetitionPenaltyLogitsProcessor(repetition)
-        torch.testing.assert_close(out, processor(torch.tensor([prompt + output]), logits[None].clone())[0])
+        torch.testing.assert_close(out, processor(torch.tensor([prompt + output]), logits[None].float().clone())[0])
     for presence, frequency in ((0.5, 0.0), (0.0, 1.5), (-2.0, 0.25)):
         out = penalise(logits, *seen, 1.0, presence, frequency)
         for token in range(20):
@@ -415,6 +464,8 @@ def test_penalties_follow_transformers_and_openai() -> None:
             assert float(out[token]) == pytest.approx(
                 float(logits[token]) - uses * frequency - (uses > 0) * presence, abs=1e-5
             )
+    nothing = torch.empty(0, dtype=torch.int32)
+    assert torch.equal(penalise(logits, nothing, nothing, 1.8, 1.0, 1.0), logits.float())
     assert torch.equal(logits, before)
 
 
@@ -433,7 +484,22 @@ def test_uniform_numbers_are_uniform_and_unrelated_over_seeds_and_positions() ->
     assert len(np.unique(table)) > 0.99 * table.size
 
 
+# ---- embedding ----
+
+
+def test_embedding_takes_tokens_in_flight_from_the_step_before_and_reads_no_other_row() -> None:
+    weight = torch.randn(9, 4)
+    previous = torch.tensor([8, 2, 700], dtype=torch.int32)
+    tokens = torch.tensor([5, -1, 0, -2, -3, 9, -1], dtype=torch.int32)
+    assert torch.equal(embed(tokens, previous, weight), weight[[5, 8, 0, 2, 8, 8, 8]])
+
+
 # ---- registration ----
+
+
+def _embed(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    tokens, previous = (torch.tensor(ids, dtype=torch.int32) for ids in ([3, -2, 0], [1, 2]))
+    return [(tokens, previous, torch.randn(5, 6).to(dtype))]
 
 
 def _linear_case(dtype: torch.dtype) -> dict[str, Any]:
@@ -508,16 +574,24 @@ def _attention(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     return [(*paged(*CASES["a mixed step"], dtype), 0.3, window) for window in (0, 3)]
 
 
+def _greedy(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    return [(torch.randn(3, 9).to(dtype),)]
+
+
+def _report(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    return [(torch.randn(3, 9).to(dtype), torch.tensor([8, 0, 4], dtype=torch.int32))]
+
+
 def _sample(dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    return [(torch.randn(2, 9).to(dtype).float(), *columns([(0.0, 0, 1.0, 0.0, 0.2), (0.8, 4, 0.9, 0.1, 0.7)]))]
+    return [(torch.randn(2, 9).to(dtype), *columns([(0.0, 0, 1.0, 0.0, 0.2), (0.8, 4, 0.9, 0.1, 0.7)]))]
 
 
 def _penalise(dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    used = [torch.tensor([1, 4]), torch.tensor([2.0, 0.0]), torch.tensor([False, True])]
-    return [(torch.randn(9).to(dtype).float(), *used, 1.2, 0.3, 0.4)]
+    return [(torch.randn(9).to(dtype), torch.tensor([1, 4]), torch.tensor([4, 4, 7]), 1.2, 0.3, 0.4)]
 
 
 OPS: dict[str, tuple[Any, Callable[[torch.dtype], list[tuple[Any, ...]]]]] = {
+    "embed": (embed_op, _embed),
     "product": (product_op, _product),
     "product_shrink": (product_shrink_op, _product_shrink),
     "shrink": (shrink_op, _shrink),
@@ -528,6 +602,8 @@ OPS: dict[str, tuple[Any, Callable[[torch.dtype], list[tuple[Any, ...]]]]] = {
     "silu_mul": (silu_mul_op, _silu_mul),
     "rope_store": (rope_store_op, _rope_store),
     "attention": (attention_op, _attention),
+    "greedy": (greedy_op, _greedy),
+    "report": (report_op, _report),
     "sample": (sample_op, _sample),
     "penalise": (penalise_op, _penalise),
 }

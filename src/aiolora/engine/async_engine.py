@@ -246,7 +246,10 @@ class AsyncLLMEngine:
 
     async def remove_lora(self, lora_name: str) -> bool:
         """Forget a name; requests under way finish. False: it was not known."""
-        return self.intake.registry.forget(lora_name)
+        version = self.intake.registry.forget(lora_name)
+        if version is not None:
+            self._post(lambda engine: engine.drop_adapter(version))
+        return version is not None
 
     async def list_loras(self) -> list[AdapterVersion]:
         """Loaded adapters in the order they came."""

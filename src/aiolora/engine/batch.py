@@ -1,14 +1,24 @@
 """Packer: from a Batch (sequences) to StepInputs (tensors)."""
 
+from array import array
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from aiolora.engine.scheduler import Batch, Scheduled
+from aiolora.engine.sequence import Sequence
+from aiolora.engine.staging import Numbers, Staging
 from aiolora.models.inputs import StepInputs
 from aiolora.ops.linear import Rows, tiling
 from aiolora.types import AdapterVersion, Mix
+
+_SMALLEST_TILE = 16
 
 
 class Placed(Protocol):
@@ -17,106 +27,235 @@ class Placed(Protocol):
     def pages(self, version: AdapterVersion) -> Mapping[int, list[int]]: ...
 
 
+@dataclass(slots=True)
+class InFlight:
+    """What the launch before sampled: the tokens on the device; on the host only which row is whose."""
+
+    tokens: Tensor  # [max_num_seqs] int32
+    rows: dict[Sequence, int] = field(default_factory=dict)
+
+    @classmethod
+    def none(cls, max_num_seqs: int, device: str) -> "InFlight":
+        return cls(torch.zeros(max_num_seqs, dtype=torch.int32, device=device))
+
+    def row(self, run: Scheduled) -> int:
+        """Where the last token of `run` lies if the host does not know it yet; -1: it does."""
+        return self.rows[run.seq] if run.start + run.count > len(run.seq.tokens) else -1
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Fixed sizes of a step of single tokens, T = B = `size`; smaller steps are padded to it."""
+
+    size: int
+    mixes: int = 0  # M; 0: no adapters
+    pages: int = 0  # W
+
+    @property
+    def tiles(self) -> int:
+        """G: whichever way the tokens are spread over the mixes and none."""
+        return min(self.size, -(-self.size // _SMALLEST_TILE) + min(self.size, self.mixes + 1))
+
+    def fits(self, routes: "Routes | None") -> bool:
+        if routes is None or not self.mixes:
+            return routes is None and not self.mixes
+        return routes.width <= self.pages and len(routes.pages) <= self.mixes
+
+
+class Routes(NamedTuple):
+    """The mixes of a step. A row means nothing beyond its step, so none can be stale."""
+
+    row_of_run: list[int]  # -1: no adapter
+    pages: list[list[list[int]]]  # of each row and kind
+    scales: list[list[list[float]]]  # one for each page
+
+    @property
+    def width(self) -> int:
+        """W: the most pages of one kind, made even."""
+        return even(max((len(pages) for row in self.pages for pages in row), default=0))
+
+
 class Packer:
-    """Lays a step's numbers out on the device.
+    """Lays a step's numbers out, everything from scratch each time. Engine thread only."""
 
-    The page table of the step's mixes is built from scratch each time: a row means nothing beyond its step, so none can
-    be stale. Engine thread only.
-    """
-
-    def __init__(self, *, page_size: int, num_kinds: int, residency: Placed, device: str) -> None:
+    def __init__(self, *, page_size: int, num_kinds: int, residency: Placed, device: str, lora_pages: int = 0) -> None:
+        """`lora_pages`: least width of the page tables, so that steps of many ranks are one shape to the kernels."""
         self._page_size = page_size
         self._num_kinds = num_kinds
         self._residency = residency
         self._device = device
+        self._lora_pages = lora_pages
+        self._staging = Staging(device)
 
-    def pack(self, batch: Batch) -> StepInputs:
-        """The tensors of `batch`: logits are wanted where a run samples and where prompt logprobs are asked for."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        tables: list[list[int]] = []
-        lengths: list[int] = []
-        starts = [0]
-        logits_at: list[int] = []
-        size = self._page_size
+    def pack(self, batch: Batch, in_flight: InFlight | None = None) -> StepInputs:
+        """The tensors of `batch`, all of exactly its sizes."""
+        in_flight = in_flight or InFlight.none(1, self._device)
+        tensors = self._staging.send(self.lay_out(batch, self.routes(batch), in_flight))
+        return step_inputs(tensors, in_flight.tokens, self._device)
+
+    def routes(self, batch: Batch) -> Routes | None:
+        """The mixes of `batch` in the order of their first run; None: no run has an adapter."""
+        row_of_mix: dict[Mix, int] = {}
+        row_of_id: dict[int, int] = {}  # the same by identity: hashing a mix takes microseconds
+        row_of_run = []
         for run in batch.runs:
-            seq, end = run.seq, run.start + run.count
-            tokens += seq.tokens[run.start : end]
-            positions += range(run.start, end)
-            slots += [seq.pages[position // size] * size + position % size for position in range(run.start, end)]
-            logits_at += [starts[-1] + offset for offset in logit_offsets(run)]
-            tables.append(seq.pages)
-            lengths.append(end)
-            starts.append(len(tokens))
-        width = max(len(table) for table in tables)
-        mixes = [run.seq.mix for run in batch.runs for _ in range(run.count)]
-        return StepInputs(
-            tokens=self._tensor(tokens),
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
-            block_tables=self._tensor([table + [0] * (width - len(table)) for table in tables]),
-            kv_lengths=self._tensor(lengths),
-            query_starts=self._tensor(starts),
-            logits_at=self._tensor(logits_at),
-            rows=self._rows(mixes),
-        )
-
-    def _rows(self, mixes: list[Mix | None]) -> Rows | None:
-        """The routing of tokens [T] with those mixes; None where no token has an adapter."""
-        groups: dict[Mix, list[int]] = {}
-        bare = [token for token, mix in enumerate(mixes) if mix is None]
-        for token, mix in enumerate(mixes):
-            if mix is not None:
-                groups.setdefault(mix, []).append(token)
-        if not groups:
+            mix = run.seq.request.mix
+            row = -1 if mix is None else row_of_id.get(id(mix), -2)
+            if row == -2 and mix is not None:
+                row = row_of_id[id(mix)] = row_of_mix.setdefault(mix, len(row_of_mix))
+            row_of_run.append(row)
+        if not row_of_mix:
             return None
-        tile, splits = tiling(len(mixes), self._device)
-        perm: list[int] = []
-        tiles = []
-        table: list[list[list[int]]] = []
-        scales: list[list[list[float]]] = []
-        for row, (mix, members) in enumerate(groups.items()):
-            tiles += [[row, len(perm) + low, min(tile, len(members) - low)] for low in range(0, len(members), tile)]
-            perm += members
-            row_pages: list[list[int]] = [[] for _ in range(self._num_kinds)]
-            row_scales: list[list[float]] = [[] for _ in range(self._num_kinds)]
+        routes = Routes(row_of_run, [], [])
+        for mix in row_of_mix:
+            pages: list[list[int]] = [[] for _ in range(self._num_kinds)]
+            scales: list[list[float]] = [[] for _ in range(self._num_kinds)]
             for version, weight in mix.parts:
                 placed = self._residency.pages(version)
                 for site in version.pages:
-                    row_pages[site.kind] += placed[site.kind]
-                    row_scales[site.kind] += [site.scale * weight] * site.count
-            table.append(row_pages)
-            scales.append(row_scales)
-        if bare:
-            tiles += [[-1, len(perm) + low, min(tile, len(bare) - low)] for low in range(0, len(bare), tile)]
-            perm += bare
-        width = max(len(pages) for row_pages in table for pages in row_pages)
-        return Rows(
-            tile=tile,
-            splits=splits,
-            perm=self._tensor(perm),
-            tiles=self._tensor(tiles),
-            items=self._tensor([[-1, 0]]),
-            pages=self._tensor([[pages + [-1] * (width - len(pages)) for pages in row] for row in table]),
-            scales=torch.tensor(
-                [[values + [0.0] * (width - len(values)) for values in row] for row in scales],
-                dtype=torch.float32,
-                device=self._device,
-            ),
-        )
+                    pages[site.kind] += placed[site.kind]
+                    scales[site.kind] += [site.scale * weight] * site.count
+            routes.pages.append(pages)
+            routes.scales.append(scales)
+        return routes
 
-    def _tensor(self, values: list[int] | list[list[int]] | list[list[list[int]]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self._device)
+    def lay_out(
+        self, batch: Batch, routes: Routes | None, in_flight: InFlight, bucket: Bucket | None = None
+    ) -> Numbers:
+        """The numbers of `batch`, of its sizes or, for single tokens, of those of `bucket`: padding does nothing.
+
+        Logits are wanted where a run samples and, behind all of those, for prompt logprobs; of every token of a bucket.
+        `block_tables` comes last and is never padded: [runs, most pages of a run].
+        """
+        tokens, tables = array("i"), array("i")
+        starts, counts, widths = [], [], []
+        for run in batch.runs:
+            seq, start, count = run.seq, run.start, run.count
+            known = seq.tokens
+            if start + count > len(known):
+                tokens.extend(known[start:])
+                tokens.append(-1 - in_flight.rows[seq])
+            elif count == 1:
+                tokens.append(known[start])
+            else:
+                tokens.extend(known[start : start + count])
+            starts.append(start)
+            counts.append(count)
+            widths.append(len(seq.pages))
+            tables.extend(seq.pages)
+        size = len(tokens) if bucket is None else bucket.size
+        num_seqs = len(counts) if bucket is None else bucket.size
+        first, count_B, width_B = _int32(starts), _int32(counts), _int32(widths)
+        query_starts = np.arange(num_seqs + 1, dtype=np.int32)
+        query_starts[1 : len(counts) + 1] = count_B.cumsum()
+        block_tables = np.zeros((len(counts), max(widths, default=1)), dtype=np.int32)
+        block_tables[np.arange(block_tables.shape[1]) < width_B[:, None]] = _int32(tables)
+        run_of_token = np.repeat(np.arange(len(counts)), count_B)
+        positions = np.arange(len(tokens)) + (first - query_starts[: len(counts)])[run_of_token]
+        page, offset = np.divmod(positions, self._page_size)
+        numbers: dict[str, NDArray[Any]] = {
+            "tokens": _padded(_int32(tokens), size, 0),
+            "positions": _padded(positions, size, 0),
+            "slots": _padded(block_tables[run_of_token, page] * self._page_size + offset, size, -1),
+            "kv_lengths": _padded(first + count_B, num_seqs, 0),
+            "query_starts": query_starts,
+        }
+        if bucket is None:
+            numbers["logits_at"] = _int32(_logits_at(batch, query_starts))
+        if routes is not None or (bucket is not None and bucket.mixes):
+            numbers |= self._rows(routes or Routes([], [], []), counts, size, bucket)
+        return numbers | {"block_tables": block_tables}
+
+    def _rows(self, routes: Routes, counts: list[int], size: int, bucket: Bucket | None) -> Numbers:
+        """The routing of `size` tokens, the first of them in runs of `counts`."""
+        tile, _ = tiling(size, self._device)
+        num_mixes = len(routes.pages)
+        bare = num_mixes  # sorts last
+        row_of_token = np.full(size, bare, dtype=np.int32)
+        row_of_token[: sum(counts)] = np.repeat([row if row >= 0 else bare for row in routes.row_of_run], counts)
+        tiles: list[tuple[int, int, int]] = []
+        items: list[tuple[int, int]] = []
+        members = np.bincount(row_of_token, minlength=bare + 1).tolist()
+        for row, (end, count) in enumerate(zip(accumulate(members), members)):
+            pairs = 0 if row == bare else -(-max(map(len, routes.pages[row])) // 2)
+            for low in range(end - count, end, tile):
+                items += [(len(tiles), pair) for pair in range(pairs)]
+                tiles.append((-1 if row == bare else row, low, min(tile, end - low)))
+        width, most = max(routes.width, self._lora_pages), num_mixes
+        most_tiles, most_items = len(tiles), max(1, len(items))
+        if bucket is not None:
+            width, most, most_tiles = bucket.pages, bucket.mixes, bucket.tiles
+            most_items = most_tiles * width // 2
+        shape = (-1, self._num_kinds, width)
+        pages = [page for row in routes.pages for held in row for page in held + [-1] * (width - len(held))]
+        scales = [scale for row in routes.scales for held in row for scale in held + [0.0] * (width - len(held))]
+        return {
+            "perm": row_of_token.argsort(kind="stable").astype(np.int32),
+            "tiles": _padded(_int32(tiles).reshape(-1, 3), most_tiles, (-1, 0, 0)),
+            "items": _padded(_int32(items).reshape(-1, 2), most_items, (-1, 0)),
+            "pages": _padded(_int32(pages).reshape(shape), most, -1),
+            "scales": _padded(np.array(scales, dtype=np.float32).reshape(shape), most, 0.0),
+        }
+
+
+def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) -> StepInputs:
+    """The step whose fields are `tensors`, under the names that `Packer.lay_out` gives them."""
+    rows = None
+    if "perm" in tensors:
+        perm, tiles, items, pages, scales = (tensors[name] for name in ("perm", "tiles", "items", "pages", "scales"))
+        tile, splits = tiling(len(perm), device)
+        rows = Rows(perm, tiles, items, pages, scales, tile, splits)
+    return StepInputs(
+        tokens=tensors["tokens"],
+        previous=previous,
+        positions=tensors["positions"],
+        slots=tensors["slots"],
+        block_tables=tensors["block_tables"],
+        kv_lengths=tensors["kv_lengths"],
+        query_starts=tensors["query_starts"],
+        logits_at=tensors.get("logits_at"),
+        rows=rows,
+    )
 
 
 def logit_offsets(run: Scheduled) -> list[int]:
     """Tokens of `run`, counted from its first, whose logits are needed: for prompt logprobs and for the sample."""
-    seq = run.seq
-    offsets = []
-    if seq.wants_prompt_logprobs:
-        # token i's logits are the prediction of token i + 1, known for i + 1 < num_prompt
-        offsets = list(range(min(run.count, max(0, seq.num_prompt - 1 - run.start))))
+    offsets = list(range(num_prompt_logits(run)))
     if run.samples:
         offsets.append(run.count - 1)
     return offsets
+
+
+def num_prompt_logits(run: Scheduled) -> int:
+    """How many of the run's first tokens are followed by a token of the prompt whose log-probability is wanted."""
+    seq = run.seq
+    if not seq.wants_prompt_logprobs:
+        return 0
+    # token i's logits are the prediction of token i + 1, known for i + 1 < num_prompt
+    return min(run.count, max(0, seq.num_prompt - 1 - run.start))
+
+
+def _logits_at(batch: Batch, query_starts: NDArray[Any]) -> list[int]:
+    starts = query_starts.tolist()
+    wanted = [end - 1 for end, run in zip(starts[1:], batch.runs) if run.samples]
+    for start, run in zip(starts, batch.runs):
+        if count := num_prompt_logits(run):
+            wanted += range(start, start + count)
+    return wanted
+
+
+def _int32(values: Any) -> NDArray[np.int32]:
+    return np.asarray(values, dtype=np.int32)
+
+
+def _padded(values: NDArray[Any], size: int, neutral: Any) -> NDArray[Any]:
+    """`values` as int32 (or the float32 they are), lengthened to `size` along the first axis."""
+    out = np.empty((size, *values.shape[1:]), dtype=np.float32 if values.dtype == np.float32 else np.int32)
+    out[: len(values)] = values
+    out[len(values) :] = neutral
+    return out
+
+
+def even(pages: int) -> int:
+    """Kernels take rank pages in pairs."""
+    return max(2, -(-pages // 2) * 2)

@@ -8,13 +8,15 @@ from aiolora.engine.batch import Packer
 from aiolora.engine.core import Ends, Engine
 from aiolora.engine.intake import Intake, Limits
 from aiolora.engine.kv_cache import KVCache
-from aiolora.engine.plan import Plan, make_plan, pick_device
+from aiolora.engine.plan import PAGE_SIZE, Plan, make_plan, pick_device, step_bounds
 from aiolora.engine.runner import ModelRunner
 from aiolora.engine.sampler import Sampler
 from aiolora.engine.scheduler import Scheduler, SchedulerLimits
+from aiolora.engine.warm_up import activation_nbytes
 from aiolora.lora.layout import Layout, layout_of
 from aiolora.lora.loader import AdapterWeights, load_adapter
 from aiolora.lora.loader import Limits as AdapterLimits
+from aiolora.lora.paging import reserve_soon
 from aiolora.lora.pool import AdapterPool
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.residency import Residency
@@ -24,6 +26,8 @@ from aiolora.models.weights import locate
 from aiolora.pages import PagePool
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import AdapterVersion, LoRARequest
+
+_PINNED_PAGES = 8  # of each kind, locked from the start: for four adapters of rank 16 to be loaded at once
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
     if args.enable_lora:
         lora_dtype = dtype if args.lora_dtype == "auto" else DTYPES[args.lora_dtype]
         layout = layout_of(model, lora_dtype, only=args.lora_target_modules)
-    plan = make_plan(args, model.config, layout, dtype, device)
+    bounds = step_bounds(args, model.config, device)
+    activations = activation_nbytes(model, *bounds, page_size=PAGE_SIZE) if device == "cuda" else 0
+    plan = make_plan(args, model.config, layout, dtype, device, activations=activations)
     engine = _engine(args, model, layout, plan, tokenizer, read_again)
     intake = Intake(
         tokenizer,
@@ -59,7 +65,10 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
         model=args.model,
         lora_enabled=args.enable_lora,
     )
-    adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_pages, args.model)
+    pinned = plan.device.startswith("cuda")
+    adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_pages, args.model, pinned=pinned)
+    if pinned and layout is not None:
+        reserve_soon(layout, dict.fromkeys(range(len(layout.kinds)), _PINNED_PAGES))
 
     def load(request: LoRARequest) -> AdapterWeights:
         assert layout is not None, "Intake lets no adapter through where LoRA is off"
@@ -86,9 +95,17 @@ def _engine(
         pool.attach(model)
     dtype = model.embed.weight.dtype
     cache = KVCache(model.config, num_pages=plan.num_pages, page_size=plan.page_size, dtype=dtype, device=plan.device)
-    packer = Packer(page_size=plan.page_size, num_kinds=num_kinds, residency=residency, device=plan.device)
+    packer = Packer(
+        page_size=plan.page_size,
+        num_kinds=num_kinds,
+        residency=residency,
+        device=plan.device,
+        lora_pages=plan.lora_pages,
+    )
     sampler = Sampler(tokenizer.eos_token_ids)
-    runner = ModelRunner(model, cache, packer, sampler, compiled=args.compile)
+    runner = ModelRunner(model, cache, packer, sampler, max_num_seqs=plan.max_num_seqs, compiled=args.compile)
+    if plan.device == "cuda":
+        runner.warm_up(plan, kinds=num_kinds)
     limits = SchedulerLimits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,

@@ -20,10 +20,18 @@ from aiolora.lora.residency import Residency
 from aiolora.types import AdapterVersion, FinishReason, Mix, Request, TokenDelta
 
 
+class Arrival(Protocol):
+    """Bytes of an adapter on their way to the device, as `lora.pool.Arrival`."""
+
+    def done(self) -> bool: ...
+
+    def wait(self) -> None: ...
+
+
 class Store(Protocol):
     """What the engine asks of `lora.pool.AdapterPool`."""
 
-    def write(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> None: ...
+    def write(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> Arrival: ...
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
@@ -75,6 +83,7 @@ class Engine:
         self._read_again = read_again
         self._clock = clock
         self._reading: set[int] = set()
+        self._copying: list[tuple[AdapterVersion, Arrival]] = []  # placed and not landed, oldest first
         self._stalled = False  # the last step found nothing to do and nothing has come since
         self._sequences: dict[str, list[Sequence]] = {}
         self._in_flight: Flight | None = None
@@ -129,6 +138,12 @@ class Engine:
         self._stalled = False
         self._residency.store(weights.version, weights, wanted=self._wanted())
 
+    def drop_adapter(self, version: AdapterVersion) -> None:
+        """Its name was removed: free what it takes, unless somebody under way needs it."""
+        mixes = [seqs[0].mix for seqs in self._sequences.values()]
+        if not any(mix is not None and version in mix.versions for mix in mixes):
+            self._residency.drop(version)
+
     def adapter_landed(self, version: AdapterVersion, weights: AdapterWeights) -> None:
         """`read_again(version)` brought these weights, in the name of `version` if they are the same."""
         if weights.version.digest != version.digest:
@@ -155,8 +170,10 @@ class Engine:
 
     def step(self) -> list[TokenDelta]:
         """Launch the next step, settle the one before (or this one, where the runner does not overlap)."""
-        self._place()
-        batch = self.scheduler.schedule(self._clock(), self._reading)
+        batch = self._schedule()
+        while self._copying and not (batch.runs or self._in_flight or self._undelivered):
+            self._copying[0][1].wait()  # there is nothing else to do
+            batch = self._schedule()
         launched = self._runner.launch(batch) if batch.runs else None
         deltas, self._undelivered = self._undelivered, []
         landing = self._in_flight if self._runner.overlaps else launched
@@ -181,6 +198,20 @@ class Engine:
             steps=self._steps,
         )
 
+    def _schedule(self) -> Batch:
+        self._look_for_landed()
+        self._place()
+        return self.scheduler.schedule(self._clock(), self._reading)
+
+    def _look_for_landed(self) -> None:
+        under_way = []
+        for version, arrival in self._copying:
+            if arrival.done():
+                self._residency.landed(version)
+            else:
+                under_way.append((version, arrival))
+        self._copying = under_way
+
     def _place(self) -> None:
         """Bring what the next steps need onto the device, as far as there is room; nobody waits for it.
 
@@ -194,7 +225,7 @@ class Engine:
             for mix in self.scheduler.wanted(self._reading):
                 spared.update(version.id for version in mix.versions)
                 for version in mix.versions:
-                    if not self._residency.on_device(version) and version.id not in self._reading:
+                    if not self._residency.placed(version) and version.id not in self._reading:
                         self._bring(version, spared)
 
     def _bring(self, version: AdapterVersion, spared: set[int]) -> None:
@@ -203,8 +234,12 @@ class Engine:
             self._read_again(version)
         if self._residency.in_host(version):
             placement = self._residency.place(version, wanted=spared)
-            if placement is not None and self._store is not None:
-                self._store.write(placement.weights, placement.pages)
+            if placement is not None:
+                arrival = self._store.write(placement.weights, placement.pages) if self._store is not None else None
+                if arrival is None or arrival.done():
+                    self._residency.landed(version)
+                else:
+                    self._copying.append((version, arrival))
 
     def _wanted(self) -> set[int]:
         return {version.id for mix in self.scheduler.wanted(self._reading) for version in mix.versions}

@@ -23,13 +23,14 @@ class Assembler:
         self.request = request
         self._tokenizer = tokenizer
         self._answers = [_Answer(request, index, tokenizer) for index in range(request.params.n)]
+        self._unfinished = request.params.n
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._metrics = RequestMetrics(arrival_time=request.arrival_s)
 
     @property
     def finished(self) -> bool:
         """Whether every answer has ended."""
-        return all(answer.finish_reason is not None for answer in self._answers)
+        return self._unfinished == 0
 
     def feed(self, delta: TokenDelta) -> TokenOutput | None:
         """Take one delta in; None where it brings nothing to an answer that has ended.
@@ -41,20 +42,23 @@ class Assembler:
         if delta.token_id is None:  # the whole request was ended from outside
             for answer in self._answers:
                 answer.finish_reason = answer.finish_reason or delta.finish_reason
+            self._unfinished = sum(answer.finish_reason is None for answer in self._answers)
             return None
         answer = self._answers[delta.index]
         if answer.finish_reason is not None:
             return None
-        now = time.monotonic()
-        self._metrics.first_token_time = self._metrics.first_token_time or now
+        if self._metrics.first_token_time is None:
+            self._metrics.first_token_time = time.monotonic()
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = [
                 None if chosen is None else {token: self._logprob(token, value, rank) for token, value, rank in chosen}
                 for chosen in delta.prompt_logprobs
             ]
         output = answer.feed(delta, self._top(delta))
-        if self.finished:
-            self._metrics.finished_time = now
+        if output.finish_reason is not None:
+            self._unfinished -= 1
+            if self._unfinished == 0:
+                self._metrics.finished_time = time.monotonic()
         return output
 
     def output(self) -> RequestOutput:
@@ -89,12 +93,14 @@ class _Answer:
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer) -> None:
         params = request.params
-        self._params = params
         self._index = index
         self._stops = tuple(params.stop)
+        self._begin = frozenset("".join(stop[:-1] for stop in self._stops))  # characters that a held text may end with
+        self._min_tokens = params.min_tokens
+        self._shows_stop = params.include_stop_str_in_output
         self._stream = tokenizer.stream(request.prompt_token_ids, skip_special=params.skip_special_tokens)
-        self._text = ""
-        self._sent = 0
+        self._sent: list[str] = []
+        self._held = ""  # the end of the text, not sent: it may be the beginning of a stop string
         self._token_ids: list[int] = []
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative = 0.0
@@ -109,15 +115,14 @@ class _Answer:
         if self._logprobs is not None and top is not None:
             self._logprobs.append(top)
         self.finish_reason, self._stop_reason = delta.finish_reason, delta.stop_reason
-        silent = delta.stop_reason is not None and not self._params.include_stop_str_in_output
-        before = len(self._text)
-        if not silent:
-            self._text += self._stream.push(delta.token_id)
+        silent = delta.stop_reason is not None and not self._shows_stop
+        text = "" if silent else self._stream.push(delta.token_id)
         if self.finish_reason is not None:
-            self._text += self._stream.flush()
-        self._cut_at_stop(before)
-        ready = len(self._text) if self.finish_reason is not None else len(self._text) - self._held()
-        text, self._sent = self._text[self._sent : ready], max(self._sent, ready)
+            text += self._stream.flush()
+        if self._stops:
+            text = self._before_stop(text)
+        if text:
+            self._sent.append(text)
         return TokenOutput(
             text=text,
             token_id=delta.token_id,
@@ -129,9 +134,10 @@ class _Answer:
         )
 
     def output(self) -> CompletionOutput:
+        self._sent = ["".join(self._sent)]
         return CompletionOutput(
             index=self._index,
-            text=self._text[: self._sent],
+            text=self._sent[0],
             token_ids=list(self._token_ids),
             cumulative_logprob=self._cumulative,
             logprobs=None if self._logprobs is None else list(self._logprobs),
@@ -139,29 +145,35 @@ class _Answer:
             stop_reason=self._stop_reason,
         )
 
-    def _cut_at_stop(self, before: int) -> None:
-        """End the answer at the first stop string that the newest text completes."""
-        if not self._stops or len(self._token_ids) < self._params.min_tokens:
-            return
-        found = []
-        for stop in self._stops:
-            at = self._text.find(stop, max(0, before - len(stop) + 1))
-            if at >= 0:
-                found.append((at, stop))
-        if found:
-            at, stop = min(found)
-            self._text = self._text[: at + len(stop) if self._params.include_stop_str_in_output else at]
-            self.finish_reason, self._stop_reason = "stop", stop
+    def _before_stop(self, newest: str) -> str:
+        """What may be sent now that `newest` has come; a stop string that it completes ends the answer."""
+        text, before = self._held + newest, len(self._held)
+        if not text:
+            return ""
+        self._held = ""
+        if len(self._token_ids) >= self._min_tokens:
+            # whatever could begin a stop string was held, so none begins in what was sent
+            found = [stop for stop in self._stops if text.find(stop, max(0, before - len(stop) + 1)) >= 0]
+            if found:
+                at, stop = min((text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in found)
+                self.finish_reason, self._stop_reason = "stop", stop
+                return text[: at + len(stop) if self._shows_stop else at]
+        if self.finish_reason is not None or text[-1] not in self._begin:
+            return text
+        ready = len(text) - _beginning_of_any(self._stops, text)
+        self._held = text[ready:]
+        return text[:ready]
 
-    def _held(self) -> int:
-        """Characters at the end that may be the beginning of a stop string, so not to be sent yet."""
-        longest = 0
-        for stop in self._stops:
-            size = min(len(stop) - 1, len(self._text))
-            while size > longest:  # only where the beginning ends as the text does
-                size = stop.rfind(self._text[-1], 0, size) + 1
-                if size > longest and self._text.endswith(stop[:size]):
-                    longest = size
-                    break
-                size -= 1
-        return longest
+
+def _beginning_of_any(stops: tuple[str, ...], text: str) -> int:
+    """Characters at the end of `text` that may be the beginning of a stop string."""
+    longest = 0
+    for stop in stops:
+        size = min(len(stop) - 1, len(text))
+        while size > longest:  # only where the beginning ends as the text does
+            size = stop.rfind(text[-1], 0, size) + 1
+            if size > longest and text.endswith(stop[:size]):
+                longest = size
+                break
+            size -= 1
+    return longest

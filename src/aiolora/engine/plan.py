@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from aiolora.config import EngineArgs
+from aiolora.engine.batch import Bucket, even
 from aiolora.engine.kv_cache import page_nbytes
 from aiolora.errors import ConfigError
 from aiolora.lora.layout import Layout
@@ -16,6 +17,8 @@ PAGE_SIZE = 16
 _CPU_SHARE = 0.25  # of the machine's memory for the KV cache, at most
 _CPU_KV_LIMIT = 4 << 30
 _GPU_LORA_SHARE = 0.1  # of what the weights leave free
+_GRAPHS_NBYTES = 1 << 30  # kept free for CUDA graphs
+_GRAPH_SIZES = (1, 2, 4, *range(8, 48, 8), 12, 48, 56, *range(64, 128, 16), *range(128, 256, 32))  # and every 64th
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Plan:
     kv_nbytes: int
     adapter_pages: int  # of each kind; 0: no adapters
     adapter_nbytes: int
+    lora_pages: int  # W of a step on a GPU, unless several adapters of one token take more
+    graph_buckets: tuple[Bucket, ...]  # decode steps to be captured; none on the CPU
 
 
 def pick_device(said: str) -> str:
@@ -42,8 +47,8 @@ def pick_device(said: str) -> str:
     return said
 
 
-def make_plan(args: EngineArgs, config: DecoderConfig, layout: Layout | None, dtype: torch.dtype, device: str) -> Plan:
-    """Size everything. Raises `ConfigError` where the wishes do not fit together or into the memory."""
+def step_bounds(args: EngineArgs, config: DecoderConfig, device: str) -> tuple[int, int]:
+    """(max_num_seqs, max_num_batched_tokens). Raises `ConfigError` where they do not fit together."""
     usual_seqs, usual_tokens = (256, 8192) if device == "cuda" else (32, 1024)
     max_num_seqs = args.max_num_seqs or min(usual_seqs, args.max_num_batched_tokens or usual_seqs)
     budget = args.max_num_batched_tokens or max(usual_tokens, max_num_seqs)
@@ -56,10 +61,32 @@ def make_plan(args: EngineArgs, config: DecoderConfig, layout: Layout | None, dt
             f"enable_chunked_prefill=False needs max_num_batched_tokens >= max_model_len={config.max_positions}, "
             f"not {budget}"
         )
+    return max_num_seqs, budget
+
+
+def make_plan(
+    args: EngineArgs,
+    config: DecoderConfig,
+    layout: Layout | None,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    activations: int = 0,
+) -> Plan:
+    """Size everything, with the weights in place and no store yet. `activations`: bytes that a step takes on a GPU.
+
+    Raises `ConfigError` where the wishes do not fit together or into the memory.
+    """
+    max_num_seqs, budget = step_bounds(args, config, device)
     adapter_pages, adapter_nbytes = _adapter_room(args, layout, device)
+    on_gpu = device == "cuda"
+    lora_pages = even(-(-args.max_lora_rank // RANKS_PER_PAGE)) if layout and on_gpu else 0
+    graphs = graph_buckets(max_num_seqs, args.max_loras, lora_pages) if on_gpu and not args.enforce_eager else ()
     page = page_nbytes(config, PAGE_SIZE, dtype)
     pages_of_one = -(-config.max_positions // PAGE_SIZE)
-    memory = args.kv_cache_memory or _kv_memory(args, device, adapter_nbytes, wish=page * pages_of_one * max_num_seqs)
+    logits = 4 * 4 * max_num_seqs * config.vocab_size  # in float32, as often as sampling needs them
+    taken = adapter_nbytes + activations + logits + (_GRAPHS_NBYTES if graphs else 0)
+    memory = args.kv_cache_memory or _kv_memory(args, device, taken, wish=page * pages_of_one * max_num_seqs)
     num_pages = memory // page
     if num_pages < pages_of_one:
         raise ConfigError(
@@ -76,6 +103,8 @@ def make_plan(args: EngineArgs, config: DecoderConfig, layout: Layout | None, dt
         kv_nbytes=num_pages * page,
         adapter_pages=adapter_pages,
         adapter_nbytes=adapter_nbytes,
+        lora_pages=lora_pages,
+        graph_buckets=graphs,
     )
 
 
@@ -102,10 +131,18 @@ def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple
     return pages, pages * page
 
 
-def _kv_memory(args: EngineArgs, device: str, adapter_nbytes: int, *, wish: int) -> int:
-    """Bytes for the KV cache: never more than all sequences at full length could use."""
+def graph_buckets(max_num_seqs: int, max_loras: int, lora_pages: int) -> tuple[Bucket, ...]:
+    """Each size without adapters and, where there are any, with as many of the largest rank as a step may have."""
+    sizes = sorted({*_GRAPH_SIZES, *range(256, max_num_seqs, 64), max_num_seqs})
+    sizes = [size for size in sizes if size <= max_num_seqs]
+    plain = [Bucket(size) for size in sizes]
+    return (*plain, *(Bucket(size, min(size, max_loras), lora_pages) for size in sizes if lora_pages))
+
+
+def _kv_memory(args: EngineArgs, device: str, taken: int, *, wish: int) -> int:
+    """Bytes for the KV cache: never more than all sequences at full length could use. `taken`: not there yet (GPU)."""
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        return min(wish, int(total * args.gpu_memory_utilization) - (total - free) - adapter_nbytes)
+        return min(wish, max(0, int(total * args.gpu_memory_utilization) - (total - free) - taken))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(wish, int(memory * _CPU_SHARE), _CPU_KV_LIMIT)

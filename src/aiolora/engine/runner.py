@@ -1,20 +1,26 @@
 """ModelRunner: launches a step on the device. A Flight is a step that was launched and has not landed."""
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from aiolora.engine.batch import Packer, logit_offsets
+from aiolora.engine.batch import InFlight, Packer, num_prompt_logits
+from aiolora.engine.graphs import DecodeGraphs
 from aiolora.engine.kv_cache import KVCache
-from aiolora.engine.sampler import Sampled, Sampler
+from aiolora.engine.plan import Plan
+from aiolora.engine.sampler import Chosen, Sampled, Sampler, read
 from aiolora.engine.scheduler import Batch
 from aiolora.engine.sequence import Sequence
+from aiolora.engine.warm_up import blank_step
 from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
+from aiolora.types import Request, SamplingParams
 
 _ROWS_OF_LOGITS = 256  # of prompt positions at a time: 131 MB of float32 for a vocabulary of 128k
+_WARM_UP = ((1, 1), (1, 15), (1, 100), (1, 300))  # tokens of each sequence: the sizes that kernels tell apart
 
 
 @dataclass(slots=True)
@@ -44,67 +50,160 @@ class Runner(Protocol):
 
 
 @dataclass(slots=True)
-class ReadyFlight:
-    """A step whose results are there already (CPU)."""
+class ModelFlight:
+    """A step whose results are on their way into the host tensors here; they are there once `event` has passed."""
 
     batch: Batch
-    landed: Landed
+    chosen: Chosen | None  # of the runs that sample; None: none does
+    prompt: list[tuple[Chosen, list[int | None]]]  # of all wanted prompt positions, with how many likeliest each wants
+    event: torch.cuda.Event | None  # None: there already (CPU)
 
     def land(self) -> Landed:
-        return self.landed
+        if self.event is not None:
+            self.event.synchronize()  # other threads run meanwhile
+        runs = self.batch.runs
+        tops = [run.seq.params.logprobs for run in runs if run.samples]
+        sampled = iter(read(self.chosen, tops) if self.chosen is not None else [])
+        prompt = (one for chosen, tops in self.prompt for one in read(chosen, tops))
+        return Landed(
+            [next(sampled) if run.samples else None for run in runs],
+            [list(islice(prompt, num_prompt_logits(run))) for run in runs] if self.prompt else [[] for _ in runs],
+        )
 
 
 class ModelRunner:
-    """Packs a batch, runs the model on it, samples. Engine thread only."""
+    """Packs a batch, runs the model on it, samples; never waits for the device. Engine thread only.
 
-    overlaps = False
+    `overlaps`: by default on a GPU, where a step that was launched computes while the host goes on.
+    """
 
-    def __init__(self, model: Decoder, cache: KVCache, packer: Packer, sampler: Sampler, *, compiled: bool) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        packer: Packer,
+        sampler: Sampler,
+        *,
+        max_num_seqs: int,
+        compiled: bool = False,
+        overlaps: bool | None = None,
+    ) -> None:
+        self._device = model.embed.weight.device
+        self.overlaps = self._device.type == "cuda" if overlaps is None else overlaps
         self._compiled = compiled
         self._forward = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
         self._model = model
         self._cache = cache
         self._packer = packer
         self._sampler = sampler
+        self._graphs: DecodeGraphs | None = None
+        self._in_flight = InFlight.none(max_num_seqs, str(self._device))
 
-    def launch(self, batch: Batch) -> ReadyFlight:
-        """Compute one step."""
+    def launch(self, batch: Batch) -> ModelFlight:
+        """Begin one step; the one before it was launched, and all before that have landed."""
         with torch.inference_mode():
-            inputs = self._packer.pack(batch)
-            if self._compiled:
-                _leave_sizes_open(inputs)
-            hidden = self._forward(inputs, self._cache.layers)
-            return ReadyFlight(batch, self._read(batch, hidden, inputs))
+            runs = [run for run in batch.runs if run.samples]
+            seqs, rows = [run.seq for run in runs], [self._in_flight.row(run) for run in runs]
+            chosen = self._replay(batch, seqs, rows)
+            prompt: list[tuple[Chosen, list[int | None]]] = []
+            if chosen is None:
+                inputs = self._packer.pack(batch, self._in_flight)
+                if self._compiled:
+                    _leave_sizes_open(inputs)
+                hidden = self._forward(inputs, self._cache.layers)
+                if seqs:
+                    logits = self._model.logits(hidden[: len(seqs)], inputs)
+                    chosen = self._choose(logits, seqs, self._in_flight.tokens, rows)
+                prompt = self._prompt(batch, hidden[len(seqs) :], inputs)
+            self._in_flight.rows = {seq: row for row, seq in enumerate(seqs)}
+            return self._flight(batch, chosen, prompt)
 
-    def _read(self, batch: Batch, hidden: Tensor, inputs: StepInputs) -> Landed:
-        """Split the rows of `hidden` into samples and prompt positions, as `Packer` asked for them."""
-        sample_rows: list[int] = []
-        seqs: list[Sequence] = []
-        prompt: list[list[Sampled]] = []
-        row = 0
+    def warm_up(self, plan: Plan, *, kinds: int) -> None:
+        """Compile the kernels that serving needs and capture the graphs of `plan` (GPU). Before the first launch only.
+
+        `kinds`: of sites that take adapters.
+        """
+        params = SamplingParams(temperature=1.0, top_k=2, top_p=0.5, logprobs=1)
+        seq = Sequence(Request(id="", prompt_token_ids=(0,), params=params), 0, seed=0, number=0, max_length=2)
+        with torch.inference_mode():
+            for wished in _WARM_UP:
+                counts = [min(count, plan.max_model_len) for count in wished]
+                sizes = {"num_logits": len(counts), "page_size": plan.page_size, "pages": plan.lora_pages}
+                for number in {0, kinds}:
+                    inputs = blank_step(counts, device=str(self._device), kinds=number, **sizes)
+                    logits = self._model.logits(self._model(inputs, self._cache.layers), inputs)
+                    self._sampler.choose(logits, [seq] * len(counts), None, [-1] * len(counts))
+        if plan.graph_buckets:
+            max_pages = -(-plan.max_model_len // plan.page_size)
+            parts = self._model, self._cache, self._packer, self._in_flight.tokens
+            self._graphs = DecodeGraphs(*parts, plan.graph_buckets, max_pages=max_pages)
+
+    def _replay(self, batch: Batch, seqs: list[Sequence], rows: list[int]) -> Chosen | None:
+        """The step as a graph; None, and nothing done, where none was captured for its like."""
+        if self._graphs is None or len(seqs) != len(batch.runs) or batch.num_tokens != len(seqs):
+            return None
+        routes = self._packer.routes(batch)
+        bucket = self._graphs.bucket(len(seqs), routes)
+        if bucket is None:
+            return None
+        numbers = self._packer.lay_out(batch, routes, self._in_flight, bucket)
+        if self._sampler.plain(seqs):
+            out = self._graphs.replay(bucket, numbers)
+            return Chosen(out.tokens[: len(seqs)], out.logprobs[: len(seqs)], None, None)
+        previous = self._in_flight.tokens.clone()  # the graph writes the likeliest over them
+        out = self._graphs.replay(bucket, numbers)
+        return self._choose(out.logits[: len(seqs)], seqs, previous, rows)
+
+    def _choose(self, logits: Tensor, seqs: list[Sequence], previous: Tensor, rows: list[int]) -> Chosen:
+        """Sample, and leave the tokens where the next step looks for them."""
+        chosen = self._sampler.choose(logits, seqs, previous, rows)
+        self._in_flight.tokens[: len(seqs)].copy_(chosen.tokens)
+        return chosen
+
+    def _prompt(self, batch: Batch, hidden: Tensor, inputs: StepInputs) -> list[tuple[Chosen, list[int | None]]]:
+        """Log-probabilities of prompt tokens, some rows of logits at a time to bound the memory."""
+        following: list[int] = []
+        tops: list[int | None] = []
         for run in batch.runs:
-            wanted = len(logit_offsets(run)) - run.samples
-            prompt.append(self._prompt(run.seq, run.start, hidden[row : row + wanted], inputs))
-            row += wanted
-            if run.samples:
-                sample_rows.append(row)
-                seqs.append(run.seq)
-                row += 1
-        if not seqs:
-            return Landed([None] * len(batch.runs), prompt)
-        rows = hidden if len(sample_rows) == len(hidden) else hidden[sample_rows]
-        sampled = iter(self._sampler.sample(self._model.logits(rows, inputs), seqs))
-        return Landed([next(sampled) if run.samples else None for run in batch.runs], prompt)
-
-    def _prompt(self, seq: Sequence, start: int, hidden: Tensor, inputs: StepInputs) -> list[Sampled]:
-        """Log-probabilities of the tokens that follow `start`, some rows of logits at a time to bound the memory."""
-        reported: list[Sampled] = []
-        for low in range(0, len(hidden), _ROWS_OF_LOGITS):
-            logits = self._model.logits(hidden[low : low + _ROWS_OF_LOGITS], inputs)
-            first = start + low + 1
-            following = torch.tensor(seq.tokens[first : first + len(logits)], device=logits.device)
-            reported += self._sampler.report(logits, following, [seq.params.prompt_logprobs] * len(logits))
+            if count := num_prompt_logits(run):
+                following += run.seq.tokens[run.start + 1 : run.start + 1 + count]
+                tops += [run.seq.params.prompt_logprobs] * count
+        if not following:
+            return []
+        tokens = torch.tensor(following, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        tokens = tokens.to(self._device, non_blocking=True)
+        reported = []
+        for low in range(0, len(following), _ROWS_OF_LOGITS):
+            part = slice(low, low + _ROWS_OF_LOGITS)
+            logits = self._model.logits(hidden[part], inputs)
+            reported.append((self._sampler.report(logits, tokens[part], tops[part]), tops[part]))
         return reported
+
+    def _flight(
+        self, batch: Batch, chosen: Chosen | None, prompt: list[tuple[Chosen, list[int | None]]]
+    ) -> ModelFlight:
+        """Send the results to the host."""
+        if self._device.type == "cpu":
+            return ModelFlight(batch, chosen, prompt, None)
+        chosen = None if chosen is None else _to_host(chosen)
+        prompt = [(_to_host(part), tops) for part, tops in prompt]
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return ModelFlight(batch, chosen, prompt, event)
+
+
+def _to_host(chosen: Chosen) -> Chosen:
+    """Copies in pinned memory, complete once the current stream has come so far."""
+
+    def sent(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+    return Chosen(
+        sent(chosen.tokens),
+        sent(chosen.logprobs),
+        None if chosen.ranks is None else sent(chosen.ranks),
+        None if chosen.top is None else (sent(chosen.top[0]), sent(chosen.top[1])),
+    )
 
 
 def _leave_sizes_open(inputs: StepInputs) -> None:

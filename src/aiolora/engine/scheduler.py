@@ -1,10 +1,12 @@
 """Scheduler: which sequences run in the next step, and how many of their tokens. Pure Python, no torch."""
 
 import heapq
+from array import array
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
 from aiolora.engine.sequence import Sequence, Status
@@ -67,7 +69,7 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits, pool: PagePool, residency: Leases) -> None:
         self.limits = limits
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # in order of arrival
         self.pool = pool
         self._residency = residency
         self._queues: dict[Mix | None, deque[Sequence]] = {}
@@ -90,7 +92,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Let `seq` wait, behind those of its mix that came before it; a preempted one came before some that wait."""
-        insort(self._queues.setdefault(seq.mix, deque()), seq, key=lambda other: other.number)
+        insort(self._queues.setdefault(seq.mix, deque()), seq, key=_number)
 
     def wanted(self, arriving: Collection[int] = ()) -> list[Mix]:
         """Mixes that the next steps need on the device: of running sequences, then of waiting heads by arrival.
@@ -117,17 +119,20 @@ class Scheduler:
         batch = Batch()
         budget = self.limits.max_num_batched_tokens
         preemptions = self.num_preemptions
-        for seq in sorted(self.running, key=lambda seq: seq.number):
+        for seq in self.running.copy():
             if budget == 0:
                 break
-            if seq.status is not Status.RUNNING or seq.length >= seq.max_length:
+            length = seq.length
+            if seq.status is not Status.RUNNING or length >= seq.max_length:
                 continue  # preempted for one before it; or the token in flight is its last
-            count = min(seq.length - seq.num_computed, budget)
+            count = min(length - seq.num_computed, budget)
             if self._grow(seq, seq.num_computed + count):
                 budget -= self._launch(batch, seq, count)
         if self.num_preemptions == preemptions:  # else the preempted would come straight back
             self._admit(batch, budget, now, arriving)
-        batch.runs.sort(key=lambda run: run.count > 1)
+        singles = [run for run in batch.runs if run.count == 1]
+        if len(singles) < len(batch.runs):
+            batch.runs = singles + [run for run in batch.runs if run.count > 1]
         return batch
 
     def land(self, run: Scheduled) -> None:
@@ -168,6 +173,7 @@ class Scheduler:
         self.pool.check()
         self._residency.check()
         assert len(self._active) <= self.limits.max_loras, "more mixes than max_loras"
+        assert self.running == sorted(self.running, key=_number), "running ones are out of order"
         for seq in self.running:
             assert seq.holds
             assert len(seq.pages) >= -(-seq.num_computed // self.limits.page_size)
@@ -197,7 +203,7 @@ class Scheduler:
                 del self._queues[seq.mix]
 
     def _heads(self) -> list[Sequence]:
-        return sorted((queue[0] for queue in self._queues.values()), key=lambda seq: seq.number)
+        return sorted((queue[0] for queue in self._queues.values()), key=_number)
 
     def _adapters_ready(self, mix: Mix) -> bool:
         if mix not in self._active and len(self._active) >= self.limits.max_loras:
@@ -225,12 +231,12 @@ class Scheduler:
         if fresh is None:
             self.pool.release(cached)
             return 0
-        seq.pages = [*cached, *fresh]
+        seq.pages = array("i", [*cached, *fresh])
         seq.num_computed = seq.num_landed = start
         self.num_cached_tokens += start
         seq.status = Status.RUNNING
         seq.holds = True
-        self.running.append(seq)
+        insort(self.running, seq, key=_number)
         if seq.mix is not None:
             self._active[seq.mix] += 1
             for version in seq.mix.versions:
@@ -255,9 +261,9 @@ class Scheduler:
         while need > 0:
             fresh = self.pool.take(need)
             if fresh is not None:
-                seq.pages += fresh
+                seq.pages.extend(fresh)
                 return True
-            victim = max(self.running, key=lambda other: other.number)
+            victim = self.running[-1]
             self._preempt(victim)
             if victim is seq or victim.num_flights > 0:
                 return False  # its pages come back when its flight has landed
@@ -273,9 +279,10 @@ class Scheduler:
             self.add(seq)
 
     def _launch(self, batch: Batch, seq: Sequence, count: int) -> int:
-        samples = seq.num_computed + count == seq.length
-        batch.runs.append(Scheduled(seq, seq.num_computed, count, samples))
-        seq.num_computed += count
+        start = seq.num_computed
+        samples = start + count == seq.length
+        batch.runs.append(Scheduled(seq, start, count, samples))
+        seq.num_computed = start + count
         seq.num_flights += 1
         if samples:
             seq.num_pending += 1
@@ -290,7 +297,7 @@ class Scheduler:
         """Release pages and leases, once. A preempted sequence waits again from here on."""
         seq.holds = False
         self.pool.release(seq.pages)
-        seq.pages = []
+        seq.pages = array("i")
         seq.num_computed = seq.num_landed = 0
         if seq.mix is not None:
             self._active[seq.mix] -= 1
@@ -305,3 +312,6 @@ class Scheduler:
             queue.remove(seq)
             if not queue:
                 del self._queues[seq.mix]
+
+
+_number = attrgetter("number")

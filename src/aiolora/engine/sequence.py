@@ -2,6 +2,7 @@
 
 import enum
 import random
+from array import array
 from hashlib import blake2b
 
 from aiolora.types import FinishReason, Mix, Request, SamplingParams
@@ -36,7 +37,7 @@ class Sequence:
         self.num_landed = 0
         self.num_pending = 0  # sampled by steps that have not landed: token ids not known yet
         self.num_flights = 0  # steps launched with it and not landed
-        self.pages: list[int] = []
+        self.pages = array("i")  # C integers: a step copies them by the hundred
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.holds = False  # pages and leases still to be given back once the last flight has landed
@@ -78,6 +79,6 @@ class Sequence:
             page_tokens = self.tokens[start : start + page_size]
             assert len(page_tokens) == page_size, "a page is not full"
             before = self._keys[-1] if self._keys else b"base" if self.mix is None else b"mix:" + self.mix.key
-            content = b"".join(token.to_bytes(4, "little") for token in page_tokens)
+            content = array("i", page_tokens).tobytes()
             self._keys.append(blake2b(before + content, digest_size=16, key=_PROCESS_SECRET).digest())
         return self._keys[page_index]

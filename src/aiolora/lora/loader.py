@@ -1,24 +1,19 @@
 """From a PEFT folder to rank pages in host memory: read once, checked whole, never partly applied.
 
-Everything here runs in a worker thread (or in the caller's, for the blocking faces). Files are read into our own bytes
-first: a file truncated while it is mapped would kill the process.
+Everything here runs in a worker thread (or in the caller's, for the blocking faces). What the names and shapes say is
+checked before any tensor is read; `lora/paging.py` reads them.
 """
 
 import hashlib
 import itertools
-import json
 import logging
 import math
 import os
 import re
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from aiolora.errors import (
@@ -32,6 +27,8 @@ from aiolora.errors import (
 from aiolora.hub import fetch
 from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
 from aiolora.lora.layout import Layout
+from aiolora.lora.paging import Module, fill, reserve_soon
+from aiolora.lora.tensorfile import Entry, TensorFile
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.types import AdapterVersion, LoRARequest, SitePages
 
@@ -42,7 +39,7 @@ _HEADS = ("lm_head", "embed_tokens")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
 _MAX_SCALE = 1e4  # alpha / r is of order 1; float32 and bfloat16 hold products with it
-_MAX_HEADER, _MAX_TENSORS, _MAX_CONFIG = 4 << 20, 20_000, 1 << 20
+_MAX_CONFIG = 1 << 20
 
 _ids = itertools.count(1)
 
@@ -52,8 +49,8 @@ class AdapterWeights:
     """One version's rank pages in host memory, ready to be copied page by page."""
 
     version: AdapterVersion
-    a: dict[int, Tensor]  # kind -> [pages, L, S, 8, K]
-    b: dict[int, Tensor]  # kind -> [pages, L, 8, N]
+    a: dict[int, list[Tensor]]  # kind -> pages [L, S, 8, K]
+    b: dict[int, list[Tensor]]  # kind -> pages [L, 8, N]
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Limits:
     max_rank: int
     pages: int  # rank pages of each kind on the device
     base_model: str  # the served base, to warn of an adapter made for another name
+    pinned: bool = False  # pages in page-locked memory, from where a GPU copies while it computes
 
 
 def load_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> AdapterWeights:
@@ -77,30 +75,17 @@ def load_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> Adapte
         logger.warning(
             "adapter %r was made for %r and is served on %r", name, config.base_model_name_or_path, limits.base_model
         )
-    tensors = _tensors(name, folder)
-    return build(
-        name,
-        config,
-        tensors,
-        layout,
-        limits,
-        source=request.lora_path,
-        base_model_name=request.base_model_name,
-    )
+    with _open(name, folder) as file:
+        weights = _build(name, config, file, layout, limits, request)
+    if limits.pinned:
+        reserve_soon(layout, {site.kind: site.count for site in weights.version.pages})
+    return weights
 
 
-def build(
-    name: str,
-    config: PeftConfig,
-    tensors: dict[str, Tensor],
-    layout: Layout,
-    limits: Limits,
-    *,
-    source: str | None,
-    base_model_name: str | None = None,
+def _build(
+    name: str, config: PeftConfig, file: TensorFile, layout: Layout, limits: Limits, request: LoRARequest
 ) -> AdapterWeights:
-    """Rank pages from PEFT tensors (names as in adapter_model.safetensors, any float dtype)."""
-    factors = _factors(name, config, tensors, layout)
+    factors = _factors(name, config, file.entries, layout)
     ranks: dict[int, int] = {}
     scales: dict[str, float] = {}
     for module, (a, b) in factors.items():
@@ -120,16 +105,21 @@ def build(
             f"needs {max(pages.values())} rank pages of one kind, the room for adapters has {limits.pages}; "
             "raise --lora-memory",
         )
-    a_pages, b_pages, kind_scales = _paged(name, factors, scales, pages, layout)
+    kind_scales = _kind_scales(name, scales, layout)
+    modules = [
+        Module(*pair, layout.targets[module], scales[module] / (kind_scales[layout.targets[module].kind] or 1.0))
+        for module, pair in factors.items()
+    ]
+    a_pages, b_pages, contents = fill(file, modules, pages, layout, pinned=limits.pinned)
     version = AdapterVersion(
         id=next(_ids),
         name=name,
-        digest=_digest(tensors, scales),
-        source=source,
+        digest=_digest(file.entries, contents, scales),
+        source=request.lora_path,
         rank=max(ranks.values()),
         pages=tuple(SitePages(kind, count, kind_scales[kind]) for kind, count in pages.items()),
         nbytes=layout.pages_nbytes(pages),
-        base_model_name=base_model_name,
+        base_model_name=request.base_model_name,
         loaded_at=time.time(),
     )
     return AdapterWeights(version, a_pages, b_pages)
@@ -158,7 +148,7 @@ def _read(name: str, file: Path, limit: int) -> bytes:
     return data
 
 
-def _tensors(name: str, folder: Path) -> dict[str, Tensor]:
+def _open(name: str, folder: Path) -> TensorFile:
     file = folder / TENSORS
     if not file.is_file():
         pickled = next((pickle for pickle in _PICKLES if (folder / pickle).exists()), None)
@@ -167,58 +157,27 @@ def _tensors(name: str, folder: Path) -> dict[str, Tensor]:
                 name, f"{pickled} is a pickle, which is never read; save it with safe_serialization=True ({TENSORS})"
             )
         raise AdapterFormatError(name, f"holds no {TENSORS}")
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise AdapterFormatError(name, f"{TENSORS} cannot be read: {error.strerror}") from error
-    _check_header(name, data)
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise AdapterFormatError(name, f"{TENSORS} is truncated or malformed: {error}") from None
-    return tensors
-
-
-def _check_header(name: str, data: bytes) -> None:
-    """Bound what the safetensors header may ask for, before anything is built from it."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise AdapterFormatError(name, f"{TENSORS} is truncated: header of {length} bytes in a file of {len(data)}")
-    if length > _MAX_HEADER:
-        raise AdapterFormatError(name, f"{TENSORS} has a header of {length} bytes, the limit is {_MAX_HEADER}")
-    try:
-        pairs = json.loads(data[8 : 8 + length], object_pairs_hook=list)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(name, f"{TENSORS} has no JSON header: {error}") from None
-    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-        raise AdapterFormatError(name, f"{TENSORS} has a header that is no JSON object")
-    if len(pairs) > _MAX_TENSORS:
-        raise AdapterFormatError(name, f"{TENSORS} names over {_MAX_TENSORS} tensors")
-    twice = [key for key, count in Counter(pair[0] for pair in pairs).items() if count > 1]
-    if twice:
-        raise AdapterFormatError(name, f"{TENSORS} names {twice[0]!r} twice")
+    return TensorFile.open(name, file)
 
 
 def _factors(
-    name: str, config: PeftConfig, tensors: dict[str, Tensor], layout: Layout
-) -> dict[str, tuple[Tensor, Tensor]]:
+    name: str, config: PeftConfig, entries: dict[str, Entry], layout: Layout
+) -> dict[str, tuple[Entry, Entry]]:
     """(A, B) of every module; every tensor must be one of them, every pair complete, every target present."""
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Entry]] = {}
     strange = []
-    for key, tensor in tensors.items():
+    for key, entry in entries.items():
         match = _FACTOR.fullmatch(key)
         if match is None:
             strange.append(key)
             continue
-        if not tensor.is_floating_point() or not torch.isfinite(tensor.to(layout.dtype)).all():
-            raise AdapterFormatError(
-                name, f"{key} ({tensor.dtype}) holds values that are not finite floats in {layout.dtype}"
-            )
+        if not entry.dtype.is_floating_point:
+            raise AdapterFormatError(name, f"{key} holds {entry.dtype}, no floats")
         pair = found.setdefault(match["module"], {})
         if match["factor"] in pair:
             raise AdapterFormatError(name, f"{key} names lora_{match['factor']} of {match['module']} a second time")
-        pair[match["factor"]] = tensor
-    if heads := [head for head in _HEADS if any(f".{head}." in f".{key}" for key in tensors)]:
+        pair[match["factor"]] = entry
+    if heads := [head for head in _HEADS if any(f".{head}." in f".{key}" for key in entries)]:
         raise AdapterUnsupportedError(
             name, f"tensors of {' and '.join(heads)} are not served; retrain without them in target_modules"
         )
@@ -250,8 +209,8 @@ def _factors(
     return {module: (found[module]["A"], found[module]["B"]) for module in sorted(found)}
 
 
-def _checked_rank(name: str, config: PeftConfig, module: str, a: Tensor, b: Tensor, inputs: int, outputs: int) -> int:
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != inputs or b.shape[0] != outputs:
+def _checked_rank(name: str, config: PeftConfig, module: str, a: Entry, b: Entry, inputs: int, outputs: int) -> int:
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != inputs or b.shape[0] != outputs:
         raise AdapterMismatchError(
             name,
             f"{module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, the base model needs [r, {inputs}] and "
@@ -265,52 +224,23 @@ def _checked_rank(name: str, config: PeftConfig, module: str, a: Tensor, b: Tens
     return rank
 
 
-def _paged(
-    name: str,
-    factors: dict[str, tuple[Tensor, Tensor]],
-    scales: dict[str, float],
-    pages: dict[int, int],
-    layout: Layout,
-) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, float]]:
-    """Lay the factors out as pages.
-
-    A kind has one scale, the largest of its modules'; a module with a smaller one has the ratio folded into B.
-    """
-    a_pages: dict[int, Tensor] = {}
-    b_pages: dict[int, Tensor] = {}
+def _kind_scales(name: str, scales: dict[str, float], layout: Layout) -> dict[int, float]:
+    """The one scale of each kind: the largest of its modules'. The others have the ratio folded into B."""
     kind_scales: dict[int, float] = {}
-    for kind, count in pages.items():
-        shape = layout.kinds[kind]
-        a_pages[kind] = torch.zeros(
-            (count, shape.layers, shape.slices, RANKS_PER_PAGE, shape.inputs), dtype=layout.dtype
-        )
-        b_pages[kind] = torch.zeros((count, shape.layers, RANKS_PER_PAGE, shape.bounds[-1]), dtype=layout.dtype)
     for module, scale in scales.items():
         kind = layout.targets[module].kind
         if not math.isfinite(scale) or abs(scale) > _MAX_SCALE:
             raise AdapterFormatError(name, f"{module} has the scale {scale}; the limit is {_MAX_SCALE:g}")
         if abs(scale) >= abs(kind_scales.get(kind, 0.0)):
             kind_scales[kind] = scale
-    for module, (a, b) in factors.items():
-        target = layout.targets[module]
-        largest = kind_scales[target.kind]
-        if scales[module] != largest:
-            b = b.float() * (scales[module] / largest)
-        low, high = layout.kinds[target.kind].bounds[target.slice : target.slice + 2]
-        for page, start in enumerate(range(0, a.shape[0], RANKS_PER_PAGE)):
-            part = a[start : start + RANKS_PER_PAGE]
-            a_pages[target.kind][page, target.layer, target.slice, : len(part)] = part
-            b_pages[target.kind][page, target.layer, : len(part), low:high] = b[:, start : start + RANKS_PER_PAGE].T
-    return a_pages, b_pages, kind_scales
+    return kind_scales
 
 
-def _digest(tensors: dict[str, Tensor], scales: dict[str, float]) -> str:
+def _digest(entries: dict[str, Entry], contents: dict[Entry, str], scales: dict[str, float]) -> str:
     """sha256 over every tensor's own sha256 and every module's scale: two configs with one set of tensors differ."""
     total = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        content = hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest()
-        total.update(f"{key} {tensor.dtype} {list(tensor.shape)} {content}\n".encode())
+    for key, entry in sorted(entries.items()):
+        total.update(f"{key} {entry.dtype} {list(entry.shape)} {contents[entry]}\n".encode())
     for module in sorted(scales):
         total.update(f"{module} {scales[module]!r}\n".encode())
     return total.hexdigest()

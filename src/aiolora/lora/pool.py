@@ -1,6 +1,7 @@
 """AdapterPool: the store of rank pages on the device, attached once to the model's Linears."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,11 +12,30 @@ from aiolora.models.decoder import Decoder
 from aiolora.ops.linear import RANKS_PER_PAGE, Site
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """Copies to the device that were begun; `event`: after the last of them (None: they were done at once)."""
+
+    weights: AdapterWeights  # read until then
+    event: torch.cuda.Event | None
+
+    def done(self) -> bool:
+        """Whether every byte has landed. Does not wait."""
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Block until it has, other threads running on."""
+        if self.event is not None:
+            self.event.synchronize()
+
+
 class AdapterPool:
     """Pages of 8 ranks of one kind of site over all layers: a [P, L, S, 8, K], b [P, L, 8, N] a kind.
 
-    One page is one contiguous copy, written whole before it is read. Which page holds what is `Residency`'s business.
-    Engine thread only.
+    One page is one contiguous copy a factor, written whole before it is read. Which page holds what is `Residency`'s
+    business. A GPU copies in a stream of its own while steps run: nothing launched reads the pages of an evicted
+    version, and no step reads a version that is launched before its `Arrival` is done, so neither stream waits for the
+    other. Engine thread only.
     """
 
     def __init__(self, layout: Layout, num_pages: int, device: str) -> None:
@@ -28,6 +48,7 @@ class AdapterPool:
             b = (num_pages, kind.layers, RANKS_PER_PAGE, kind.bounds[-1])
             self._a.append(torch.empty(a, dtype=layout.dtype, device=device))
             self._b.append(torch.empty(b, dtype=layout.dtype, device=device))
+        self._copies = torch.cuda.Stream() if device.startswith("cuda") else None  # type: ignore[no-untyped-call]
 
     def attach(self, model: Decoder) -> None:
         """Give every Linear inside the layers its Site."""
@@ -40,8 +61,16 @@ class AdapterPool:
                 list(self.layout.kinds[kind].bounds),
             )
 
-    def write(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> None:
-        """Copy every page of `weights` to its place (kind -> page numbers)."""
+    def write(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> Arrival:
+        """Begin to copy every page of `weights` to its place (kind -> page numbers)."""
+        if self._copies is None:
+            self._copy(weights, pages)
+            return Arrival(weights, None)
+        with torch.cuda.stream(self._copies):
+            self._copy(weights, pages)
+            return Arrival(weights, self._copies.record_event())
+
+    def _copy(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> None:
         for kind, numbers in pages.items():
             for source, page in enumerate(numbers):
                 self._a[kind][page].copy_(weights.a[kind][source], non_blocking=True)

@@ -74,11 +74,10 @@ class AdapterRegistry:
         self._requests[request.lora_name] = request
         self._name_of_id[request.lora_int_id] = request.lora_name
 
-    def forget(self, name: str) -> bool:
-        """The name stands for nothing any more; False: it did not."""
+    def forget(self, name: str) -> AdapterVersion | None:
+        """The name stands for nothing any more; what it stood for until now, if anything."""
         request = self._requests.pop(name, None)
         if request is None:
-            return False
-        del self._versions[name]
+            return None
         self._name_of_id.pop(request.lora_int_id)
-        return True
+        return self._versions.pop(name)

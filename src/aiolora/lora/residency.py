@@ -23,7 +23,8 @@ class Placement(Generic[W]):
 class Residency(Generic[W]):
     """Two levels: host memory (a count of versions) and device pages (a pool a kind), both least recently used first.
 
-    A version is leased by every sequence that runs with it; a leased version is never evicted from either level.
+    A version is leased by every sequence that runs with it; a leased version is never evicted from either level. A
+    placed version is on the device once its bytes have landed there; until then it is neither leased nor evicted.
     A version without a source cannot be read again and is never evicted from host memory. Engine thread only.
     """
 
@@ -32,6 +33,7 @@ class Residency(Generic[W]):
         self._max_host = max_host
         self._host: OrderedDict[int, tuple[AdapterVersion, W]] = OrderedDict()
         self._device: OrderedDict[int, tuple[AdapterVersion, dict[int, list[int]]]] = OrderedDict()
+        self._arriving: set[int] = set()  # placed, their bytes still on the way
         self._leases: Counter[int] = Counter()
 
     def store(self, version: AdapterVersion, weights: W, *, wanted: Collection[int] = ()) -> None:
@@ -51,8 +53,13 @@ class Residency(Generic[W]):
     def in_host(self, version: AdapterVersion) -> bool:
         return version.id in self._host
 
-    def on_device(self, version: AdapterVersion) -> bool:
+    def placed(self, version: AdapterVersion) -> bool:
+        """Whether it has its pages, be they filled already or not."""
         return version.id in self._device
+
+    def on_device(self, version: AdapterVersion) -> bool:
+        """Whether a step may read it."""
+        return version.id in self._device and version.id not in self._arriving
 
     def fits(self, versions: Collection[AdapterVersion]) -> bool:
         """Whether they could be on the device together, were nothing else there."""
@@ -63,20 +70,24 @@ class Residency(Generic[W]):
 
     def resident(self) -> list[AdapterVersion]:
         """Versions on the device, least recently used first."""
-        return [version for version, _ in self._device.values()]
+        return [version for version, _ in self._device.values() if version.id not in self._arriving]
 
     def leased(self, version: AdapterVersion) -> int:
         return self._leases[version.id]
 
     def place(self, version: AdapterVersion, *, wanted: Collection[int] = ()) -> Placement[W] | None:
-        """Give `version` (in host memory, not on the device) its pages, evicting unleased versions.
+        """Give `version` (in host memory, not placed) its pages, evicting unleased versions. It has not `landed` yet.
 
-        Versions whose ids are `wanted` are spared. None, and no change, where there is no room now.
+        Nothing launched reads the pages of a version without leases: a sequence gives its lease back when no step with
+        it is in flight. So the new bytes need not wait for any step. Versions whose ids are `wanted` are spared. None,
+        and no change, where there is no room now.
         """
         _, weights = self._host[version.id]
         self._host.move_to_end(version.id)
         needs = {site.kind: site.count for site in version.pages}
-        victims = [old for old in self._device if not self._leases[old] and old not in wanted]
+        victims = [
+            old for old in self._device if not self._leases[old] and old not in wanted and old not in self._arriving
+        ]
         room = {kind: self._pools[kind].num_available for kind in needs}
         chosen = []
         for old in victims:
@@ -96,15 +107,31 @@ class Residency(Generic[W]):
             assert fresh is not None
             taken[kind] = fresh
         self._device[version.id] = (version, taken)
+        self._arriving.add(version.id)
         return Placement(version, weights, taken)
 
+    def landed(self, version: AdapterVersion) -> None:
+        """All bytes of a placed version are in its pages."""
+        self._arriving.remove(version.id)
+
+    def drop(self, version: AdapterVersion) -> None:
+        """Nobody will ask for `version` soon: without leases it leaves host memory, and its pages are the next to go.
+
+        A version without a source stays: who asks all the same could not be served.
+        """
+        if self._leases[version.id] or version.source is None:
+            return
+        self._host.pop(version.id, None)
+        if version.id in self._device:
+            self._device.move_to_end(version.id, last=False)
+
     def pages(self, version: AdapterVersion) -> dict[int, list[int]]:
-        """Where a version on the device lies."""
+        """Where a placed version lies."""
         return self._device[version.id][1]
 
     def lease(self, version: AdapterVersion) -> None:
         """A sequence runs with `version`, which is on the device."""
-        assert version.id in self._device, f"{version.label} is leased but not on the device"
+        assert self.on_device(version), f"{version.label} is leased but not on the device"
         self._leases[version.id] += 1
         self._device.move_to_end(version.id)
         if version.id in self._host:
@@ -127,9 +154,12 @@ class Residency(Generic[W]):
         for version_id, count in self._leases.items():
             assert count >= 0
             assert version_id in self._device, "a leased version was evicted"
+            assert version_id not in self._arriving, "a version is leased before it has landed"
+        assert self._arriving <= self._device.keys(), "a version was evicted before it had landed"
 
     def _evict(self, version_id: int) -> None:
         assert not self._leases[version_id], "a leased version must not be evicted"
+        assert version_id not in self._arriving, "a version must not be evicted before it has landed"
         _, pages = self._device.pop(version_id)
         for kind, numbers in pages.items():
             self._pools[kind].release(numbers)

@@ -113,17 +113,19 @@ class Decoder(nn.Module):
 
     def forward(self, step: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
         """Hidden states [S, H] at `step.logits_at`, behind the last norm; keys and values go into `kv`."""
-        residual = self.embed(step.tokens)
+        residual = self.embed(step.tokens, step.previous)
         layers: Iterable[Layer] = self.layers  # type: ignore[assignment]
         norms = [layer.input_norm for layer in layers] + [self.norm]
         x: Tensor = norms[0](residual)
         for layer, layer_kv, next_norm in zip(layers, kv, norms[1:]):
             x, residual = layer(x, residual, step, layer_kv, self.cos_sin, next_norm)
-        return x[step.logits_at]
+        return x if step.logits_at is None else x[step.logits_at]
 
     def logits(self, hidden: Tensor, step: StepInputs) -> Tensor:
-        """Float32 logits [S, V] of hidden states [S, H]."""
-        return complete_op(*self.head(hidden, step.head_rows).flat).float()
+        """Logits [S, V] of hidden states [S, H]: float32 on the CPU, the model's dtype on a GPU."""
+        y, bias, owed, where = self.head(hidden, step.head_rows).flat
+        logits = complete_op(y, bias, owed, where) if owed or bias is not None else y
+        return logits if logits.is_cuda else logits.float()
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a checkpoint, the view of a parameter that it fills) of every tensor."""

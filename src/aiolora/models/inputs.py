@@ -12,13 +12,14 @@ from aiolora.ops.linear import Rows
 class StepInputs:
     """Device tensors of one step: T tokens of B sequences, of which S positions are sampled. Engine thread only."""
 
-    tokens: Tensor  # [T] int32
+    tokens: Tensor  # [T] int32; -(i + 1): the token that the step before sampled at row i
+    previous: Tensor  # [P] int32, what the step before sampled
     positions: Tensor  # [T] int32
     slots: Tensor  # [T] int32, KV slot = page * page_size + offset; -1: nowhere
     block_tables: Tensor  # [B, max pages] int32
-    kv_lengths: Tensor  # [B] int32, tokens of the sequence once this step is done
+    kv_lengths: Tensor  # [B] int32, tokens of the sequence once this step is done; 0: padding
     query_starts: Tensor  # [B + 1] int32, where each sequence's tokens begin in [T]
-    logits_at: Tensor  # [S] int32, positions in [T] whose logits are wanted
+    logits_at: Tensor | None  # [S] int32, positions in [T] whose logits are wanted; None: all
     rows: Rows | None = None  # None: no adapter in this step, and nothing is spent on any
     head_rows: Rows | None = None  # the same for the S positions, for adapters of the head
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aiolora.ops import native
+from aiolora.ops.embedding import embed_op
 from aiolora.ops.linear import Partial, Rows, Site, linear
 from aiolora.ops.norm import rms_norm_op
 
@@ -63,8 +63,9 @@ class Embedding(nn.Module):
         self.name = name
         self.weight = _parameter((vocab, hidden), dtype, device)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+    def forward(self, tokens: Tensor, previous: Tensor) -> Tensor:
+        """`tokens` [T], of which negative ones stand for `previous` [P]: see `ops.embedding`."""
+        return embed_op(tokens, previous, self.weight)
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         yield f"{self.name}.weight", self.weight

@@ -23,7 +23,7 @@ def _silu_mul_cpu(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: lis
     return silu_mul(y, bias, owed, where) if out is None else out
 
 
-silu_mul_op = define(silu_mul, fake=_silu_mul_fake, cpu=_silu_mul_cpu)
+silu_mul_op = define(silu_mul, fake=_silu_mul_fake, cuda="aiolora.ops.kernels.activation", cpu=_silu_mul_cpu)
 
 
 def gated(partial: Partial) -> Tensor:

@@ -183,8 +183,14 @@ def _attention_fake(
     return q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
 
 
-rope_store_op = define(rope_store, fake=_rope_store_fake, mutates=("k_cache", "v_cache"), cpu=_rope_store_cpu)
-attention_op = define(attention, fake=_attention_fake, cpu=_attention_cpu)
+rope_store_op = define(
+    rope_store,
+    fake=_rope_store_fake,
+    mutates=("k_cache", "v_cache"),
+    cuda="aiolora.ops.kernels.rope",
+    cpu=_rope_store_cpu,
+)
+attention_op = define(attention, fake=_attention_fake, cuda="aiolora.ops.kernels.attention", cpu=_attention_cpu)
 
 
 def stored(

@@ -35,10 +35,12 @@ def _add_norm_cpu(
     return add_norm(y, bias, owed, where, residual, weight, eps) if both is None else both
 
 
-rms_norm_op = define(rms_norm, fake=lambda x, weight, eps: torch.empty_like(x), cpu=_rms_norm_cpu)
+_KERNELS = "aiolora.ops.kernels.norm"
+rms_norm_op = define(rms_norm, fake=lambda x, weight, eps: torch.empty_like(x), cuda=_KERNELS, cpu=_rms_norm_cpu)
 add_norm_op = define(
     add_norm,
     fake=lambda y, bias, owed, where, residual, weight, eps: (torch.empty_like(residual), torch.empty_like(residual)),
+    cuda=_KERNELS,
     cpu=_add_norm_cpu,
 )
 

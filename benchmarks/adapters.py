@@ -1,0 +1,76 @@
+"""PEFT folders of random adapters on all seven linears, made fast: one noise, rolled differently for each."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aiolora import LoRARequest
+from benchmarks.shapes import SHAPES
+
+SCALE = 2.0  # lora_alpha / r
+_FILE = "adapter_model.safetensors"
+
+
+def make_adapters(root: Path, model: str, count: int, *, rank: int = 16) -> list[LoRARequest]:
+    """`count` adapters of `rank` for the shape `model` in `root`, those that are there reused.
+
+    A has rows of length 1 and B such a size that an adapter adds to a linear about as much as the base gives: an answer
+    with the wrong adapter is far off.
+    """
+    folders = [root / f"{model}-r{rank}-{number}" for number in range(count)]
+    absent = [folder for folder in folders if not (folder / _FILE).is_file()]
+    if absent:
+        noise = _noise(model, rank)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda folder: _save(folder, model, rank, noise), absent))
+    return [
+        LoRARequest(f"r{rank}-{number}", 1000 * rank + number, str(folder)) for number, folder in enumerate(folders)
+    ]
+
+
+def factors(request: LoRARequest) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) of every module, as they stand in the file."""
+    tensors = load_file(Path(request.lora_path) / _FILE)
+    modules = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    prefix = "base_model.model."
+    return {
+        module.removeprefix(prefix): (tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"])
+        for module in modules
+    }
+
+
+def _noise(model: str, rank: int) -> dict[str, Tensor]:
+    shape = SHAPES[model]
+    generator = torch.Generator().manual_seed(rank)
+    noise = {}
+    for layer in range(shape.layers):
+        for name, (outputs, inputs) in shape.linears.items():
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            std = 0.02 * inputs**0.5 / (SCALE * rank**0.5)
+            a = torch.empty(rank, inputs, dtype=torch.bfloat16).normal_(0, inputs**-0.5, generator=generator)
+            b = torch.empty(outputs, rank, dtype=torch.bfloat16).normal_(0, std, generator=generator)
+            noise |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    return noise
+
+
+def _save(folder: Path, model: str, rank: int, noise: dict[str, Tensor]) -> None:
+    shift = 977 * int(folder.name.rpartition("-")[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model,
+        "r": rank,
+        "lora_alpha": SCALE * rank,
+        "target_modules": [name.rpartition(".")[2] for name in SHAPES[model].linears],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    rolled = {name: tensor.flatten().roll(shift).view_as(tensor) for name, tensor in noise.items()}
+    unready = folder / f"{_FILE}.part"  # a run that is ended within leaves none that looks whole
+    save_file(rolled, unready, metadata={"format": "pt"})
+    unready.rename(folder / _FILE)

@@ -1,0 +1,215 @@
+"""Arrivals by chance over AsyncLLMEngine: time to first token, time between tokens, steps that take too long.
+
+    python -m benchmarks.online --model llama-3.1-8b --seconds 60 --rate 20 --out results
+
+Poisson arrivals, 64 adapters (zipf 1.0) over 16 slots, 128 to 512 tokens in, 64 to 128 out. Steps are timed in the
+engine's thread; one that takes over three times the median is looked at: did an adapter come in it, did a prompt?
+"""
+
+import argparse
+import asyncio
+import csv
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, RequestOutput, SamplingParams
+from aiolora.engine.core import Engine
+from aiolora.engine.output import Assembler
+from aiolora.types import TokenDelta
+from benchmarks.adapters import make_adapters
+from benchmarks.harness import machine
+from benchmarks.reference import Reference
+from benchmarks.shapes import SHAPES, make_model
+
+
+@dataclass
+class Step:
+    """One step of the engine as its thread saw it."""
+
+    ms: float
+    tokens: int  # it brought
+    firsts: int  # answers that it began: a prompt ended in it
+    adapters: int  # whose bytes were sent to the device in it
+
+
+@dataclass
+class Watch:
+    """Wraps an engine's `step` and its store's `write`."""
+
+    steps: list[Step] = field(default_factory=list)
+    _known: set[str] = field(default_factory=set)
+    _arrived: int = 0
+
+    def attach(self, engine: Engine) -> None:
+        inner, ended = engine.step, 0.0
+
+        def step() -> list[TokenDelta]:
+            nonlocal ended
+            started = time.perf_counter()
+            deltas = inner()
+            now = time.perf_counter()
+            since = ended if started - ended < 0.002 else started  # what lies between two steps belongs to the second
+            ended = now
+            new = {delta.request_id for delta in deltas} - self._known
+            self._known |= new
+            if deltas:
+                self.steps.append(Step((now - since) * 1e3, len(deltas), len(new), self._arrived))
+                self._arrived = 0
+            return deltas
+
+        engine.step = step  # type: ignore[method-assign]
+        store = engine._store
+        assert store is not None
+        write = store.write
+
+        def written(weights, pages):  # type: ignore[no-untyped-def]
+            self._arrived += 1
+            return write(weights, pages)
+
+        store.write = written  # type: ignore[method-assign]
+
+
+@dataclass
+class Answer:
+    """One request as its client saw it."""
+
+    ttft_ms: float
+    gaps_ms: list[float]
+    output: RequestOutput
+    lora: LoRARequest
+
+
+async def ask(engine: AsyncLLMEngine, ids: list[int], outputs: int, lora: LoRARequest) -> Answer:
+    start = time.perf_counter()
+    params = SamplingParams(temperature=0, max_tokens=outputs, ignore_eos=True)
+    assembler = Assembler(await engine.prepare(ids, params, lora=lora), engine.intake.tokenizer)
+    times: list[float] = []
+    async for burst in engine.run([assembler]):
+        times += [time.perf_counter()] * len(burst)
+    gaps = [(after - before) * 1e3 for before, after in pairwise(times)]
+    return Answer((times[0] - start) * 1e3, gaps, assembler.output(), lora)
+
+
+async def drive(args: argparse.Namespace, adapters: list[LoRARequest], engine: AsyncLLMEngine) -> list[Answer]:
+    chance, vocab = random.Random(args.seed), SHAPES[args.model].vocab
+    weights = [1 / place for place in range(1, len(adapters) + 1)]
+    tasks: list[asyncio.Task[Answer]] = []
+    start = due = time.perf_counter()
+    while due < start + args.seconds:
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        ids = [chance.randrange(300, vocab) for _ in range(chance.randint(*args.inputs))]
+        (lora,) = chance.choices(adapters, weights)
+        tasks.append(asyncio.ensure_future(ask(engine, ids, chance.randint(*args.outputs), lora)))
+        due += chance.expovariate(args.rate)
+    return await asyncio.gather(*tasks)
+
+
+def at(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+
+
+def report(answers: list[Answer], steps: list[Step], took: float) -> list[tuple[str, float, str]]:
+    middle = statistics.median(step.ms for step in steps)
+    long = [step for step in steps if step.ms > 3 * middle]
+    decoding = [step for step in steps if not step.firsts]
+    plain = [step.ms for step in decoding]
+    arriving = [step.ms for step in decoding if step.adapters]
+    ttft = [answer.ttft_ms for answer in answers]
+    gaps = [gap for answer in answers for gap in answer.gaps_ms]
+    return [
+        ("requests", len(answers), ""),
+        ("output tokens", sum(step.tokens for step in steps) / took, "tokens/s"),
+        *((f"time to first token, p{share}", at(ttft, share / 100), "ms") for share in (50, 90, 99)),
+        *((f"between tokens, p{share}", at(gaps, share / 100), "ms") for share in (50, 90, 99)),
+        ("between tokens, max", max(gaps, default=float("nan")), "ms"),
+        ("step, median", middle, "ms"),
+        ("step, p99", at([step.ms for step in steps], 0.99), "ms"),
+        ("decode-only step, p99", at(plain, 0.99), "ms"),
+        ("decode-only step with an adapter coming, median", at(arriving, 0.5), "ms"),
+        ("steps", len(steps), ""),
+        ("adapters sent to the device", sum(step.adapters for step in steps), ""),
+        ("steps over 3x the median", len(long), ""),
+        ("  of them with a prompt's end", sum(step.firsts > 0 for step in long), ""),
+        ("  of them with an adapter coming", sum(step.adapters > 0 for step in long), ""),
+        ("  of them decode only", sum(step.firsts == 0 for step in long), ""),
+        ("longest decode-only step", max(plain, default=float("nan")), "ms"),
+    ]
+
+
+async def measure(args: argparse.Namespace) -> None:
+    shape = SHAPES[args.model]
+    adapters = make_adapters(args.adapters_dir, args.model, args.adapters)
+    room = args.slots * shape.adapter_nbytes(16) * (2 if args.dtype == "float32" else 1)
+    engine_args = EngineArgs(
+        model=str(make_model(args.adapters_dir, args.model)),
+        load_format="dummy",
+        dtype=args.dtype,
+        max_num_seqs=256,
+        max_model_len=2048,
+        enable_lora=True,
+        max_loras=args.slots,
+        max_lora_rank=16,
+        max_cpu_loras=args.adapters,
+        lora_memory=room,
+        kv_cache_memory=256 * 1024 * shape.kv_nbytes * (2 if args.dtype == "float32" else 1),
+    )
+    async with AsyncLLMEngine.from_engine_args(engine_args) as engine:
+        for lora in [] if args.cold else adapters:
+            await engine.add_lora(lora)
+        await asyncio.gather(*(ask(engine, [300 + n] * 64, 8, adapters[n % args.adapters]) for n in range(32)))
+        assert engine._built is not None
+        watch = Watch()
+        watch.attach(engine._built.engine)
+        start = time.perf_counter()
+        answers = await drive(args, adapters, engine)
+        rows = report(answers, watch.steps, time.perf_counter() - start)
+        picked = random.Random(0).sample(answers, min(4, len(answers)))
+        reference = Reference(engine._built.engine._runner._model, args.model)  # type: ignore[attr-defined]
+        check = reference.check([answer.output for answer in picked], [answer.lora for answer in picked])
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "online.csv").open("w", newline="") as stream:
+        stream.write(f"# {machine()}, {args.model}, {args.dtype}, {args.rate} requests/s\n")
+        csv.writer(stream).writerows([("name", "value", "unit"), *rows])
+    with (args.out / "online_steps.csv").open("w", newline="") as stream:
+        lines = csv.writer(stream)
+        lines.writerow(["ms", "tokens", "firsts", "adapters"])
+        lines.writerows([f"{step.ms:.3f}", step.tokens, step.firsts, step.adapters] for step in watch.steps)
+    print(f"{machine()}, {args.model}, {args.rate} requests/s, {args.adapters} adapters, {args.slots} slots")
+    for name, value, unit in rows:
+        print(f"{name:50} {value:10.2f} {unit}")
+    print(f"check: {check}")
+    if not check.right:
+        raise SystemExit("WRONG")
+
+
+def _between(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    return int(low), int(high)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3.1-8b", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--rate", type=float, default=20, help="requests a second")
+    parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--slots", type=int, default=16, help="adapters on the device at a time")
+    parser.add_argument("--inputs", type=_between, default=(128, 512))
+    parser.add_argument("--outputs", type=_between, default=(64, 128))
+    parser.add_argument("--cold", action="store_true", help="adapters are read from disk as they come")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    args.adapters_dir.mkdir(parents=True, exist_ok=True)
+    asyncio.run(measure(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Steps of no sequence: to compile kernels before somebody waits for them, and to measure what a step takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from aiolora.engine.batch import step_inputs
+from aiolora.engine.kv_cache import KVCache
+from aiolora.engine.staging import Staging
+from aiolora.models.decoder import Decoder
+from aiolora.models.inputs import StepInputs
+from aiolora.ops.linear import tiling
+
+
+def blank_step(
+    counts: Sequence[int], *, num_logits: int, page_size: int, device: str, kinds: int = 0, pages: int = 0
+) -> StepInputs:
+    """Prompts of `counts` tokens that read page 0, write to none, and want `num_logits` rows of logits.
+
+    `kinds`, `pages`: of the routing, in which no token has an adapter; 0: no routing.
+    """
+    size = sum(counts)
+
+    def zeros(*shape: int) -> NDArray[np.int32]:
+        return np.zeros(shape, dtype=np.int32)
+
+    numbers: dict[str, NDArray[Any]] = {
+        "tokens": zeros(size),
+        "positions": np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
+        "slots": zeros(size) - 1,
+        "kv_lengths": np.array(counts, dtype=np.int32),
+        "query_starts": np.array([0, *counts], dtype=np.int32).cumsum(dtype=np.int32),
+        "logits_at": zeros(num_logits),
+        "block_tables": zeros(len(counts), -(-max(counts) // page_size)),
+    }
+    if kinds:
+        tile, _ = tiling(size, device)
+        numbers |= {
+            "perm": np.arange(size, dtype=np.int32),
+            "tiles": np.array([(-1, low, min(tile, size - low)) for low in range(0, size, tile)], dtype=np.int32),
+            "items": np.array([(-1, 0)], dtype=np.int32),
+            "pages": zeros(1, kinds, pages) - 1,
+            "scales": zeros(1, kinds, pages).astype(np.float32),
+        }
+    previous = torch.zeros(1, dtype=torch.int32, device=device)
+    return step_inputs(Staging(device).send(numbers), previous, device)
+
+
+def activation_nbytes(model: Decoder, max_num_seqs: int, max_num_batched_tokens: int, *, page_size: int) -> int:
+    """Bytes of GPU memory that the largest step takes for a while, beyond what is always there: by running one."""
+    device = str(model.embed.weight.device)
+    longest = model.config.max_positions
+    counts = [min(longest, max_num_batched_tokens - low) for low in range(0, max_num_batched_tokens, longest)]
+    dtype = model.embed.weight.dtype
+    cache = KVCache(model.config, num_pages=1, page_size=page_size, dtype=dtype, device=device)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.inference_mode():
+        step = blank_step(counts, num_logits=max_num_seqs, page_size=page_size, device=device)
+        model.logits(model(step, cache.layers), step)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del cache, step
+    torch.cuda.empty_cache()
+    return peak

@@ -1,0 +1,93 @@
+"""silu(gate) * up, paying on the way what gate and up owe."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, load_b
+from aiolora.ops.kernels.launch import PDL, ceil_div, power_of_2
+from aiolora.ops.kernels.linear import TOGETHER, precision
+
+
+def silu_mul(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int]) -> Tensor:
+    """See `activation.silu_mul`."""
+    tokens, width = y.shape[0], y.shape[1] // 2
+    out = y.new_empty((tokens, width))
+    if owed:
+        h, b, perm, tiles, pages = owed
+        kind, tile = where[:2]
+        rows, groups, most = max(16, tile), tiles.shape[0], pages.shape[2]
+        rest: tuple[object, ...] = (h, b, perm, tiles, pages, kind, pages.shape[1], b.stride(0), b.stride(1))
+        columns, warps = (128, 4) if rows == 16 else (64, 8)
+        turns = 4 if groups >= 16 else 1
+    else:
+        rows = 1 if tokens <= 4 else 4
+        groups, most = ceil_div(tokens, rows), 2
+        rest = (y, y, y, y, y, 0, 0, 0, 0)
+        columns, warps = (256, 2) if rows == 1 else (512, 4)
+        turns = 1
+    pdl = PDL and not (owed and tokens > TOGETHER)
+    _silu_mul_kernel[(groups, ceil_div(width, columns * turns))](
+        y, bias, out, *rest, tokens,
+        N=width, W=most, W_BLOCK=power_of_2(most), BM=rows, BN=columns, TURNS=turns,
+        PRECISION=precision(owed[1] if owed else y), LORA=bool(owed), PDL=pdl, launch_pdl=pdl, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["T"])
+def _silu_mul_kernel(
+    y, bias, out, h, b, perm, tiles, pages, kind, kinds, b_page, b_rank, T,
+    N: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TURNS: tl.constexpr,
+    PRECISION: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """TURNS times BN columns of a tile of tokens; without adapters a tile is BM neighbours."""
+    tile = tl.program_id(0)
+    m = tl.arange(0, BM)
+    n = tl.program_id(1) * (BN * TURNS) + tl.arange(0, BN)
+    if LORA:
+        first, count = tl.load(tiles + tile * 2), tl.load(tiles + tile * 2 + 1)
+        held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
+        ok = m < count
+        tokens = tl.load(perm + first + m, ok, 0)
+        b_gate = load_b(b, pages, tile, kind, kinds, held, 0, n, n < N, b_page, b_rank, W)
+        b_up = load_b(b, pages, tile, kind, kinds, held, 0, N + n, n < N, b_page, b_rank, W)
+    else:
+        tokens = tile * BM + m
+        ok = tokens < T
+        count = 1
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if count > 0:
+        for turn in tl.static_range(TURNS):
+            inside = n < N
+            mask = ok[:, None] & inside[None, :]
+            at = tokens.to(tl.int64)[:, None] * (2 * N) + n[None, :]
+            gate = tl.load(y + at, mask, 0.0).to(tl.float32)
+            up = tl.load(y + at + N, mask, 0.0).to(tl.float32)
+            if LORA:
+                gate_now, up_now = b_gate, b_up
+                if turn + 1 < TURNS:  # on their way while this turn is worked on
+                    b_gate = load_b(b, pages, tile, kind, kinds, held, 0, n + BN, n + BN < N, b_page, b_rank, W)
+                    b_up = load_b(b, pages, tile, kind, kinds, held, 0, N + n + BN, n + BN < N, b_page, b_rank, W)
+                if held > 0:
+                    gate = expand_pair(gate, gate_now, h, held, 0, tokens, ok, 0, 2, W, PRECISION)
+                    up = expand_pair(up, up_now, h, held, 0, tokens, ok, 1, 2, W, PRECISION)
+                    gate = expand_rest(
+                        gate, b, pages, tile, kind, kinds, h, held, tokens, ok, n, inside, 0, b_page, b_rank,
+                        2, W, PRECISION,
+                    )  # fmt: skip
+                    up = expand_rest(
+                        up, b, pages, tile, kind, kinds, h, held, tokens, ok, N + n, inside, 1, b_page, b_rank,
+                        2, W, PRECISION,
+                    )  # fmt: skip
+            if bias is not None:
+                gate += tl.load(bias + n, inside, 0.0).to(tl.float32)[None, :]
+                up += tl.load(bias + N + n, inside, 0.0).to(tl.float32)[None, :]
+            gate = gate.to(y.dtype.element_ty).to(tl.float32)
+            up = up.to(y.dtype.element_ty).to(tl.float32)
+            opened = (gate / (1.0 + tl.exp(-gate))).to(y.dtype.element_ty).to(tl.float32)
+            tl.store(out + tokens.to(tl.int64)[:, None] * N + n[None, :], (opened * up).to(out.dtype.element_ty), mask)
+            n += BN

@@ -1,0 +1,144 @@
+"""q, k and v on their way to attention: what they owe, norms, rotary positions and the KV write in one launch."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, load_b
+from aiolora.ops.kernels.launch import PDL, ceil_div, power_of_2
+from aiolora.ops.kernels.linear import TOGETHER, precision
+
+
+def rope_store(
+    y: Tensor,
+    bias: Tensor | None,
+    owed: list[Tensor],
+    where: list[int],
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """See `attention.rope_store`."""
+    tokens = y.shape[0]
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    q = y.new_empty((tokens, num_heads, head_dim))
+    if owed:
+        h, b, perm, tiles, pages = owed
+        kind, tile = where[:2]
+        rows, groups, most = max(16, tile), tiles.shape[0], pages.shape[2]
+        rest: tuple[object, ...] = (h, b, perm, tiles, pages, kind, pages.shape[1], b.stride(0), b.stride(1))
+        heads = 4 if groups >= 16 else 1
+    else:
+        rows = min(16, power_of_2(tokens))
+        groups, most = ceil_div(tokens, rows), 2
+        rest = (y, y, y, y, y, 0, 0, 0, 0)
+        heads = 1
+    pdl = PDL and not (owed and tokens > TOGETHER)
+    _rope_store_kernel[(groups, ceil_div(num_heads + 2 * num_kv_heads, heads))](
+        y, bias, q_norm, k_norm, cos_sin, positions, slots, q, k_cache, v_cache, *rest, tokens, eps,
+        H=num_heads, G=num_kv_heads, D=head_dim, HALF=power_of_2(head_dim // 2), W=most, W_BLOCK=power_of_2(most),
+        BM=rows, HEADS=heads, PRECISION=precision(owed[1] if owed else y), LORA=bool(owed), PDL=pdl, launch_pdl=pdl,
+        num_warps=1 if rows <= 4 else 4 if rows <= 16 else 8,
+    )  # fmt: skip
+    return q
+
+
+@triton.jit(do_not_specialize=["T"])
+def _rope_store_kernel(
+    y, bias, q_norm, k_norm, cos_sin, positions, slots, q, k_cache, v_cache,
+    h, b, perm, tiles, pages, kind, kinds, b_page, b_rank, T, eps,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
+    BM: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """HEADS heads of a tile of tokens, halves of a head apart; without adapters a tile is BM neighbours."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1) * HEADS
+    half: tl.constexpr = D // 2
+    width: tl.constexpr = (H + 2 * G) * D
+    m = tl.arange(0, BM)
+    d = tl.arange(0, HALF)
+    inside = d < half
+    if LORA:
+        first, count = tl.load(tiles + tile * 2), tl.load(tiles + tile * 2 + 1)
+        held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
+        ok = m < count
+        tokens = tl.load(perm + first + m, ok, 0)
+        n = head * D + d
+        b_low = load_b(b, pages, tile, kind, kinds, held, 0, n, inside & (n < width), b_page, b_rank, W)
+        b_high = load_b(b, pages, tile, kind, kinds, held, 0, half + n, inside & (n < width), b_page, b_rank, W)
+    else:
+        tokens = tile * BM + m
+        ok = tokens < T
+        count = 1
+    slot = tl.load(slots + tokens, ok, -1).to(tl.int64)
+    position = tl.load(positions + tokens, ok, 0)
+    angle = cos_sin + position.to(tl.int64)[:, None] * D + d[None, :]
+    cos = tl.load(angle, ok[:, None] & inside[None, :], 0.0)
+    sin = tl.load(angle + half, ok[:, None] & inside[None, :], 0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if count > 0:
+        for turn in tl.static_range(HEADS):
+            n = head * D + d
+            columns = inside & (n < width)
+            mask = ok[:, None] & columns[None, :]
+            at = tokens.to(tl.int64)[:, None] * width + n[None, :]
+            low = tl.load(y + at, mask, 0.0).to(tl.float32)
+            high = tl.load(y + at + half, mask, 0.0).to(tl.float32)
+            if LORA:
+                part = (head >= H).to(tl.int32) + (head >= H + G).to(tl.int32)
+                low_now, high_now = b_low, b_high
+                if turn + 1 < HEADS:  # on their way while this head is worked on
+                    ahead = inside & (n + D < width)
+                    b_low = load_b(b, pages, tile, kind, kinds, held, 0, n + D, ahead, b_page, b_rank, W)
+                    b_high = load_b(b, pages, tile, kind, kinds, held, 0, half + n + D, ahead, b_page, b_rank, W)
+                if held > 0:
+                    low = expand_pair(low, low_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
+                    high = expand_pair(high, high_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
+                    low = expand_rest(
+                        low, b, pages, tile, kind, kinds, h, held, tokens, ok, n, columns, part, b_page, b_rank,
+                        3, W, PRECISION,
+                    )  # fmt: skip
+                    high = expand_rest(
+                        high, b, pages, tile, kind, kinds, h, held, tokens, ok, half + n, columns, part, b_page, b_rank,
+                        3, W, PRECISION,
+                    )  # fmt: skip
+            if bias is not None:
+                low += tl.load(bias + n, columns, 0.0).to(tl.float32)[None, :]
+                high += tl.load(bias + half + n, columns, 0.0).to(tl.float32)[None, :]
+            low = low.to(y.dtype.element_ty).to(tl.float32)
+            high = high.to(y.dtype.element_ty).to(tl.float32)
+            kept = mask & (slot >= 0)[:, None]
+            if head >= H + G:
+                to = (slot[:, None] * G + head - H - G) * D + d[None, :]
+                tl.store(v_cache + to, low.to(v_cache.dtype.element_ty), kept)
+                tl.store(v_cache + to + half, high.to(v_cache.dtype.element_ty), kept)
+            else:
+                if q_norm is not None:
+                    weight = q_norm if head < H else k_norm
+                    root = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / D + eps)[:, None]
+                    low = (low * root).to(y.dtype.element_ty).to(tl.float32)
+                    high = (high * root).to(y.dtype.element_ty).to(tl.float32)
+                    low = low * tl.load(weight + d, inside, 0.0).to(tl.float32)[None, :]
+                    high = high * tl.load(weight + half + d, inside, 0.0).to(tl.float32)[None, :]
+                    low = low.to(y.dtype.element_ty).to(tl.float32)
+                    high = high.to(y.dtype.element_ty).to(tl.float32)
+                turned_low = low * cos - high * sin
+                turned_high = high * cos + low * sin
+                if head < H:
+                    to = (tokens.to(tl.int64)[:, None] * H + head) * D + d[None, :]
+                    tl.store(q + to, turned_low.to(q.dtype.element_ty), mask)
+                    tl.store(q + to + half, turned_high.to(q.dtype.element_ty), mask)
+                else:
+                    to = (slot[:, None] * G + head - H) * D + d[None, :]
+                    tl.store(k_cache + to, turned_low.to(k_cache.dtype.element_ty), kept)
+                    tl.store(k_cache + to + half, turned_high.to(k_cache.dtype.element_ty), kept)
+            head += 1

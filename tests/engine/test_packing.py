@@ -1,0 +1,331 @@
+"""A step's tensors: routing that covers every token once, padding that does nothing, one copy to the device."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aiolora import LLM, LoRARequest, SamplingParams
+from aiolora.engine import batch as batch_module
+from aiolora.engine import warm_up as warm_up_module
+from aiolora.engine.batch import Bucket, InFlight, Packer
+from aiolora.engine.graphs import DecodeGraphs, Outputs
+from aiolora.engine.plan import graph_buckets
+from aiolora.engine.runner import ModelRunner
+from aiolora.engine.scheduler import Batch, Scheduled
+from aiolora.engine.sequence import Sequence as Answer
+from aiolora.engine.staging import Numbers, Staging, size_of
+from aiolora.engine.warm_up import blank_step
+from aiolora.lora.residency import Residency
+from aiolora.ops.linear import Rows
+from aiolora.types import AdapterVersion, Mix, Prompt, Request, SitePages
+from tests.conftest import ModelOf
+from tests.engine.test_overlap import assert_same
+from tests.tiny import ALL_LINEARS, make_adapter, prompt_ids
+
+KINDS = 2
+PAGE = 4
+TILE = 16
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    for module in (batch_module, warm_up_module):
+        monkeypatch.setattr(module, "tiling", lambda tokens, device: (TILE, 1))
+
+
+class Books:
+    """Sequences and adapters that are nothing but their numbers."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.residency: Residency[None] = Residency(num_kinds=KINDS, num_pages=64, max_host=64)
+        self.packer = Packer(page_size=PAGE, num_kinds=KINDS, residency=self.residency, device="cpu")
+        self.versions: list[AdapterVersion] = []
+
+    def mix(self, *pages: tuple[int, ...]) -> Mix:
+        """An adapter for each of `pages` (rank pages of each kind), together in one mix."""
+        parts = []
+        for counts in pages:
+            number = len(self.versions)
+            sites = tuple(SitePages(kind, count, 0.5 + number) for kind, count in enumerate(counts) if count)
+            version = AdapterVersion(number, f"a{number}", f"{number:064x}", "folder", 8, sites, 0)
+            self.versions.append(version)
+            self.residency.store(version, None)
+            assert self.residency.place(version) is not None
+            self.residency.landed(version)
+            parts.append((version, 1.0 + number))
+        return Mix(tuple(parts))
+
+    def run(self, mix: Mix | None, start: int, count: int) -> Scheduled:
+        tokens = tuple(self.rng.randrange(90) for _ in range(start + count))
+        request = Request(id="", prompt_token_ids=tokens, params=SamplingParams(), mix=mix)
+        seq = Answer(request, 0, seed=0, number=0, max_length=999)
+        seq.pages.extend(self.rng.sample(range(500), -(-(start + count) // PAGE)))
+        return Scheduled(seq, start, count, True)
+
+
+def check_routing(books: Books, mixes: Sequence[Mix | None], rows: Rows) -> None:
+    """`rows` say of every token of `mixes` [T] which pages and scales it takes, and nothing of any other."""
+    assert sorted(rows.perm.tolist()) == list(range(len(mixes)))
+    seen: list[int] = []
+    pairs = set()
+    bare_from = len(mixes)
+    for tile, (row, first, count) in enumerate(rows.tiles.tolist()):
+        assert 0 <= count <= TILE
+        if count == 0:
+            assert row == -1
+            continue
+        assert first == len(seen)
+        tokens = rows.perm[first : first + count].tolist()
+        seen += tokens
+        if row < 0:
+            bare_from = min(bare_from, first)
+        assert row >= 0 or all(mixes[token] is None for token in tokens)
+        assert row < 0 or first < bare_from, "tokens without an adapter come last"
+        most = 0
+        for kind in range(KINDS if row >= 0 else 0):
+            held = [page for page in rows.pages[row, kind].tolist() if page >= 0]
+            scales = rows.scales[row, kind, : len(held)].tolist()
+            for token in tokens:
+                mix = mixes[token]
+                assert mix is not None
+                wanted = [
+                    (page, site.scale * weight)
+                    for version, weight in mix.parts
+                    for site in version.pages
+                    if site.kind == kind
+                    for page in books.residency.pages(version)[kind]
+                ]
+                assert list(zip(held, scales)) == wanted
+            assert rows.pages[row, kind, len(held) :].eq(-1).all()
+            most = max(most, len(held))
+        pairs |= {(tile, pair) for pair in range(-(-most // 2))}
+    assert len(seen) == len(mixes)
+    items = [tuple(item) for item in rows.items.tolist() if item[0] >= 0]
+    assert len(items) == len(set(items))
+    assert set(items) == pairs
+    assert rows.pages.shape == rows.scales.shape
+    assert rows.pages.shape[2] % 2 == 0
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_routing_covers_every_token_once(seed: int) -> None:
+    books = Books(seed)
+    rng = books.rng
+    mixes = [None, *(books.mix((rng.randint(1, 5), rng.randint(0, 3))) for _ in range(rng.randint(1, 4)))]
+    mixes.append(books.mix((1, 2), (3, 0)))
+    runs = [books.run(rng.choice(mixes), rng.randint(0, 9), rng.choice((1, 1, 1, 2, 30, 70))) for _ in range(12)]
+    step = books.packer.pack(Batch(runs))
+    of_token = [run.seq.mix for run in runs for _ in range(run.count)]
+    if step.rows is None:
+        assert set(of_token) == {None}
+    else:
+        check_routing(books, of_token, step.rows)
+    flat = [(run, position) for run in runs for position in range(run.start, run.start + run.count)]
+    assert step.tokens.tolist() == [run.seq.tokens[position] for run, position in flat]
+    assert step.positions.tolist() == [position for _, position in flat]
+    assert step.slots.tolist() == [run.seq.pages[i // PAGE] * PAGE + i % PAGE for run, i in flat]
+    for run, table in zip(runs, step.block_tables.tolist(), strict=True):
+        assert table[: len(run.seq.pages)] == list(run.seq.pages)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_bucket_holds_whatever_mixes_its_tokens_have(seed: int) -> None:
+    books = Books(seed)
+    rng = books.rng
+    size, max_loras = rng.choice([(1, 4), (4, 1), (16, 3), (40, 2), (64, 8)])
+    bucket = Bucket(size, min(size, max_loras), 4)
+    mixes = [books.mix((rng.randint(1, 4), rng.randint(0, 4))) for _ in range(max_loras)]
+    count = rng.randint(1, size)
+    runs = [books.run(rng.choice([*mixes, None]), rng.randint(0, 20), 1) for _ in range(count)]
+    runs[0] = books.run(mixes[0], 3, 1)
+    routes = books.packer.routes(Batch(runs))
+    assert bucket.fits(routes)
+    assert not bucket.fits(None)
+    assert Bucket(size).fits(None)
+    assert not Bucket(size).fits(routes)
+    in_flight = InFlight.none(1, "cpu")
+    numbers = books.packer.lay_out(Batch(runs), routes, in_flight, bucket)
+    empty = books.packer.lay_out(Batch(), None, in_flight, bucket)
+    for name in numbers.keys() - {"block_tables"}:
+        assert numbers[name].shape == empty[name].shape, "a bucket's sizes are fixed"
+    for laid_out, step in ((numbers, runs), (empty, [])):
+        step_inputs = batch_module.step_inputs(Staging("cpu").send(laid_out), in_flight.tokens, "cpu")
+        assert step_inputs.rows is not None
+        padding = [None] * (size - len(step))
+        check_routing(books, [run.seq.mix for run in step] + padding, step_inputs.rows)
+        assert step_inputs.slots[len(step) :].tolist() == [-1] * len(padding)
+        assert step_inputs.kv_lengths.tolist() == [run.start + 1 for run in step] + [0] * len(padding)
+        assert step_inputs.query_starts.tolist() == list(range(size + 1))
+
+
+def test_a_mix_that_is_too_wide_fits_no_bucket() -> None:
+    books = Books(0)
+    routes = books.packer.routes(Batch([books.run(books.mix((2, 1), (3, 1)), 0, 1)]))
+    assert not Bucket(4, 4, 4).fits(routes)
+    assert Bucket(4, 4, 6).fits(routes)
+
+
+def test_a_pending_token_is_a_row_of_the_step_before() -> None:
+    books = Books(0)
+    known, pending = books.run(None, 5, 1), books.run(None, 7, 1)
+    pending.start = len(pending.seq.tokens)
+    pending.seq.pages.append(33)
+    in_flight = InFlight(torch.zeros(4, dtype=torch.int32), {pending.seq: 3, known.seq: 1})
+    step = books.packer.pack(Batch([known, pending]), in_flight)
+    assert step.tokens.tolist() == [known.seq.tokens[5], -4]
+    assert step.previous is in_flight.tokens
+    assert (in_flight.row(known), in_flight.row(pending)) == (-1, 3)
+
+
+def test_fields_of_equal_shapes_lie_at_equal_addresses() -> None:
+    staging, target = Staging("cpu"), torch.zeros(500, dtype=torch.int32)
+    places = []
+    for step in range(5):
+        numbers: Numbers = {
+            "a": np.arange(7, dtype=np.int32) + step,
+            "b": np.array([[0.5, step]], dtype=np.float32),
+            "c": np.arange(step + 1, dtype=np.int32),
+        }
+        tensors = staging.send_into(target, numbers)
+        for name, tensor in tensors.items():
+            assert np.array_equal(tensor.numpy(), numbers[name])
+            assert (tensor.data_ptr() - target.data_ptr()) % 64 == 0
+            assert tensor.data_ptr() < target.data_ptr() + 4 * size_of(numbers)
+        places.append([tensor.data_ptr() for tensor in tensors.values()])
+    assert all(place == places[0] for place in places)
+
+
+def test_buckets_reach_from_one_sequence_to_the_most() -> None:
+    for most in (1, 3, 5, 32, 200, 256, 300, 1000):
+        buckets = graph_buckets(most, 8, 4)
+        sizes = [bucket.size for bucket in buckets if not bucket.mixes]
+        assert sizes == [bucket.size for bucket in buckets if bucket.mixes]
+        assert (sizes[0], sizes[-1]) == (1, most)
+        assert sizes == sorted(set(sizes))
+        assert all(high - low <= 64 for low, high in pairwise(sizes))
+        assert all(bucket.mixes == 0 for bucket in graph_buckets(most, 8, 0))
+
+
+# ---- a whole engine whose decode steps are padded ----
+
+
+class EagerGraphs(DecodeGraphs):
+    """The steps that a GPU would replay, computed at once on inputs that a moment ago were garbage."""
+
+    def _capture(self, buckets: Sequence[Bucket]) -> None:
+        head = self._model.head.weight
+        self._logits = head.new_empty((max(bucket.size for bucket in buckets), head.shape[0]), dtype=torch.float32)
+        self._graphs = dict.fromkeys(buckets)  # type: ignore[assignment]
+        self.replayed: list[Bucket] = []
+
+    def replay(self, bucket: Bucket, numbers: Numbers) -> Outputs:
+        self.replayed.append(bucket)
+        self._inputs._buffer.fill_(-(2**30))
+        self._inputs._block_tables.fill_(-(2**30))
+        return self._step(self._inputs.write(bucket, numbers), self._logits)
+
+
+@pytest.fixture(scope="module")
+def adapters(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> list[LoRARequest]:
+    folder, base = tmp_path_factory.mktemp("adapters"), model_of("llama")
+    configs: list[dict[str, Any]] = [{"r": 5}, {"r": 20, "target_modules": ALL_LINEARS}, {"r": 16}]
+    for number, config in enumerate(configs):
+        make_adapter(base, folder / str(number), seed=number, **config)
+    return [LoRARequest(str(number), number + 1, str(folder / str(number))) for number in range(3)]
+
+
+def serve(folder: Path, adapters: list[LoRARequest], *, graphs: bool) -> tuple[list[Any], list[Bucket], int]:
+    """Answers, the buckets of the steps that were replayed, and how many steps there were."""
+    llm = LLM(str(folder), dtype="float32", enable_lora=True, max_loras=3, max_lora_rank=24, max_num_seqs=8)
+    for adapter in adapters:
+        llm.engine.add_lora(adapter)
+    engine = llm.engine._built.engine
+    runner = engine._runner
+    assert isinstance(runner, ModelRunner)
+    runner.overlaps = graphs
+    eager: EagerGraphs | None = None
+    if graphs:
+        buckets = [Bucket(size, *capacity) for size in (1, 2, 4, 8) for capacity in ((0, 0), (min(size, 3), 4))]
+        parts = runner._model, runner._cache, runner._packer, runner._in_flight.tokens
+        eager = EagerGraphs(*parts, buckets, max_pages=16)
+        runner._graphs = eager
+    mixes: list[Any] = [None, "0", "1", "2", {"1": 0.5, "2": 0.5}]  # the last takes 5 pages
+    rng = random.Random(0)
+    outputs: list[Any] = []
+    for count in (1, 2, 3, 5, 8, 6, 1):
+        loras = mixes if count == 5 else [rng.choice(mixes[: 1 if count == 2 else 4]) for _ in range(count)]
+        prompts: list[Prompt] = [prompt_ids(rng.randrange(99), rng.randint(1, 40)) for _ in range(count)]
+        params = [
+            SamplingParams(temperature=0, max_tokens=rng.randint(2, 9), ignore_eos=True),
+            SamplingParams(temperature=0, max_tokens=6, logprobs=3, repetition_penalty=1.5),
+            SamplingParams(temperature=1.5, seed=4, max_tokens=7),
+        ]
+        wishes = [params[0] if count != 6 else rng.choice(params) for _ in range(count)]
+        outputs += llm.generate(prompts, wishes, lora_request=loras, use_tqdm=False)
+    return outputs, eager.replayed if eager else [], engine.snapshot().steps
+
+
+def test_padded_steps_give_the_answers_of_steps_without_padding(model_of: ModelOf, adapters: list[LoRARequest]) -> None:
+    expected, _, _ = serve(model_of("llama"), adapters, graphs=False)
+    ours, replayed, steps = serve(model_of("llama"), adapters, graphs=True)
+    assert_same(ours, expected)
+    assert {bucket.size for bucket in replayed} == {1, 2, 4, 8}
+    assert {bucket.mixes for bucket in replayed} >= {0, 3}
+    assert steps / 2 < len(replayed) < steps - 7, "prompts, and a mix of two adapters, run as they are"
+
+
+def test_warming_up_leaves_no_trace(model_of: ModelOf, adapters: list[LoRARequest]) -> None:
+    llm = LLM(str(model_of("llama")), dtype="float32", enable_lora=True, max_model_len=64)
+    built = llm.engine._built
+    runner = built.engine._runner
+    assert isinstance(runner, ModelRunner)
+    for layer in runner._cache.layers:
+        layer.k.fill_(0.25)
+        layer.v.fill_(torch.nan)
+    seen: list[int] = []
+    choose = runner._sampler.choose
+
+    def watched(logits: Tensor, *rest: Any) -> Any:
+        assert logits.isfinite().all()
+        seen.append(len(logits))
+        return choose(logits, *rest)
+
+    runner._sampler.choose = watched  # type: ignore[method-assign]
+    for layer in runner._cache.layers:
+        layer.v[0].fill_(1.0)
+    runner.warm_up(replace(built.plan, lora_pages=4), kinds=4)
+    assert len(seen) == 8
+    for layer in runner._cache.layers:
+        assert layer.k.eq(0.25).all()
+        assert layer.v[1:].isnan().all()
+        assert layer.v[0].eq(1.0).all()
+    assert runner._in_flight.rows == {}
+    assert runner._in_flight.tokens.eq(0).all()
+
+
+def test_a_blank_step_is_of_the_shapes_of_a_real_one() -> None:
+    books = Books(0)
+    runs = [books.run(None, 0, 1), books.run(books.mix((3, 3)), 0, 20)]
+    packer = Packer(page_size=PAGE, num_kinds=KINDS, residency=books.residency, device="cpu", lora_pages=8)
+    real = packer.pack(Batch(runs))
+    blank = blank_step((1, 20), num_logits=2, page_size=PAGE, device="cpu", kinds=KINDS, pages=8)
+    for name in ("tokens", "positions", "slots", "block_tables", "kv_lengths", "query_starts", "logits_at"):
+        assert getattr(blank, name).shape == getattr(real, name).shape
+        assert getattr(blank, name).dtype == getattr(real, name).dtype == torch.int32
+    assert blank.slots.eq(-1).all()
+    assert blank.rows is not None
+    assert real.rows is not None
+    check_routing(books, [None] * 21, blank.rows)
+    assert blank.rows.pages.shape == real.rows.pages.shape
+    assert blank.rows.scales.dtype == real.rows.scales.dtype == torch.float32
+    assert blank_step((3,), num_logits=1, page_size=PAGE, device="cpu").rows is None

@@ -1,0 +1,67 @@
+"""A step's routing as the packer lays it out: scattered pages, empty tiles and items at the end, -1 after the last page."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KINDS = 2
+
+
+@dataclass
+class Routing:
+    """`lists` is what a shrink takes, `owed(h, b)` what a reader of the projection takes."""
+
+    lists: list[Tensor]  # perm, tiles, items, pages, scales
+    num_pages: int
+    tile: int
+    splits: int
+
+    @property
+    def where(self) -> list[int]:
+        return [1, self.tile, self.splits]
+
+    def owed(self, h: Tensor, b: Tensor) -> list[Tensor]:
+        perm, tiles, _, pages, _ = self.lists
+        return [h, b, perm, tiles, pages]
+
+
+def routing(rows: list[int], ranks: list[int], *, tile: int, splits: int, device: str, width: int = 0) -> Routing:
+    """Of tokens with those rows (-1: no adapter), rows with those ranks; `width` pages a row at least."""
+    held = [-(-rank // 8) for rank in ranks]
+    num_pages = sum(held) + 2
+    width = max([width, 2, *(count + count % 2 for count in held)])
+    free = torch.randperm(num_pages).tolist()
+    pages = torch.full((len(ranks), KINDS, width), -1)
+    pages[:, 0] = num_pages - 1  # another kind's, not to be read
+    for row, count in enumerate(held):
+        pages[row, 1, :count] = torch.tensor([free.pop() for _ in range(count)])
+    perm = sorted(range(len(rows)), key=lambda t: (rows[t] < 0, rows[t]))
+    tiles, items, first = [], [], 0
+    while first < len(perm):
+        row = rows[perm[first]]
+        count = sum(rows[t] == row for t in perm[first : first + tile])
+        items += [[len(tiles), pair] for pair in range((held[row] + 1) // 2)] if row >= 0 else []
+        tiles.append([row, first, count])
+        first += count
+    tiles += [[-1, 0, 0]] * 2
+    items += [[-1, 0]] * 3
+    numbers = [torch.tensor(values, dtype=torch.int32) for values in (perm, tiles, items)] + [pages.int()]
+    return Routing([x.to(device) for x in (*numbers, torch.rand(pages.shape) + 0.5)], num_pages, max(tile, 16), splits)
+
+
+def factors(routed: Routing, depth: int, bounds: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [S, P, 8, K] and B [P, 8, N] as views of one layer of three, pages of nobody and other layers full of NaN."""
+    device = routed.lists[0].device
+    a = torch.full((routed.num_pages, 3, len(bounds) - 1, 8, depth), torch.nan, dtype=dtype, device=device)
+    b = torch.full((routed.num_pages, 3, 8, bounds[-1]), torch.nan, dtype=dtype, device=device)
+    pages = routed.lists[3][:, 1]
+    used = pages[pages >= 0].long()
+    a[used, 1] = torch.randn(len(used), *a.shape[2:], device=device).to(dtype) / depth**0.5
+    b[used, 1] = torch.randn(len(used), *b.shape[2:], device=device).to(dtype) / 4
+    return a[:, 1].transpose(0, 1), b[:, 1]
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """Floating point tensors in float64, the others as they are."""
+    return [x.double() if x.is_floating_point() else x for x in tensors]

@@ -1,0 +1,100 @@
+"""The kernels that read a projection and pay what it owes: add_norm, silu_mul, rope_store."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from aiolora.ops import activation, attention, norm
+from aiolora.ops.kernels import activation as activation_kernels
+from aiolora.ops.kernels import norm as norm_kernels
+from aiolora.ops.kernels import rope as rope_kernels
+from tests.kernels.close import assert_near
+from tests.kernels.routing import Routing, factors, routing, wide
+
+RANKS = [3, 24, 9]
+STEPS = {  # rows of the tokens, tile, splits
+    "one token": ([0], 16, 4),
+    "some none": ([2, -1, 0, 2, -1, 0, 1], 16, 2),
+    "over a tile": ([i % 4 - 1 for i in range(40)], 16, 1),
+    "large tiles": ([i % 4 - 1 for i in range(90)], 64, 1),
+}
+
+
+@pytest.fixture(params=STEPS)
+def routed(request: pytest.FixtureRequest, device: str) -> Routing:
+    rows, tile, splits = STEPS[request.param]
+    return routing(rows, RANKS, tile=tile, splits=splits, device=device)
+
+
+def partial(routed: Routing, bounds: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor], list[int]]:
+    """y, bias, owed and where of a projection with those slices; ranks that no token has hold NaN."""
+    device = routed.lists[0].device
+    tokens = len(routed.lists[0])
+    _, b = factors(routed, 8, bounds, dtype)
+    most = routed.lists[3].shape[2]
+    h = torch.randn(routed.splits, tokens, len(bounds) - 1, most * 8, device=device)
+    y = torch.randn(tokens, bounds[-1], device=device).to(dtype)
+    return y, torch.randn(bounds[-1], device=device).to(dtype), routed.owed(h, b), [1, routed.tile, *bounds]
+
+
+@pytest.mark.parametrize("owing", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_add_norm(routed: Routing, biased: bool, owing: bool, dtype: torch.dtype, device: str) -> None:
+    y, bias, owed, where = partial(routed, [0, 96], dtype)
+    residual = torch.randn(len(y), 96, device=device).to(dtype)
+    weight = torch.randn(96, device=device).to(dtype)
+    given = bias if biased else None
+    owed, where = (owed, where) if owing else ([], [])
+    normed, total = norm_kernels.add_norm(y, given, owed, where, residual, weight, 1e-5)
+    wide_bias = bias.double() if biased else None
+    exact = norm.add_norm(y.double(), wide_bias, wide(*owed), where, *wide(residual, weight), 1e-5)
+    assert_near(total, exact[1])
+    assert_near(normed, exact[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 96), (3, 2, 40)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    x = (3 * torch.randn(shape, device=device)).to(dtype)
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+    assert_near(norm_kernels.rms_norm(x, weight, 1e-5), norm.rms_norm(x.double(), weight.double(), 1e-5))
+
+
+@pytest.mark.parametrize("owing", [True, False])
+def test_silu_mul(routed: Routing, owing: bool, dtype: torch.dtype) -> None:
+    y, bias, owed, where = partial(routed, [0, 72, 144], dtype)
+    owed, where = (owed, where) if owing else ([], [])
+    out = activation_kernels.silu_mul(y, bias, owed, where)
+    assert_near(out, activation.silu_mul(y.double(), bias.double(), wide(*owed), where))
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("owing", [True, False])
+def test_rope_store(routed: Routing, owing: bool, normed: bool, dtype: torch.dtype, device: str) -> None:
+    heads, groups, dim, page_size = 4, 2, 12, 16
+    y, bias, owed, where = partial(routed, [0, 48, 72, 96], dtype)
+    owed, where = (owed, where) if owing else ([], [])
+    tokens = len(y)
+    norms = [torch.randn(dim, device=device).to(dtype) if normed else None for _ in range(2)]
+    cos_sin = torch.randn(50, dim, device=device)
+    positions = torch.randint(0, 50, (tokens,), dtype=torch.int32, device=device)
+    slots = torch.randperm(8 * page_size, device=device)[:tokens].int()
+    slots[0] = -1
+    caches = [torch.full((8, page_size, groups, dim), 7.0, dtype=dtype, device=device) for _ in range(2)]
+    q = rope_kernels.rope_store(y, bias, owed, where, *norms, 1e-5, cos_sin, positions, slots, *caches, heads)
+    exact = [torch.full_like(cache, 7.0, dtype=torch.float64) for cache in caches]
+    wide_norms = [None if weight is None else weight.double() for weight in norms]
+    wanted = attention.rope_store(
+        y.double(),
+        bias.double(),
+        wide(*owed),
+        where,
+        *wide_norms,
+        1e-5,
+        cos_sin.double(),
+        positions,
+        slots,
+        *exact,
+        heads,
+    )
+    for out, right in zip((q, *caches), (wanted, *exact)):
+        assert_near(out, right)

@@ -1,0 +1,190 @@
+"""From a file's tensors to rank pages: every element of every page, and what no page may hold."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aiolora.errors import AdapterFormatError
+from aiolora.lora import paging
+from aiolora.lora.layout import Kind, Layout, Target
+from aiolora.lora.paging import Module, Pages, fill
+from aiolora.lora.tensorfile import Entry, TensorFile
+from aiolora.ops.linear import RANKS_PER_PAGE
+
+KINDS = (Kind("q+k+v", 2, 24, (0, 40, 48, 56)), Kind("o", 2, 40, (0, 24)))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def layout_of(dtype: torch.dtype) -> Layout:
+    targets = {
+        f"{layer}.{name}": Target(kind, layer, index, shape.inputs, shape.bounds[index + 1] - shape.bounds[index])
+        for kind, shape in enumerate(KINDS)
+        for layer in range(shape.layers)
+        for index, name in enumerate(shape.name.split("+"))
+    }
+    return Layout(KINDS, targets, dtype)
+
+
+def stored(folder: Path, tensors: dict[str, Tensor]) -> TensorFile:
+    save_file(tensors, folder / "tensors")
+    return TensorFile.open("adapter", folder / "tensors")
+
+
+def pages_of(
+    folder: Path, layout: Layout, ranks: dict[str, int], tensors: dict[str, Tensor], ratios: dict[str, float]
+) -> tuple[Pages, Pages]:
+    counts: dict[int, int] = {}
+    for name, rank in ranks.items():
+        kind = layout.targets[name].kind
+        counts[kind] = max(counts.get(kind, 0), -(-rank // RANKS_PER_PAGE))
+    with stored(folder, tensors) as file:
+        modules = [
+            Module(file.entries[f"{name}.A"], file.entries[f"{name}.B"], layout.targets[name], ratios.get(name, 1.0))
+            for name in ranks
+        ]
+        a_pages, b_pages, _ = fill(file, modules, counts, layout, pinned=False)
+    return a_pages, b_pages
+
+
+def factors(layout: Layout, ranks: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
+    for name, rank in ranks.items():
+        target = layout.targets[name]
+        tensors[f"{name}.A"] = torch.randn(rank, target.inputs).to(dtype)
+        tensors[f"{name}.B"] = torch.randn(target.outputs, rank).to(dtype)
+    return tensors
+
+
+@pytest.fixture
+def dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN."""
+    original = paging._empty
+
+    def empty(*args: object, **kwargs: object) -> tuple[Pages, Pages]:
+        made = original(*args, **kwargs)  # type: ignore[arg-type]
+        for pages in made:
+            for page in [page for some in pages.values() for page in some]:
+                page.fill_(torch.nan)
+        return made
+
+    monkeypatch.setattr(paging, "_empty", empty)
+
+
+@pytest.mark.usefixtures("dirty")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("file_dtype", [*DTYPES, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_every_element_of_every_page_is_the_adapters_or_zero(
+    dtype: torch.dtype, file_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    layout, rng = layout_of(dtype), random.Random(0)
+    for number in range(6):
+        names = rng.sample(sorted(layout.targets), rng.randrange(1, len(layout.targets) + 1))
+        ranks = {name: rng.choice((1, 5, 8, 13, 16, 24)) for name in names}
+        ratios = {name: 0.5 for name in names if rng.random() < 0.3}
+        tensors = factors(layout, ranks, file_dtype)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        a_pages, b_pages = pages_of(folder, layout, ranks, tensors, ratios)
+        for kind, shape in enumerate(KINDS):
+            members = {name: target for name, target in layout.targets.items() if target.kind == kind and name in ranks}
+            if not members:
+                assert kind not in a_pages
+                continue
+            most = RANKS_PER_PAGE * -(-max(ranks[name] for name in members) // RANKS_PER_PAGE)
+            a = torch.zeros(shape.layers, shape.slices, most, shape.inputs, dtype=dtype)
+            b = torch.zeros(shape.layers, most, shape.bounds[-1], dtype=dtype)
+            for name, target in members.items():
+                low, high = shape.bounds[target.slice : target.slice + 2]
+                a[target.layer, target.slice, : ranks[name]] = tensors[f"{name}.A"].to(dtype)
+                scaled = tensors[f"{name}.B"].to(torch.float64) * ratios.get(name, 1.0)
+                b[target.layer, : ranks[name], low:high] = scaled.to(torch.float32).to(dtype).T
+            torch.testing.assert_close(torch.cat(a_pages[kind], 2), a, rtol=0, atol=0)
+            torch.testing.assert_close(torch.cat(b_pages[kind], 1), b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_what_is_not_finite_in_the_dtype_of_the_pages_is_refused_and_the_largest_finite_is_not(
+    factor: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    layout, ranks = layout_of(dtype), {"0.q": 8, "1.o": 8}
+    limits = torch.finfo(dtype)
+    fine = (limits.max, limits.min, limits.tiny, limits.smallest_normal / 2, -0.0)
+    for value in fine:
+        tensors = factors(layout, ranks, dtype)
+        tensors[f"1.o.{factor}"][3, 5] = value
+        pages_of(tmp_path, layout, ranks, tensors, {})
+    sources = [(dtype, value) for value in (torch.inf, -torch.inf, torch.nan)]
+    sources += [(torch.float64, value) for value in (1e39, -1e39)]
+    for file_dtype, value in sources:
+        tensors = factors(layout, ranks, file_dtype)
+        tensors[f"1.o.{factor}"][3, 5] = value
+        with pytest.raises(AdapterFormatError, match=rf"1\.o\.{factor} .*not finite floats in {dtype}"):
+            pages_of(tmp_path, layout, ranks, tensors, {"1.o": 0.5})
+    tensors = factors(layout, ranks, dtype)
+    tensors[f"1.o.{factor}"] = torch.copysign(torch.full_like(tensors[f"1.o.{factor}"], torch.nan), torch.tensor(-1.0))
+    with pytest.raises(AdapterFormatError, match="not finite"):
+        pages_of(tmp_path, layout, ranks, tensors, {})
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    layout, ranks = layout_of(torch.float32), {"0.q": 8, "1.q": 8}
+    with stored(tmp_path, factors(layout, ranks, torch.float32)) as file:
+        os.truncate(tmp_path / "tensors", (tmp_path / "tensors").stat().st_size // 2)
+        modules = [Module(file.entries[f"{n}.A"], file.entries[f"{n}.B"], layout.targets[n], 1.0) for n in ranks]
+        with pytest.raises(AdapterFormatError, match="has become shorter"):
+            fill(file, modules, {0: 1}, layout, pinned=False)
+
+
+ENTRY = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        (ENTRY, 3),
+        (ENTRY, 5),
+        (ENTRY.replace("[0,4]", "[4,8]"), 8),
+        (ENTRY + ',"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}', 6),
+        (ENTRY + ',"b":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}', 12),
+        (ENTRY.replace("[0,4]", "[4,0]"), 4),
+        (ENTRY.replace("[0,4]", "[0,4,8]"), 4),
+        (ENTRY.replace("[0,4]", "[-4,0]"), 4),
+        (ENTRY.replace("[0,4]", "[0.0,4.0]"), 4),
+        (ENTRY.replace("[0,4]", "[false,4]"), 4),
+        (ENTRY.replace("[1]", "[2]"), 4),
+        (ENTRY.replace("[1]", "[-1]"), 4),
+        (ENTRY.replace("[1]", "[true]"), 4),
+        (ENTRY.replace("[1]", "1"), 4),
+        (ENTRY.replace("[1]", "[-1,-1]"), 4),
+        (ENTRY.replace("[1]", "[0,1e999]"), 4),
+        (ENTRY.replace("[1]", "[" + "1," * 99 + "1]"), 4),
+        (ENTRY.replace('"F32"', '["F32"]'), 4),
+        (ENTRY.replace('"F32"', "null"), 4),
+        (ENTRY.replace('"dtype":"F32",', ""), 4),
+        (ENTRY.replace('"shape":[1],', ""), 4),
+        ('"a":{}', 0),
+        ('"a":[["dtype","F32"],["shape",[1]],["data_offsets",[0,4]]]', 4),
+    ],
+)
+def test_a_header_that_does_not_describe_its_file_is_refused(header: str, body: int, tmp_path: Path) -> None:
+    data = f"{{{header}}}".encode()
+    (tmp_path / "tensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(body))
+    with pytest.raises(AdapterFormatError, match="truncated or malformed"):
+        TensorFile.open("adapter", tmp_path / "tensors")
+
+
+def test_a_header_may_hold_metadata_and_tensors_of_no_elements_in_any_order(tmp_path: Path) -> None:
+    empty = '"{}":{{"dtype":"F16","shape":[0,7],"data_offsets":[{},{}]}}'
+    entries = ['"__metadata__":{"format":"pt"}', empty.format("end", 4, 4), ENTRY, empty.format("start", 0, 0)]
+    data = ("{" + ",".join(entries) + "}   ").encode()
+    (tmp_path / "tensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(4))
+    with TensorFile.open("adapter", tmp_path / "tensors") as file:
+        assert file.entries["a"] == Entry("a", torch.float32, (1,), 8 + len(data), 4)
+        assert {name: entry.nbytes for name, entry in file.entries.items()} == {"start": 0, "a": 4, "end": 0}
