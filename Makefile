@@ -38,9 +38,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 
-$(KERNELS_STAMP): Makefile
+$(KERNELS_STAMP): Makefile constraints.txt
 	$(PYTHON) -m venv $(KERNELS_VENV)
-	$(KERNELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0" numpy
+	$(KERNELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==2.13.0" numpy msgspec
 	$(KERNELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "triton==3.6.0"
 	touch $(KERNELS_STAMP)
 

@@ -31,7 +31,8 @@ CANDIDATES = [
     Tiling(*cut)
     for cut in (
         (16, 256, 4, 4), (16, 512, 3, 4), (32, 128, 4, 4), (32, 128, 6, 4), (32, 256, 3, 4), (32, 256, 4, 4),
-        (64, 128, 3, 4), (64, 128, 4, 4), (64, 128, 4, 8), (64, 256, 3, 8), (64, 64, 6, 4), (128, 64, 4, 4), (128, 64, 4, 8),
+        (64, 128, 3, 4), (64, 128, 4, 4), (64, 128, 4, 8), (64, 256, 3, 8), (64, 64, 6, 4), (128, 64, 4, 4),
+        (128, 64, 4, 8),
     )
 ]  # fmt: skip
 
@@ -75,7 +76,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02
 
 
-def routing(tokens: int, adapters: int, rank: int, width: int) -> tuple[list[Tensor], int]:
+def routing(tokens: int, adapters: int, rank: int, width: int) -> tuple[list[Tensor], int, Tensor]:
     """One kind; tokens dealt to adapters in turn; lists as large as a graph's."""
     tile = 16 if tokens <= 256 else 64
     rows = sorted(t % adapters for t in range(tokens))
@@ -97,7 +98,9 @@ def routing(tokens: int, adapters: int, rank: int, width: int) -> tuple[list[Ten
     items += [[-1, 0, 0, 0]] * (most * width // 2 - len(items))
     ints = [torch.tensor(v, dtype=torch.int32, device="cuda") for v in (perm, tiles, items, pages)]
     ints[3] = ints[3].unsqueeze(1)
-    return [*ints, torch.ones(ints[3].shape, device="cuda")], tile
+    owners = torch.empty_like(ints[0])
+    owners[ints[0].long()] = torch.arange(len(tiles), device="cuda", dtype=torch.int32).repeat_interleave(ints[1][:, 1])
+    return [*ints, torch.ones(ints[3].shape, device="cuda")], tile, owners
 
 
 def compile_one(job: tuple[int, int, int, Tiling]) -> None:
@@ -163,7 +166,7 @@ def chain(
     layout = sites(shape)
     lists: list[Tensor] = []
     if adapters:
-        lists, tile = routing(tokens, adapters, rank, max(2, -(-rank // 8)))
+        lists, tile, owners = routing(tokens, adapters, rank, max(2, -(-rank // 8)))
     residual0, ones = random(tokens, hidden) * 50, torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
     cos_sin = torch.randn(64, dim, device="cuda")
     positions = torch.zeros(tokens, dtype=torch.int32, device="cuda")
@@ -176,7 +179,7 @@ def chain(
             return linear.product(x, weight), None, [], []
         a, b = pool[layer][name]
         y, h = linear.product_shrink(x, weight, a, lists, [0, tile])
-        return y, None, [h, b, lists[0], lists[1], lists[3]], [0, tile, *bounds]
+        return y, None, [h, b, lists[0], lists[1], lists[3], owners], [0, tile, *bounds]
 
     def step() -> Tensor:
         x, residual = norm.rms_norm(residual0, ones, 1e-5), residual0
@@ -229,8 +232,9 @@ def chains(shape: dict[str, int], deadline: float) -> None:
                 module.PDL = pdl
                 module.SKINNY = skinny_to
             AHEAD[0] = ahead
+            how = f"{'own' if skinny_to else 'cuBLAS'}{' pdl' if pdl else ''} {ahead}"
             try:
-                line += f"  [{'own' if skinny_to else 'cuBLAS'}{' pdl' if pdl else ''} {ahead}] {graphed(chain(shape, tokens, adapters, 16, weights, pages)):.3f}"
+                line += f"  [{how}] {graphed(chain(shape, tokens, adapters, 16, weights, pages)):.3f}"
             except Exception as error:
                 line += f"  failed {str(error)[:100]}"
         print(line, flush=True)
@@ -255,9 +259,9 @@ def main() -> None:
     chosen = {layout[:2]: name for name, layout in sites(shape).items()}
     shipped = linear.tiling_of
 
-    def tiling_of(tokens: int, columns: int, depth: int) -> Tiling:
+    def tiling_of(tokens: int, columns: int, depth: int, dtype: torch.dtype, small: int = 4) -> Tiling:
         rows = next((rows for rows in (1, 8, 16, 32, 64) if rows >= tokens), 64)
-        cut = best.get((chosen.get((columns, depth), ""), rows)) or shipped(tokens, columns, depth)
+        cut = best.get((chosen.get((columns, depth), ""), rows)) or shipped(tokens, columns, depth, dtype, small)
         return cut._replace(ahead=AHEAD[0])
 
     linear.tiling_of = tiling_of

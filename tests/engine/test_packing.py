@@ -39,7 +39,7 @@ TILE = 16
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
     for module in (batch_module, warm_up_module):
-        monkeypatch.setattr(module, "tiling", lambda tokens, device: (TILE, 1))
+        monkeypatch.setattr(module, "tile_of", lambda tokens, device: TILE)
 
 
 class Books:
@@ -76,45 +76,45 @@ class Books:
 def check_routing(books: Books, mixes: Sequence[Mix | None], rows: Rows) -> None:
     """`rows` say of every token of `mixes` [T] which pages and scales it takes, and nothing of any other."""
     assert sorted(rows.perm.tolist()) == list(range(len(mixes)))
+    assert rows.tile == TILE
+    assert rows.owners.shape == rows.perm.shape
+    assert rows.pages.shape == rows.scales.shape
+    assert rows.pages.shape[:2] == (len(rows.tiles), KINDS)
+    assert rows.pages.shape[2] % 2 == 0
     seen: list[int] = []
-    pairs = set()
-    bare_from = len(mixes)
-    for tile, (row, first, count) in enumerate(rows.tiles.tolist()):
+    items = set()
+    bare = False
+    for tile, (first, count) in enumerate(rows.tiles.tolist()):
         assert 0 <= count <= TILE
         if count == 0:
-            assert row == -1
+            assert rows.pages[tile].eq(-1).all()
             continue
         assert first == len(seen)
         tokens = rows.perm[first : first + count].tolist()
         seen += tokens
-        if row < 0:
-            bare_from = min(bare_from, first)
-        assert row >= 0 or all(mixes[token] is None for token in tokens)
-        assert row < 0 or first < bare_from, "tokens without an adapter come last"
+        assert rows.owners[tokens].eq(tile).all()
+        mix = mixes[tokens[0]]
+        assert all(mixes[token] == mix for token in tokens)
+        assert mix is None or not bare, "tokens without an adapter come last"
+        bare = bare or mix is None
         most = 0
-        for kind in range(KINDS if row >= 0 else 0):
-            held = [page for page in rows.pages[row, kind].tolist() if page >= 0]
-            scales = rows.scales[row, kind, : len(held)].tolist()
-            for token in tokens:
-                mix = mixes[token]
-                assert mix is not None
-                wanted = [
-                    (page, site.scale * weight)
-                    for version, weight in mix.parts
-                    for site in version.pages
-                    if site.kind == kind
-                    for page in books.residency.pages(version)[kind]
-                ]
-                assert list(zip(held, scales)) == wanted
-            assert rows.pages[row, kind, len(held) :].eq(-1).all()
-            most = max(most, len(held))
-        pairs |= {(tile, pair) for pair in range(-(-most // 2))}
+        for kind in range(KINDS):
+            wanted = [
+                (page, site.scale * weight)
+                for version, weight in (mix.parts if mix else ())
+                for site in version.pages
+                if site.kind == kind
+                for page in books.residency.pages(version)[kind]
+            ]
+            pages, scales = rows.pages[tile, kind].tolist(), rows.scales[tile, kind].tolist()
+            assert list(zip(pages, scales))[: len(wanted)] == wanted
+            assert set(pages[len(wanted) :]) <= {-1}
+            most = max(most, len(wanted))
+        items |= {(tile, pair, first, count) for pair in range(-(-most // 2))}
     assert len(seen) == len(mixes)
-    items = [tuple(item) for item in rows.items.tolist() if item[0] >= 0]
-    assert len(items) == len(set(items))
-    assert set(items) == pairs
-    assert rows.pages.shape == rows.scales.shape
-    assert rows.pages.shape[2] % 2 == 0
+    listed = [tuple(item) for item in rows.items.tolist() if item[0] >= 0]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == items
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -326,6 +326,6 @@ def test_a_blank_step_is_of_the_shapes_of_a_real_one() -> None:
     assert blank.rows is not None
     assert real.rows is not None
     check_routing(books, [None] * 21, blank.rows)
-    assert blank.rows.pages.shape == real.rows.pages.shape
+    assert blank.rows.pages.shape[1:] == real.rows.pages.shape[1:]
     assert blank.rows.scales.dtype == real.rows.scales.dtype == torch.float32
     assert blank_step((3,), num_logits=1, page_size=PAGE, device="cpu").rows is None

@@ -1,4 +1,4 @@
-"""A step's routing as the packer lays it out: scattered pages, empty tiles and items at the end, -1 after the last page."""
+"""A step's routing as the packer lays it out: scattered pages, empty tiles and items last, -1 after the last page."""
 
 from dataclasses import dataclass
 
@@ -15,39 +15,44 @@ class Routing:
     lists: list[Tensor]  # perm, tiles, items, pages, scales
     num_pages: int
     tile: int
-    splits: int
 
     @property
     def where(self) -> list[int]:
-        return [1, self.tile, self.splits]
+        return [1, self.tile]
 
     def owed(self, h: Tensor, b: Tensor) -> list[Tensor]:
         perm, tiles, _, pages, _ = self.lists
-        return [h, b, perm, tiles, pages]
+        owners = torch.zeros_like(perm)
+        for tile, (first, count) in enumerate(tiles.tolist()):
+            owners[perm[first : first + count].long()] = tile
+        return [h, b, perm, tiles, pages, owners]
 
 
-def routing(rows: list[int], ranks: list[int], *, tile: int, splits: int, device: str, width: int = 0) -> Routing:
-    """Of tokens with those rows (-1: no adapter), rows with those ranks; `width` pages a row at least."""
+def routing(rows: list[int], ranks: list[int], *, tile: int, device: str, width: int = 0) -> Routing:
+    """Of tokens with those adapters (-1: none), adapters with those ranks; `width` pages a tile at least."""
     held = [-(-rank // 8) for rank in ranks]
     num_pages = sum(held) + 2
     width = max([width, 2, *(count + count % 2 for count in held)])
     free = torch.randperm(num_pages).tolist()
-    pages = torch.full((len(ranks), KINDS, width), -1)
-    pages[:, 0] = num_pages - 1  # another kind's, not to be read
+    of = torch.full((len(ranks) + 1, KINDS, width), -1)  # the last is nobody's
+    of[:-1, 0] = num_pages - 1  # another kind's, not to be read
     for row, count in enumerate(held):
-        pages[row, 1, :count] = torch.tensor([free.pop() for _ in range(count)])
+        of[row, 1, :count] = torch.tensor([free.pop() for _ in range(count)])
+    by_adapter = torch.rand(of.shape) + 0.5
     perm = sorted(range(len(rows)), key=lambda t: (rows[t] < 0, rows[t]))
-    tiles, items, first = [], [], 0
+    tiles, items, owners, first = [], [], [], 0
     while first < len(perm):
         row = rows[perm[first]]
         count = sum(rows[t] == row for t in perm[first : first + tile])
-        items += [[len(tiles), pair] for pair in range((held[row] + 1) // 2)] if row >= 0 else []
-        tiles.append([row, first, count])
+        items += [[len(tiles), pair, first, count] for pair in range((held[row] + 1) // 2)] if row >= 0 else []
+        tiles.append([first, count])
+        owners.append(row)
         first += count
-    tiles += [[-1, 0, 0]] * 2
-    items += [[-1, 0]] * 3
-    numbers = [torch.tensor(values, dtype=torch.int32) for values in (perm, tiles, items)] + [pages.int()]
-    return Routing([x.to(device) for x in (*numbers, torch.rand(pages.shape) + 0.5)], num_pages, max(tile, 16), splits)
+    tiles += [[0, 0]] * 2
+    items += [[-1, 0, 0, 0]] * 3
+    owners += [-1] * 2
+    ints = [torch.tensor(values, dtype=torch.int32) for values in (perm, tiles, items)] + [of[owners].int()]
+    return Routing([x.to(device) for x in (*ints, by_adapter[owners])], num_pages, max(tile, 16))
 
 
 def factors(routed: Routing, depth: int, bounds: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

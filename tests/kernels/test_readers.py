@@ -12,18 +12,18 @@ from tests.kernels.close import assert_near
 from tests.kernels.routing import Routing, factors, routing, wide
 
 RANKS = [3, 24, 9]
-STEPS = {  # rows of the tokens, tile, splits
-    "one token": ([0], 16, 4),
-    "some none": ([2, -1, 0, 2, -1, 0, 1], 16, 2),
-    "over a tile": ([i % 4 - 1 for i in range(40)], 16, 1),
-    "large tiles": ([i % 4 - 1 for i in range(90)], 64, 1),
+STEPS = {  # adapters of the tokens, tile
+    "one token": ([0], 16),
+    "some none": ([2, -1, 0, 2, -1, 0, 1], 16),
+    "over a tile": ([i % 4 - 1 for i in range(40)], 16),
+    "large tiles": ([i % 4 - 1 for i in range(90)], 64),
 }
 
 
 @pytest.fixture(params=STEPS)
 def routed(request: pytest.FixtureRequest, device: str) -> Routing:
-    rows, tile, splits = STEPS[request.param]
-    return routing(rows, RANKS, tile=tile, splits=splits, device=device)
+    rows, tile = STEPS[request.param]
+    return routing(rows, RANKS, tile=tile, device=device)
 
 
 def partial(routed: Routing, bounds: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor], list[int]]:
@@ -32,7 +32,10 @@ def partial(routed: Routing, bounds: list[int], dtype: torch.dtype) -> tuple[Ten
     tokens = len(routed.lists[0])
     _, b = factors(routed, 8, bounds, dtype)
     most = routed.lists[3].shape[2]
-    h = torch.randn(routed.splits, tokens, len(bounds) - 1, most * 8, device=device)
+    h = torch.full((tokens, len(bounds) - 1, most * 8), torch.nan, device=device)
+    perm, tiles, _, pages, _ = routed.lists
+    for (first, count), held in zip(tiles.tolist(), (pages[:, 1] >= 0).sum(-1).tolist()):
+        h[perm[first : first + count], :, : held * 8] = torch.randn(count, len(bounds) - 1, held * 8, device=device)
     y = torch.randn(tokens, bounds[-1], device=device).to(dtype)
     return y, torch.randn(bounds[-1], device=device).to(dtype), routed.owed(h, b), [1, routed.tile, *bounds]
 

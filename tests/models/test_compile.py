@@ -113,7 +113,7 @@ def test_a_decode_step_gives_the_same_whatever_adapters_the_graph_was_made_for(
     assert step.rows is not None
     rows = step.rows
     swapped = replace(step, rows=rows._replace(pages=rows.pages.flip(0), scales=rows.scales.flip(0)))
-    empty = replace(step, rows=rows._replace(tiles=rows.tiles * torch.tensor([1, 1, 0], dtype=torch.int32)))
+    empty = replace(step, rows=rows._replace(tiles=rows.tiles * torch.tensor([1, 0], dtype=torch.int32)))
     seen = []
     with torch.inference_mode():
         for inputs in (step, swapped, empty, replace(step, rows=None)):

@@ -17,6 +17,7 @@ from aiolora.ops.activation import silu_mul, silu_mul_op
 from aiolora.ops.attention import attention, attention_op, rope_store, rope_store_op
 from aiolora.ops.linear import whole_linear, whole_linear_op
 from aiolora.ops.norm import add_norm, add_norm_op, rms_norm, rms_norm_op
+from tests.ops.routing import routing, tables
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler here, or AIOLORA_NATIVE=0")
 
@@ -26,6 +27,7 @@ MIXES = {
     "one": [0] * 33,
     "all distinct": list(range(33)),
     "some none": [2, -1, 0, 2, -1, 1, 1, -1] * 5,
+    "some in no tile": [2, -2, 0, 2, -1, 1, 1, -2] * 5,
     "zipf": [0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 4] * 3,
 }
 
@@ -41,22 +43,9 @@ def wide(*tensors: Tensor) -> list[Tensor]:
     return [t.float() if t.is_floating_point() else t for t in tensors]
 
 
-def routing(mix: list[int], ranks: list[int], tile: int = 16) -> list[Tensor]:
-    """[perm, tiles, pages, scales] with the pages of two kinds in scattered order; kind 1 is the one to read."""
-    perm = sorted((t for t, row in enumerate(mix) if row >= 0), key=lambda t: mix[t])
-    tiles, start = [[0, 0, 0]], 0
-    while start < len(perm):
-        row = mix[perm[start]]
-        count = sum(mix[t] == row for t in perm[start : start + tile])
-        tiles.append([row, start, count])
-        start += count
-    widths = [-(-rank // 8) for rank in ranks]
-    order = torch.randperm(sum(widths)).tolist()
-    pages = torch.full((len(ranks), 2, max(widths) + 1), -1)
-    for row, width in enumerate(widths):
-        pages[row, 1, :width] = torch.tensor([order.pop() for _ in range(width)])
-    scales = torch.rand(pages.shape) + 0.5
-    return [torch.tensor(perm, dtype=torch.int32), torch.tensor(tiles, dtype=torch.int32), pages.int(), scales]
+def routed(mix: list[int], ranks: list[int]) -> list[Tensor]:
+    """[perm, tiles, pages, scales] of tokens with those of the adapters of `ranks`."""
+    return routing(mix, *tables(ranks), 16)
 
 
 def pool(ranks: list[int], slices: int, width: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -101,7 +90,7 @@ def test_adapters_add_their_share_in_every_mix(dtype: torch.dtype, adapter_dtype
     ranks = [1 + 7 * i % 64 for i in range(33)]
     for tokens, width, bounds in [(1, 7, [0, 5]), (8, 64, [0, 40, 57, 70]), (31, 80, [0, 3, 66]), (99, 33, [0, 64])]:
         columns, slices = bounds[-1], len(bounds) - 1
-        rows = routing((3 * MIXES[mix])[:tokens], ranks)
+        rows = routed((3 * MIXES[mix])[:tokens], ranks)
         a, b = pool(ranks, slices, width, columns, adapter_dtype)
         x, weight = torch.randn(tokens, width).to(dtype), torch.randn(columns, width).to(dtype)
         out = native.linear(x, weight, [a, b, *rows], [1, *bounds])
@@ -111,14 +100,14 @@ def test_adapters_add_their_share_in_every_mix(dtype: torch.dtype, adapter_dtype
 
 def test_a_row_of_a_linear_does_not_depend_on_its_batch_mates_or_threads() -> None:
     ranks = [1, 8, 20, 64, 33]
-    rows_of = [t % 5 for t in range(32)]
+    adapters = [t % 5 for t in range(32)]
     a, b = pool(ranks, 2, 80, 70, torch.bfloat16)
     x, weight = torch.randn(32, 80).bfloat16(), torch.randn(70, 80).bfloat16()
-    pages, scales = routing(rows_of, ranks)[2:]
+    pages, scales = tables(ranks)
 
     def served(tokens: list[int]) -> Tensor:
-        perm, tiles = routing([rows_of[t] for t in tokens], ranks)[:2]
-        return whole_linear_op(x[tokens], weight, [a, b, perm, tiles, pages, scales], [1, 0, 33, 70])
+        rows = routing([adapters[t] for t in tokens], pages, scales, 16)
+        return whole_linear_op(x[tokens], weight, [a, b, *rows], [1, 0, 33, 70])
 
     together = served(list(range(32)))
     threads = torch.get_num_threads()
@@ -131,17 +120,39 @@ def test_a_row_of_a_linear_does_not_depend_on_its_batch_mates_or_threads() -> No
 def test_only_the_listed_pages_are_read() -> None:
     ranks = [16, 8]
     a, b = pool(ranks, 1, 16, 32, torch.float32)
-    rows = routing([0, -1, 0], ranks)
-    for page in set(range(a.shape[1])) - set(rows[2][0, 1].tolist()):
+    pages, scales = tables(ranks)
+    rows = routing([0, -1, 0], pages, scales, 16)
+    for page in set(range(a.shape[1])) - set(pages[0, 1].tolist()):
         a[:, page], b[page] = torch.nan, torch.nan
     out = whole_linear_op(torch.randn(3, 16), torch.randn(32, 16), [a, b, *rows], [1, 0, 32])
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("tile", [1, 2, 16])
+def test_neighbouring_tiles_that_share_pages_stay_apart(tile: int) -> None:
+    """As of an adapter at two weights, or alone and at the head of a mix."""
+    pages, scales = tables([24, 24, 24, 8])
+    pages[1, 1], scales[1] = pages[0, 1], scales[0]
+    pages[1, 1, 2] = -1  # the first two of them
+    pages[2, 1] = pages[1, 1]  # the same at other scales
+    a, b = pool([24, 24, 24, 8], 2, 33, 40, torch.float32)
+    x, weight = torch.randn(20, 33), torch.randn(40, 33)
+    rows = routing([t % 4 for t in range(20)], pages, scales, tile)
+    out = native.linear(x, weight, [a, b, *rows], [1, 0, 30, 40])
+    assert out is not None
+    exact = x @ weight.T
+    for t in range(20):
+        held = pages[t % 4, 1][pages[t % 4, 1] >= 0].long()
+        for s, (low, high) in enumerate([(0, 30), (30, 40)]):
+            for page, scale in zip(held.tolist(), scales[t % 4, 1].tolist()):
+                exact[t, low:high] += scale * (x[t] @ a[s, page].T) @ b[page, :, low:high]
+    assert_rounded_once(out, exact)
+
+
 def test_tiles_that_list_more_tokens_than_there_are_go_to_the_reference() -> None:
     a, b = pool([8], 1, 16, 32, torch.float32)
-    perm, tiles, pages, scales = routing([0, 0, 0], [8])
-    twice = [a, b, perm, torch.cat((tiles, tiles[1:])), pages, scales]
+    perm, *by_tile = routed([0, 0, 0], [8])
+    twice = [a, b, perm, *(torch.cat((x, x)) for x in by_tile)]
     x, weight = torch.randn(3, 16), torch.randn(32, 16)
     assert native.linear(x, weight, twice, [1, 0, 32]) is None
 
@@ -158,7 +169,7 @@ def test_what_the_kernel_does_not_serve_goes_to_the_reference(what: str) -> None
     else:
         a, b = pool([8], 1, 16, 32, torch.float32)
         a = a.transpose(2, 3).contiguous().transpose(2, 3)
-        adapters, where = [a, b, *routing([0] * 4, [8])], [1, 0, 32]
+        adapters, where = [a, b, *routed([0] * 4, [8])], [1, 0, 32]
     assert native.linear(x, weight, adapters, where) is None
     assert torch.equal(whole_linear_op(x, weight, adapters, where), whole_linear(x, weight, adapters, where))
 
@@ -286,7 +297,7 @@ def test_without_the_library_every_op_gives_the_reference(dtype: torch.dtype) ->
         torch.testing.assert_close(op(*args), reference(*args), rtol=0, atol=0)
 
     a, b = pool([8, 3], 1, 16, 32, dtype)
-    same(whole_linear_op, whole_linear, x, weight, [a, b, *routing([1, -1, 0], [8, 3])], [1, 0, 32])
+    same(whole_linear_op, whole_linear, x, weight, [a, b, *routed([1, -1, 0], [8, 3])], [1, 0, 32])
     same(rms_norm_op, rms_norm, x, norm, 1e-5)
     same(add_norm_op, add_norm, x, None, [], [], x, norm, 1e-5)
     same(silu_mul_op, silu_mul, x, None, [], [])

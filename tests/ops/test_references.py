@@ -27,6 +27,7 @@ from aiolora.ops.linear import (
 )
 from aiolora.ops.norm import add_norm, add_norm_op, rms_norm, rms_norm_op
 from aiolora.ops.sampling import greedy, greedy_op, penalise, penalise_op, report, report_op, sample, sample_op
+from tests.ops.routing import routing, tables
 from tests.tiny import kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -35,9 +36,10 @@ MIXES = {
     "one": [0] * 7,
     "all distinct": [3, 1, 0, 2],
     "some none": [2, -1, 0, 2, -1, 0, 1],
+    "some in no tile": [-2, 1, -1, 1, -2, 3, 1],
     "one token": [1],
 }
-RANKS = [3, 24, 9, 16]  # of the four rows: one to three pages
+RANKS = [3, 24, 9, 16]  # of the four adapters: one to three pages
 BOUNDS = [0, 6, 10, 15]
 
 
@@ -46,34 +48,27 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def routed(rows: list[Tensor]) -> list[Tensor]:
-    """`rows` with the items that references do not read."""
+def routed(mix: list[int]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """[perm, tiles, pages, scales] with tiles of two tokens, and the pages and scales of each adapter."""
+    pages, scales = tables(RANKS)
+    return routing(mix, pages, scales, 2), pages, scales
+
+
+def with_items(rows: list[Tensor]) -> list[Tensor]:
+    """`rows` with the items, which references do not read."""
     perm, tiles, pages, scales = rows
-    return [perm, tiles, tiles[:, :2], pages, scales]
+    return [perm, tiles, torch.full((3, 4), -1, dtype=torch.int32), pages, scales]
+
+
+def owing(h: Tensor, b: Tensor, rows: list[Tensor]) -> list[Tensor]:
+    """What a reader of a projection gets, with the tile of each token, which references do not read."""
+    return [h, b, *rows[:3], torch.full_like(rows[0], -1)]
 
 
 def assert_close(out: Tensor, exact: Tensor) -> None:
     """`out` is the float64 `exact` up to the rounding of its dtype."""
     share = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[out.dtype]
     torch.testing.assert_close(out.double(), exact, rtol=share, atol=share * max(1.0, exact.abs().max().item()))
-
-
-def routing(mix: list[int]) -> list[Tensor]:
-    """[perm, tiles, pages, scales] of kind 1 of 2: scattered pages, -1 tails, tiles of two tokens, empty tiles."""
-    perm = sorted((t for t, row in enumerate(mix) if row >= 0), key=lambda t: mix[t])
-    tiles, start = [[0, 0, 0]], 0
-    while start < len(perm):
-        count = sum(mix[t] == mix[perm[start]] for t in perm[start : start + 2])
-        tiles += [[mix[perm[start]], start, count], [2, start, 0]]
-        start += count
-    order = torch.randperm(10).tolist()
-    pages = torch.full((len(RANKS), 2, 4), -1, dtype=torch.int32)
-    for row, rank in enumerate(RANKS):
-        for page in range(-(-rank // 8)):
-            pages[row, 1, page] = order.pop()
-    pages[:, 0] = 7  # another kind's, not to be read
-    scales = torch.rand(pages.shape) + 0.5
-    return [torch.tensor(perm, dtype=torch.int32), torch.tensor(tiles, dtype=torch.int32), pages, scales]
 
 
 def adapters(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -83,22 +78,23 @@ def adapters(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def low_rank(x: Tensor, a: Tensor, mix: list[int], pages: Tensor, scales: Tensor) -> Tensor:
-    """h [T, S, W * 8] of the formula at the top of ops/linear.py."""
+    """h [T, S, W * 8] of the formula at the top of ops/linear.py; pages and scales are those of each adapter."""
     h = torch.zeros(len(mix), a.shape[0], pages.shape[2] * 8, dtype=torch.float64)
-    for t, row in enumerate(mix):
-        for place, page in enumerate(pages[row, 1].tolist() if row >= 0 else []):
+    for t, adapter in enumerate(mix):
+        for place, page in enumerate(pages[adapter, 1].tolist() if adapter >= 0 else []):
             for s in range(a.shape[0] if page >= 0 else 0):
                 for r in range(8):
-                    h[t, s, place * 8 + r] = scales[row, 1, place].double() * (x[t].double() @ a[s, page, r].double())
+                    down = x[t].double() @ a[s, page, r].double()
+                    h[t, s, place * 8 + r] = scales[adapter, 1, place].double() * down
     return h
 
 
-def expanded(h: Tensor, b: Tensor, mix: list[int], pages: Tensor) -> Tensor:
-    """What is owed, [T, N]."""
+def expanded(h: Tensor, b: Tensor, mix: list[int], pages: Tensor, bounds: list[int] = BOUNDS) -> Tensor:
+    """What is owed, [T, N]; pages are those of each adapter."""
     out = torch.zeros(len(mix), b.shape[2], dtype=torch.float64)
-    for t, row in enumerate(mix):
-        for place, page in enumerate(pages[row, 1].tolist() if row >= 0 else []):
-            for s, (low, high) in enumerate(pairwise(BOUNDS)):
+    for t, adapter in enumerate(mix):
+        for place, page in enumerate(pages[adapter, 1].tolist() if adapter >= 0 else []):
+            for s, (low, high) in enumerate(pairwise(bounds)):
                 for r in range(8 if page >= 0 else 0):
                     out[t, low:high] += h[t, s, place * 8 + r].double() * b[page, r, low:high].double()
     return out
@@ -106,27 +102,27 @@ def expanded(h: Tensor, b: Tensor, mix: list[int], pages: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mix", MIXES)
-def test_shrink_is_the_sum_over_the_pages_of_each_tokens_row(mix: str, dtype: torch.dtype) -> None:
-    (a, _), rows = adapters(11, dtype), routing(MIXES[mix])
+def test_shrink_is_the_product_with_the_pages_of_each_tokens_adapter(mix: str, dtype: torch.dtype) -> None:
+    (a, _), (rows, pages, scales) = adapters(11, dtype), routed(MIXES[mix])
     x = torch.randn(len(MIXES[mix]), 11).to(dtype)
-    h = shrink(x, a, routed(rows), [1, 2, 3]).sum(0)
+    h = shrink(x, a, with_items(rows), [1, 2])
     assert h.dtype == torch.float32
-    exact = low_rank(x, a, MIXES[mix], rows[2], rows[3])
+    exact = low_rank(x, a, MIXES[mix], pages, scales)
     torch.testing.assert_close(h.double(), exact, rtol=0, atol=(1e-5 if dtype == torch.float32 else 0.1))
     if dtype == torch.float32:
-        assert torch.equal(h == 0, exact == 0), "ranks that a row has not, and tokens without a row, are zero"
+        assert torch.equal(h == 0, exact == 0), "ranks that an adapter has not, and tokens without one, are zero"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("mix", MIXES)
 def test_complete_adds_what_is_owed_and_the_bias(mix: str, biased: bool, dtype: torch.dtype) -> None:
-    (_, b), (perm, tiles, pages, _) = adapters(11, dtype), routing(MIXES[mix])
+    (_, b), (rows, pages, _) = adapters(11, dtype), routed(MIXES[mix])
     y = torch.randn(len(MIXES[mix]), BOUNDS[-1]).to(dtype)
     h = torch.randn(len(y), 3, 32)
     bias = torch.randn(BOUNDS[-1]).to(dtype) if biased else None
     before = y.clone()
-    out = complete(y, bias, [h.expand(1, -1, -1, -1), b, perm, tiles, pages], [1, 2, *BOUNDS])
+    out = complete(y, bias, owing(h, b, rows), [1, 2, *BOUNDS])
     extra = 0.0 if bias is None else bias.double()
     assert_close(out, y.double() + expanded(h, b, MIXES[mix], pages) + extra)
     assert torch.equal(y, before)
@@ -139,24 +135,24 @@ def test_complete_adds_what_is_owed_and_the_bias(mix: str, biased: bool, dtype: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mix", MIXES)
 def test_whole_linear_is_the_product_and_what_is_owed(mix: str, dtype: torch.dtype, compiled: bool) -> None:
-    (a, b), rows = adapters(11, dtype), routing(MIXES[mix])
+    (a, b), (rows, pages, scales) = adapters(11, dtype), routed(MIXES[mix])
     x, weight = torch.randn(len(MIXES[mix]), 11).to(dtype), torch.randn(BOUNDS[-1], 11).to(dtype)
-    h = low_rank(x, a, MIXES[mix], rows[2], rows[3])
+    h = low_rank(x, a, MIXES[mix], pages, scales)
     exact = x.double() @ weight.double().T
     with kernels(compiled=compiled):
         assert_close(whole_linear_op(x, weight, [], []), exact)
         out = whole_linear_op(x, weight, [a, b, *rows], [1, *BOUNDS])
-    assert_close(out, exact + expanded(h, b, MIXES[mix], rows[2]))
+    assert_close(out, exact + expanded(h, b, MIXES[mix], pages))
 
 
 def test_a_token_of_a_step_is_not_changed_by_what_shares_the_step() -> None:
     a, b = adapters(11, torch.float32)
-    _, _, pages, scales = routing(MIXES["some none"])
+    pages, scales = tables(RANKS)
     x, weight = torch.randn(7, 11), torch.randn(BOUNDS[-1], 11)
 
     def served(tokens: list[int]) -> Tensor:
-        perm, tiles, _, _ = routing([MIXES["some none"][t] for t in tokens])
-        return whole_linear(x[tokens], weight, [a, b, perm, tiles, pages, scales], [1, *BOUNDS])
+        rows = routing([MIXES["some none"][t] for t in tokens], pages, scales, 2)
+        return whole_linear(x[tokens], weight, [a, b, *rows], [1, *BOUNDS])
 
     for tokens in ([0], [1, 2], [6, 0, 3]):
         torch.testing.assert_close(served(tokens), served(list(range(7)))[tokens], rtol=1e-6, atol=1e-5)
@@ -176,12 +172,10 @@ def test_rms_norm_divides_by_the_root_of_the_mean_square(shape: tuple[int, ...],
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_norm_pays_into_the_residual_first(dtype: torch.dtype) -> None:
     mix = MIXES["some none"]
-    (_, b), (perm, tiles, pages, _) = adapters(11, dtype), routing(mix)
+    (_, b), (rows, pages, _) = adapters(11, dtype), routed(mix)
     y, residual = torch.randn(7, 15).to(dtype), torch.randn(7, 15).to(dtype)
     bias, weight, h = torch.randn(15).to(dtype), torch.randn(15).to(dtype), torch.randn(7, 3, 32)
-    normed, total = add_norm(
-        y, bias, [h.expand(1, -1, -1, -1), b, perm, tiles, pages], [1, 2, *BOUNDS], residual, weight, 1e-5
-    )
+    normed, total = add_norm(y, bias, owing(h, b, rows), [1, 2, *BOUNDS], residual, weight, 1e-5)
     exact = residual.double() + y.double() + expanded(h, b, mix, pages) + bias.double()
     assert_close(total, exact)
     wide = total.double()
@@ -191,15 +185,10 @@ def test_add_norm_pays_into_the_residual_first(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_mul_gates_the_paid_value(dtype: torch.dtype) -> None:
     mix = MIXES["some none"]
-    (perm, tiles, pages, _), b = routing(mix), torch.randn(10, 8, 14).to(dtype)
+    (rows, pages, _), b = routed(mix), torch.randn(10, 8, 14).to(dtype)
     y, bias, h = torch.randn(7, 14).to(dtype), torch.randn(14).to(dtype), torch.randn(7, 2, 32)
-    out = silu_mul(y, bias, [h.expand(1, -1, -1, -1), b, perm, tiles, pages], [1, 2, 0, 7, 14])
-    value = y.double() + bias.double()
-    for t, row in enumerate(mix):
-        for place, page in enumerate(pages[row, 1].tolist() if row >= 0 else []):
-            for s in range(2 if page >= 0 else 0):
-                part = h[t, s, place * 8 : place * 8 + 8].double() @ b[page, :, s * 7 : s * 7 + 7].double()
-                value[t, s * 7 : s * 7 + 7] += part
+    out = silu_mul(y, bias, owing(h, b, rows), [1, 2, 0, 7, 14])
+    value = y.double() + bias.double() + expanded(h, b, mix, pages, [0, 7, 14])
     gate, up = value[:, :7], value[:, 7:]
     assert_close(out, gate / (1 + (-gate).exp()) * up)
 
@@ -243,9 +232,9 @@ def test_rope_store_rotates_halves_and_writes_only_to_its_slots(
 
 def test_rope_store_pays_what_q_k_and_v_owe() -> None:
     mix, dim = MIXES["some none"], 5 * 2
-    (perm, tiles, pages, _), b = routing(mix), torch.randn(10, 8, 40)
+    (rows, _, _), b = routed(mix), torch.randn(10, 8, 40)
     y, h = torch.randn(7, 40), torch.randn(7, 3, 32)
-    owed, where = [h.expand(1, -1, -1, -1), b, perm, tiles, pages], [1, 2, 0, 20, 30, 40]
+    owed, where = owing(h, b, rows), [1, 2, 0, 20, 30, 40]
     rest: list[Any] = [None, None, 1e-5, torch.randn(9, dim), torch.arange(7), torch.arange(7)]
     caches = [torch.zeros(2, 4, 1, dim) for _ in range(4)]
     q = rope_store(y, None, owed, where, *rest, *caches[:2], 2)
@@ -504,12 +493,12 @@ def _embed(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 def _linear_case(dtype: torch.dtype) -> dict[str, Any]:
     a, b = adapters(11, dtype)
-    rows = routing(MIXES["some none"])
+    rows, _, _ = routed(MIXES["some none"])
     return {
         "a": a.contiguous(),
         "b": b.contiguous(),
         "rows": rows,
-        "owed": [torch.randn(2, 7, 3, 32), b.contiguous(), *rows[:3]],
+        "owed": owing(torch.randn(7, 3, 32), b.contiguous(), rows),
         "where": [1, 2, *BOUNDS],
         "y": torch.randn(7, 15).to(dtype),
         "bias": torch.randn(15).to(dtype),
@@ -518,7 +507,7 @@ def _linear_case(dtype: torch.dtype) -> dict[str, Any]:
 
 def _shrink(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     case = _linear_case(dtype)
-    return [(torch.randn(7, 11).to(dtype), case["a"], routed(case["rows"]), [1, 2, 3])]
+    return [(torch.randn(7, 11).to(dtype), case["a"], with_items(case["rows"]), [1, 2])]
 
 
 def _product(dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -551,15 +540,15 @@ def _add_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 
 def _silu_mul(dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    rows = routing(MIXES["some none"])
-    owed = [torch.randn(2, 7, 2, 32), torch.randn(10, 8, 14).to(dtype), *rows[:3]]
+    rows, _, _ = routed(MIXES["some none"])
+    owed = owing(torch.randn(7, 2, 32), torch.randn(10, 8, 14).to(dtype), rows)
     y, bias = torch.randn(7, 14).to(dtype), torch.randn(14).to(dtype)
     return [(y, bias, owed, [1, 2, 0, 7, 14]), (y, None, [], [])]
 
 
 def _rope_store(dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    rows = routing(MIXES["some none"])
-    owed = [torch.randn(2, 7, 3, 32), torch.randn(10, 8, 48).to(dtype), *rows[:3]]
+    rows, _, _ = routed(MIXES["some none"])
+    owed = owing(torch.randn(7, 3, 32), torch.randn(10, 8, 48).to(dtype), rows)
     y, bias, norm = torch.randn(7, 48).to(dtype), torch.randn(48).to(dtype), torch.randn(6).to(dtype)
     index = torch.tensor([0, 1, 2, 5, 4, 3, -1], dtype=torch.int32)
     rest = [1e-5, torch.randn(9, 6), index.abs(), index]

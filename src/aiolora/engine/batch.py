@@ -15,7 +15,7 @@ from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence
 from aiolora.engine.staging import Numbers, Staging
 from aiolora.models.inputs import StepInputs
-from aiolora.ops.linear import Rows, tiling
+from aiolora.ops.linear import Rows, tile_of
 from aiolora.types import AdapterVersion, Mix
 
 _SMALLEST_TILE = 16
@@ -48,7 +48,7 @@ class Bucket:
     """Fixed sizes of a step of single tokens, T = B = `size`; smaller steps are padded to it."""
 
     size: int
-    mixes: int = 0  # M; 0: no adapters
+    mixes: int = 0  # distinct ones at most; 0: no adapters
     pages: int = 0  # W
 
     @property
@@ -63,16 +63,16 @@ class Bucket:
 
 
 class Routes(NamedTuple):
-    """The mixes of a step. A row means nothing beyond its step, so none can be stale."""
+    """The mixes of a step. Their numbers mean nothing beyond it, so none can be stale."""
 
-    row_of_run: list[int]  # -1: no adapter
-    pages: list[list[list[int]]]  # of each row and kind
+    mix_of_run: list[int]  # -1: no adapter
+    pages: list[list[list[int]]]  # of each mix and kind
     scales: list[list[list[float]]]  # one for each page
 
     @property
     def width(self) -> int:
         """W: the most pages of one kind, made even."""
-        return even(max((len(pages) for row in self.pages for pages in row), default=0))
+        return even(max((len(pages) for mix in self.pages for pages in mix), default=0))
 
 
 class Packer:
@@ -95,19 +95,19 @@ class Packer:
 
     def routes(self, batch: Batch) -> Routes | None:
         """The mixes of `batch` in the order of their first run; None: no run has an adapter."""
-        row_of_mix: dict[Mix, int] = {}
-        row_of_id: dict[int, int] = {}  # the same by identity: hashing a mix takes microseconds
-        row_of_run = []
+        numbers: dict[Mix, int] = {}
+        by_id: dict[int, int] = {}  # the same by identity: hashing a mix takes microseconds
+        mix_of_run = []
         for run in batch.runs:
             mix = run.seq.request.mix
-            row = -1 if mix is None else row_of_id.get(id(mix), -2)
-            if row == -2 and mix is not None:
-                row = row_of_id[id(mix)] = row_of_mix.setdefault(mix, len(row_of_mix))
-            row_of_run.append(row)
-        if not row_of_mix:
+            number = -1 if mix is None else by_id.get(id(mix), -2)
+            if number == -2 and mix is not None:
+                number = by_id[id(mix)] = numbers.setdefault(mix, len(numbers))
+            mix_of_run.append(number)
+        if not numbers:
             return None
-        routes = Routes(row_of_run, [], [])
-        for mix in row_of_mix:
+        routes = Routes(mix_of_run, [], [])
+        for mix in numbers:
             pages: list[list[int]] = [[] for _ in range(self._num_kinds)]
             scales: list[list[float]] = [[] for _ in range(self._num_kinds)]
             for version, weight in mix.parts:
@@ -168,43 +168,55 @@ class Packer:
 
     def _rows(self, routes: Routes, counts: list[int], size: int, bucket: Bucket | None) -> Numbers:
         """The routing of `size` tokens, the first of them in runs of `counts`."""
-        tile, _ = tiling(size, self._device)
-        num_mixes = len(routes.pages)
-        bare = num_mixes  # sorts last
-        row_of_token = np.full(size, bare, dtype=np.int32)
-        row_of_token[: sum(counts)] = np.repeat([row if row >= 0 else bare for row in routes.row_of_run], counts)
-        tiles: list[tuple[int, int, int]] = []
-        items: list[tuple[int, int]] = []
-        members = np.bincount(row_of_token, minlength=bare + 1).tolist()
-        for row, (end, count) in enumerate(zip(accumulate(members), members)):
-            pairs = 0 if row == bare else -(-max(map(len, routes.pages[row])) // 2)
+        tile = tile_of(size, self._device)
+        bare = len(routes.pages)  # sorts last
+        mix_of_token = np.full(size, bare, dtype=np.int32)
+        mix_of_token[: sum(counts)] = np.repeat([mix if mix >= 0 else bare for mix in routes.mix_of_run], counts)
+        tiles: list[tuple[int, int]] = []
+        items: list[tuple[int, int, int, int]] = []
+        mix_of_tile: list[int] = []
+        members = np.bincount(mix_of_token, minlength=bare + 1).tolist()
+        for mix, (end, count) in enumerate(zip(accumulate(members), members)):
+            pairs = 0 if mix == bare else -(-max(map(len, routes.pages[mix])) // 2)
             for low in range(end - count, end, tile):
-                items += [(len(tiles), pair) for pair in range(pairs)]
-                tiles.append((-1 if row == bare else row, low, min(tile, end - low)))
-        width, most = max(routes.width, self._lora_pages), num_mixes
+                inside = min(tile, end - low)
+                items += [(len(tiles), pair, low, inside) for pair in range(pairs)]
+                tiles.append((low, inside))
+                mix_of_tile.append(mix)
+        width = max(routes.width, self._lora_pages)
         most_tiles, most_items = len(tiles), max(1, len(items))
         if bucket is not None:
-            width, most, most_tiles = bucket.pages, bucket.mixes, bucket.tiles
-            most_items = most_tiles * width // 2
-        shape = (-1, self._num_kinds, width)
-        pages = [page for row in routes.pages for held in row for page in held + [-1] * (width - len(held))]
-        scales = [scale for row in routes.scales for held in row for scale in held + [0.0] * (width - len(held))]
+            width, most_tiles, most_items = bucket.pages, bucket.tiles, bucket.tiles * bucket.pages // 2
+        pages, scales = self._tables(routes, width)
+        perm = mix_of_token.argsort(kind="stable").astype(np.int32)
+        owners = np.empty(size, dtype=np.int32)
+        owners[perm] = np.repeat(np.arange(len(tiles)), [count for _, count in tiles])
         return {
-            "perm": row_of_token.argsort(kind="stable").astype(np.int32),
-            "tiles": _padded(_int32(tiles).reshape(-1, 3), most_tiles, (-1, 0, 0)),
-            "items": _padded(_int32(items).reshape(-1, 2), most_items, (-1, 0)),
-            "pages": _padded(_int32(pages).reshape(shape), most, -1),
-            "scales": _padded(np.array(scales, dtype=np.float32).reshape(shape), most, 0.0),
+            "perm": perm,
+            "tiles": _padded(_int32(tiles).reshape(-1, 2), most_tiles, 0),
+            "items": _padded(_int32(items).reshape(-1, 4), most_items, (-1, 0, 0, 0)),
+            "pages": _padded(pages[mix_of_tile], most_tiles, -1),
+            "scales": _padded(scales[mix_of_tile], most_tiles, 0.0),
+            "owners": owners,
         }
+
+    def _tables(self, routes: Routes, width: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Pages and scales [mixes + 1, kinds, width]: the last are those of tokens without an adapter."""
+        shape = (len(routes.pages) + 1, self._num_kinds, width)
+        pages, scales = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
+        counts = _int32([[len(held) for held in mix] for mix in routes.pages]).reshape(-1, self._num_kinds, 1)
+        there = np.arange(width) < counts
+        pages[:-1][there] = [page for mix in routes.pages for held in mix for page in held]
+        scales[:-1][there] = [scale for mix in routes.scales for held in mix for scale in held]
+        return pages, scales
 
 
 def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) -> StepInputs:
     """The step whose fields are `tensors`, under the names that `Packer.lay_out` gives them."""
     rows = None
     if "perm" in tensors:
-        perm, tiles, items, pages, scales = (tensors[name] for name in ("perm", "tiles", "items", "pages", "scales"))
-        tile, splits = tiling(len(perm), device)
-        rows = Rows(perm, tiles, items, pages, scales, tile, splits)
+        perm, tiles, items, pages, scales, owners = (tensors[name] for name in Rows._fields[:-1])
+        rows = Rows(perm, tiles, items, pages, scales, owners, tile_of(len(perm), device))
     return StepInputs(
         tokens=tensors["tokens"],
         previous=previous,

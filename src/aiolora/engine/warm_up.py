@@ -12,7 +12,7 @@ from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.staging import Staging
 from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
-from aiolora.ops.linear import tiling
+from aiolora.ops.linear import tile_of
 
 
 def blank_step(
@@ -37,13 +37,15 @@ def blank_step(
         "block_tables": zeros(len(counts), -(-max(counts) // page_size)),
     }
     if kinds:
-        tile, _ = tiling(size, device)
+        tile = tile_of(size, device)
+        tiles = [(low, min(tile, size - low)) for low in range(0, size, tile)]
         numbers |= {
             "perm": np.arange(size, dtype=np.int32),
-            "tiles": np.array([(-1, low, min(tile, size - low)) for low in range(0, size, tile)], dtype=np.int32),
-            "items": np.array([(-1, 0)], dtype=np.int32),
-            "pages": zeros(1, kinds, pages) - 1,
-            "scales": zeros(1, kinds, pages).astype(np.float32),
+            "tiles": np.array(tiles, dtype=np.int32),
+            "items": np.array([(-1, 0, 0, 0)], dtype=np.int32),
+            "pages": zeros(len(tiles), kinds, pages) - 1,
+            "scales": zeros(len(tiles), kinds, pages).astype(np.float32),
+            "owners": np.arange(size, dtype=np.int32) // tile,
         }
     previous = torch.zeros(1, dtype=torch.int32, device=device)
     return step_inputs(Staging(device).send(numbers), previous, device)

@@ -1,13 +1,13 @@
 """A projection and what adapters add to it: shrink into the rank space, expand out of it, each token by its own pages.
 
-    h[t, s] = scale * (x[t] @ a[s, page].T)            for every page of the row of t, concatenated over pages
+    h[t, s] = scale * (x[t] @ a[s, page].T)            for every page of the tile of t, concatenated over pages
     y[t, slice s] += h[t, s] @ b[page, :, slice s]
 
 Rank pages (the unified paging of S-LoRA, arXiv 2311.03285, with 8 ranks a page) carry no padding to the largest rank:
-a row lists the pages it has, and only those are read.
+a tile lists the pages its tokens have, and only those are read.
 
 Shapes: T tokens, S slices of a fused Linear (q k v; gate up), K in-features, N out-features of all slices,
-P pages, W pages a row at most, M rows (mixes) of this step, G tiles.
+P pages, W pages a tile at most, G tiles of tokens of one mix, I items of work.
 """
 
 import itertools
@@ -23,25 +23,23 @@ from aiolora.ops.registration import define
 RANKS_PER_PAGE = 8
 
 
-def tiling(tokens: int, device: str) -> tuple[int, int]:
-    """(most tokens of a tile, splits of a shrink) that suit a step of so many tokens."""
+def tile_of(tokens: int, device: str) -> int:
+    """How many tokens of one mix a tile of a step of so many `tokens` has at most."""
     if device == "cpu":
-        return 1024, 1
-    if tokens > 256:
-        return 64, 1
-    return 16, 16 if tokens <= 2 else 8 if tokens <= 16 else 4
+        return 1024
+    return 16 if tokens <= 256 else 64
 
 
 class Rows(NamedTuple):
-    """The step's routing, shared by all Linears: which token belongs to which mix, and where its pages are."""
+    """The step's routing, shared by all Linears: which tokens belong together, and where their pages are."""
 
-    perm: Tensor  # [T] int32, the tokens sorted by row, those without an adapter last
-    tiles: Tensor  # [G, 3] int32: (row, first position in perm, tokens); row -1: no adapter; tokens 0: an empty tile
-    items: Tensor  # [I, 2] int32: (tile, pair) for every pair of pages that a tile's row has; tile -1: an empty item
-    pages: Tensor  # [M, kinds, W] int32, -1 after the last page
-    scales: Tensor  # [M, kinds, W] float32, one for each page
+    perm: Tensor  # [T] int32, the tokens sorted by mix, those without an adapter last
+    tiles: Tensor  # [G, 2] int32: (first position in perm, tokens); tokens of one mix; tokens 0: an empty tile
+    items: Tensor  # [I, 4] int32: (tile, pair of its pages, first, tokens), what a shrink has to do; tile -1: nothing
+    pages: Tensor  # [G, kinds, W] int32, -1 after the last page of the tile's mix; without an adapter -1 throughout
+    scales: Tensor  # [G, kinds, W] float32, one for each page
+    owners: Tensor  # [T] int32, the tile of each token
     tile: int  # most tokens of a tile
-    splits: int  # parts that a shrink's sum over K is left in
 
 
 class Site(NamedTuple):
@@ -58,17 +56,17 @@ class Partial(NamedTuple):
 
     y: Tensor  # [T, N] base product, without the bias
     bias: Tensor | None = None  # [N], added after everything else
-    h: Tensor | None = None  # [splits, T, S, W * 8] float32, scaled, to be summed over splits; None: nothing is owed
+    h: Tensor | None = None  # [T, S, W * 8] float32, scaled; None: nothing is owed
     site: Site | None = None
     rows: Rows | None = None
 
     @property
     def flat(self) -> tuple[Tensor, Tensor | None, list[Tensor], list[int]]:
-        """What every reading op begins with: y, bias, [h, b, perm, tiles, pages] or [], [kind, tile, *bounds] or []."""
+        """What every reading op begins with: y, bias, [h, b, *routing] or [], [kind, tile, *bounds] or []."""
         if self.h is None or self.site is None or self.rows is None:
             return self.y, self.bias, [], []
         site, rows = self.site, self.rows
-        owed = [self.h, site.b, rows.perm, rows.tiles, rows.pages]
+        owed = [self.h, site.b, rows.perm, rows.tiles, rows.pages, rows.owners]
         return self.y, self.bias, owed, [site.kind, rows.tile, *site.bounds]
 
 
@@ -85,7 +83,7 @@ def linear(
         adapters = [site.a, site.b, rows.perm, rows.tiles, rows.pages, rows.scales]
         return Partial(whole_linear_op(x, weight, adapters, [site.kind, *site.bounds]), bias)
     routing = [rows.perm, rows.tiles, rows.items, rows.pages, rows.scales]
-    y, h = product_shrink_op(x, weight, site.a, routing, [site.kind, rows.tile, rows.splits])
+    y, h = product_shrink_op(x, weight, site.a, routing, [site.kind, rows.tile])
     return Partial(y, bias, h, site, rows)
 
 
@@ -102,23 +100,23 @@ def product_shrink(
 
 
 def shrink(x: Tensor, a: Tensor, routing: list[Tensor], where: list[int]) -> Tensor:
-    """`x` [T, K] into rank space, scaled: float32 [splits, T, S, W * 8]; `where` is [kind, tile, splits].
+    """`x` [T, K] into rank space, scaled: float32 [T, S, W * 8]; `where` is [kind, tile].
 
-    Ranks that a token's row does not have are undefined (here 0): who expands reads only pages that there are.
+    Ranks that a token does not have are undefined (here 0): who expands reads only pages that there are.
     """
     perm, tiles, _, pages, scales = routing
-    kind, _, splits = where
+    kind = where[0]
     slices, _, ranks, _ = a.shape
-    h = x.new_zeros((splits, x.shape[0], slices, pages.shape[2] * ranks), dtype=torch.float32)
-    for row, start, count in tiles.tolist():
-        held = _held(pages, row, kind)
+    h = x.new_zeros((x.shape[0], slices, pages.shape[2] * ranks), dtype=torch.float32)
+    for tile, (start, count) in enumerate(tiles.tolist()):
+        held = _held(pages, tile, kind)
         if count == 0 or len(held) == 0:
             continue
         tokens = perm[start : start + count]
-        scale = scales[row, kind, : len(held)].repeat_interleave(ranks)
+        scale = scales[tile, kind, : len(held)].repeat_interleave(ranks)
         for s in range(slices):
             a_RK = a[s, held].flatten(0, 1)
-            h[0, tokens, s, : len(held) * ranks] = (x[tokens].to(a.dtype) @ a_RK.T).float() * scale
+            h[tokens, s, : len(held) * ranks] = (x[tokens].to(a.dtype) @ a_RK.T).float() * scale
     return h
 
 
@@ -133,12 +131,11 @@ def paid(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int]) -
         return y
     out = y.to(torch.float32, copy=True)
     if owed:
-        h, b, perm, tiles, pages = owed
+        h, b, perm, tiles, pages = owed[:5]
         kind, bounds = where[0], where[2:]
         ranks = b.shape[1]
-        h = h.sum(0)
-        for row, start, count in tiles.tolist():
-            held = _held(pages, row, kind)
+        for tile, (start, count) in enumerate(tiles.tolist()):
+            held = _held(pages, tile, kind)
             if count == 0 or len(held) == 0:
                 continue
             tokens = perm[start : start + count]
@@ -156,7 +153,7 @@ def whole_linear(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[
         return y
     a, b, perm, tiles, pages, scales = adapters
     kind, *bounds = where
-    h = shrink(x, a, [perm, tiles, tiles, pages, scales], [kind, 0, 1])
+    h = shrink(x, a, [perm, tiles, tiles, pages, scales], [kind, 0])
     return complete(y, None, [h, b, perm, tiles, pages], [kind, 0, *bounds])
 
 
@@ -165,8 +162,8 @@ def _whole_linear_cpu(x: Tensor, weight: Tensor, adapters: list[Tensor], where: 
     return whole_linear(x, weight, adapters, where) if y is None else y
 
 
-def _held(pages: Tensor, row: int, kind: int) -> Tensor:
-    held = pages[row, kind] if row >= 0 else pages.new_empty(0)
+def _held(pages: Tensor, tile: int, kind: int) -> Tensor:
+    held = pages[tile, kind]
     return held[held >= 0]
 
 
@@ -176,7 +173,7 @@ def _product_fake(x: Tensor, weight: Tensor) -> Tensor:
 
 def _shrink_fake(x: Tensor, a: Tensor, routing: list[Tensor], where: list[int]) -> Tensor:
     pages = routing[3]
-    return x.new_empty((where[2], x.shape[0], a.shape[0], pages.shape[2] * a.shape[2]), dtype=torch.float32)
+    return x.new_empty((x.shape[0], a.shape[0], pages.shape[2] * a.shape[2]), dtype=torch.float32)
 
 
 def _product_shrink_fake(

@@ -25,16 +25,16 @@ typedef struct {
     i64 S, adapter_type; /* S 0: no adapters, and nothing below is there */
     const char *a, *b;   /* [S, P, 8, K], [P, 8, N] */
     i64 a_slice, a_page, b_page; /* strides, elements */
-    const int32_t *perm, *tiles; /* [T'], [G, 3] */
+    const int32_t *perm, *tiles; /* [T], [G, 2] */
     i64 G;
-    const int32_t *pages; /* [M, kinds, W], already at this kind */
+    const int32_t *pages; /* [G, kinds, W], already at this kind */
     const float *scales;
-    i64 row_stride, W; /* elements between rows of pages and scales */
+    i64 tile_stride, W; /* elements between tiles of pages and scales */
     i64 bounds[];      /* S + 1 */
 } linear_args;
 
 typedef struct {
-    i64 row, start, count, pages; /* tokens perm[start : start + count] share one adapter: its bytes are read once */
+    i64 tile, start, count, pages; /* tokens perm[start : start + count] share one adapter: its bytes are read once */
 } run;
 
 typedef struct {
@@ -54,7 +54,7 @@ static const char *unit_rows(const linear_job *job, i64 unit, const run **u, i64
     *rank = unit % 2 * 4;
     *p = unit / 2 % (*u)->pages;
     *s = unit / 2 / (*u)->pages;
-    i64 page = c->pages[(*u)->row * c->row_stride + *p];
+    i64 page = c->pages[(*u)->tile * c->tile_stride + *p];
     return c->a + (*s * c->a_slice + page * c->a_page + *rank * c->K) * size(c->adapter_type);
 }
 
@@ -69,7 +69,7 @@ static void shrink(const linear_job *job, int thread, int threads) {
         const char *next = unit_rows(job, MIN(unit + 2, units - 1), &u, &s, &p, &rank);
         const char *first = unit_rows(job, unit, &u, &s, &p, &rank);
         const char *a[4] = {first, first + width, first + 2 * width, first + 3 * width}, *x[MAX_TOKENS];
-        float *h = job->h + u->start * ld + (s * c->W + p) * 8 + rank, scale = c->scales[u->row * c->row_stride + p];
+        float *h = job->h + u->start * ld + (s * c->W + p) * 8 + rank, scale = c->scales[u->tile * c->tile_stride + p];
         for (i64 t = 0; t < u->count; t++)
             x[t] = c->x + c->perm[u->start + t] * c->K * size(c->type);
         DOTS_OF[c->adapter_type][c->type](a, x, c->K, u->count, h, ld, next);
@@ -83,7 +83,7 @@ INLINE void expand_block(const linear_job *job, const run *u, int type, i64 s, i
                          i64 n0, i64 n1) {
     /* sums[t * COLUMNS + n % COLUMNS] += h[t, s] b[pages, n]: `tokens` of the run, columns n0 to n1 of slice s */
     const linear_args *c = job->args;
-    const int32_t *pages = c->pages + u->row * c->row_stride, *perm = c->perm + u->start + first;
+    const int32_t *pages = c->pages + u->tile * c->tile_stride, *perm = c->perm + u->start + first;
     const float *h = job->h + ((u->start + first) * c->S + s) * c->W * 8;
     i64 ld = c->S * c->W * 8;
     for (i64 n = n0; n < n1; n += LANES) {
@@ -127,7 +127,7 @@ INLINE void prefetch_columns(const linear_job *job, i64 n0) { /* of b: they arri
     i64 width = size(c->adapter_type);
     for (const run *u = job->runs; u < job->runs + job->num_runs; u++)
         for (i64 p = 0; p < u->pages; p++) {
-            const char *b = c->b + (c->pages[u->row * c->row_stride + p] * c->b_page + n0) * width;
+            const char *b = c->b + (c->pages[u->tile * c->tile_stride + p] * c->b_page + n0) * width;
             for (i64 r = 0; r < 8; r++)
                 prefetch(b + r * c->N * width, COLUMNS * width);
         }
@@ -184,16 +184,22 @@ static void linear_worker(void *argument, int thread, int threads) {
     }
 }
 
-static i64 find_runs(linear_job *job) { /* neighbouring tiles of a row become one run */
+static int same_pages(const linear_args *c, i64 tile, i64 other) { /* and the same scales: the same mix */
+    i64 one = tile * c->tile_stride, two = other * c->tile_stride;
+    return !memcmp(c->pages + one, c->pages + two, c->W * sizeof(int32_t)) &&
+           !memcmp(c->scales + one, c->scales + two, c->W * sizeof(float));
+}
+
+static i64 find_runs(linear_job *job) { /* neighbouring tiles with the same pages become one run */
     /* returns how many positions of perm are used, -1 where tiles list a token twice */
     const linear_args *c = job->args;
     i64 end = 0, tokens = 0;
-    for (const int32_t *tile = c->tiles; tile < c->tiles + 3 * c->G; tile += 3) {
+    for (i64 tile = 0; tile < c->G; tile++) {
         run *last = job->runs + job->num_runs - 1;
-        i64 row = tile[0], start = tile[1], count = tile[2], held = 0;
-        if (count == 0 || row < 0)
+        i64 start = c->tiles[2 * tile], count = c->tiles[2 * tile + 1], held = 0;
+        const int32_t *pages = c->pages + tile * c->tile_stride;
+        if (count == 0)
             continue;
-        const int32_t *pages = c->pages + row * c->row_stride;
         while (held < c->W && pages[held] >= 0)
             held++;
         if (held == 0)
@@ -202,10 +208,10 @@ static i64 find_runs(linear_job *job) { /* neighbouring tiles of a row become on
         if (tokens > c->T)
             return -1;
         end = MAX(end, start + count);
-        if (job->num_runs && last->row == row && last->start + last->count == start)
+        if (job->num_runs && last->start + last->count == start && same_pages(c, last->tile, tile))
             last->count += count;
         else
-            job->runs[job->num_runs++] = (run){row, start, count, held};
+            job->runs[job->num_runs++] = (run){tile, start, count, held};
     }
     return end;
 }

@@ -5,17 +5,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, load_b
-from aiolora.ops.kernels.launch import PDL, ceil_div, power_of_2
-from aiolora.ops.kernels.linear import TOGETHER, precision
+from aiolora.ops.kernels.expand import expand_rest, held_pages, load_b, load_h, pay_rest, pay_token
+from aiolora.ops.kernels.launch import ceil_div, power_of_2
+from aiolora.ops.kernels.linear import chained, precision
+
+BY_TOKEN = 64  # tokens up to which each pays alone: several that share B read it from the cache
 
 
 def silu_mul(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int]) -> Tensor:
     """See `activation.silu_mul`."""
     tokens, width = y.shape[0], y.shape[1] // 2
     out = y.new_empty((tokens, width))
+    if owed and tokens <= BY_TOKEN:
+        _by_token(y, bias, out, owed, where)
+        return out
     if owed:
-        h, b, perm, tiles, pages = owed
+        h, b, perm, tiles, pages, _ = owed
         kind, tile = where[:2]
         rows, groups, most = max(16, tile), tiles.shape[0], pages.shape[2]
         rest: tuple[object, ...] = (h, b, perm, tiles, pages, kind, pages.shape[1], b.stride(0), b.stride(1))
@@ -27,13 +32,57 @@ def silu_mul(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
         rest = (y, y, y, y, y, 0, 0, 0, 0)
         columns, warps = (256, 2) if rows == 1 else (512, 4)
         turns = 1
-    pdl = PDL and not (owed and tokens > TOGETHER)
+    pdl = chained(tokens, bool(owed))
     _silu_mul_kernel[(groups, ceil_div(width, columns * turns))](
         y, bias, out, *rest, tokens,
         N=width, W=most, W_BLOCK=power_of_2(most), BM=rows, BN=columns, TURNS=turns,
         PRECISION=precision(owed[1] if owed else y), LORA=bool(owed), PDL=pdl, launch_pdl=pdl, num_warps=warps,
     )  # fmt: skip
     return out
+
+
+def _by_token(y: Tensor, bias: Tensor | None, out: Tensor, owed: list[Tensor], where: list[int]) -> None:
+    h, b, _, _, pages, owners = owed
+    tokens, width = out.shape
+    most, columns = pages.shape[2], 256 if tokens <= 4 else 512  # 8 a thread: its 16 ranks stay with it
+    pdl = chained(tokens, owing=True)
+    _silu_mul_token_kernel[(tokens, ceil_div(width, columns))](
+        y, bias, out, h, b, pages, owners, where[0], pages.shape[1], b.stride(0), b.stride(1),
+        N=width, W=most, W_BLOCK=power_of_2(most), BN=columns, PDL=pdl, launch_pdl=pdl, num_warps=columns // 256,
+    )  # fmt: skip
+
+
+@triton.jit
+def _silu_mul_token_kernel(
+    y, bias, out, h, b, pages, owners, kind, kinds, b_page, b_rank,
+    N: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BN columns of one token and what it owes."""
+    token = tl.program_id(0)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = n < N
+    tile = tl.load(owners + token)
+    held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
+    b_gate = load_b(b, pages, tile, kind, kinds, 0, n, inside, b_page, b_rank, W)
+    b_up = load_b(b, pages, tile, kind, kinds, 0, N + n, inside, b_page, b_rank, W)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    at = token.to(tl.int64) * (2 * N) + n
+    gate = tl.load(y + at, inside, 0.0).to(tl.float32)
+    up = tl.load(y + at + N, inside, 0.0).to(tl.float32)
+    if held > 0:
+        gate = pay_token(gate, b_gate, h, held, 0, token, 0, 2, W)
+        up = pay_token(up, b_up, h, held, 0, token, 1, 2, W)
+        gate = pay_rest(gate, b, pages, tile, kind, kinds, h, held, token, n, inside, 0, b_page, b_rank, 2, W)
+        up = pay_rest(up, b, pages, tile, kind, kinds, h, held, token, N + n, inside, 1, b_page, b_rank, 2, W)
+    if bias is not None:
+        gate += tl.load(bias + n, inside, 0.0).to(tl.float32)
+        up += tl.load(bias + N + n, inside, 0.0).to(tl.float32)
+    gate = gate.to(y.dtype.element_ty).to(tl.float32)
+    up = up.to(y.dtype.element_ty).to(tl.float32)
+    opened = (gate / (1.0 + tl.exp(-gate))).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(out + token.to(tl.int64) * N + n, (opened * up).to(out.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -51,8 +100,8 @@ def _silu_mul_kernel(
         held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
         ok = m < count
         tokens = tl.load(perm + first + m, ok, 0)
-        b_gate = load_b(b, pages, tile, kind, kinds, held, 0, n, n < N, b_page, b_rank, W)
-        b_up = load_b(b, pages, tile, kind, kinds, held, 0, N + n, n < N, b_page, b_rank, W)
+        b_gate = load_b(b, pages, tile, kind, kinds, 0, n, n < N, b_page, b_rank, W)
+        b_up = load_b(b, pages, tile, kind, kinds, 0, N + n, n < N, b_page, b_rank, W)
     else:
         tokens = tile * BM + m
         ok = tokens < T
@@ -61,6 +110,9 @@ def _silu_mul_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if count > 0:
+        if LORA:
+            h_gate = load_h(h, held, 0, tokens, ok, 0, 2, W).to(b_gate.dtype)
+            h_up = load_h(h, held, 0, tokens, ok, 1, 2, W).to(b_gate.dtype)
         for turn in tl.static_range(TURNS):
             inside = n < N
             mask = ok[:, None] & inside[None, :]
@@ -70,11 +122,11 @@ def _silu_mul_kernel(
             if LORA:
                 gate_now, up_now = b_gate, b_up
                 if turn + 1 < TURNS:  # on their way while this turn is worked on
-                    b_gate = load_b(b, pages, tile, kind, kinds, held, 0, n + BN, n + BN < N, b_page, b_rank, W)
-                    b_up = load_b(b, pages, tile, kind, kinds, held, 0, N + n + BN, n + BN < N, b_page, b_rank, W)
+                    b_gate = load_b(b, pages, tile, kind, kinds, 0, n + BN, n + BN < N, b_page, b_rank, W)
+                    b_up = load_b(b, pages, tile, kind, kinds, 0, N + n + BN, n + BN < N, b_page, b_rank, W)
                 if held > 0:
-                    gate = expand_pair(gate, gate_now, h, held, 0, tokens, ok, 0, 2, W, PRECISION)
-                    up = expand_pair(up, up_now, h, held, 0, tokens, ok, 1, 2, W, PRECISION)
+                    gate = tl.dot(h_gate, gate_now, gate, input_precision=PRECISION)
+                    up = tl.dot(h_up, up_now, up, input_precision=PRECISION)
                     gate = expand_rest(
                         gate, b, pages, tile, kind, kinds, h, held, tokens, ok, n, inside, 0, b_page, b_rank,
                         2, W, PRECISION,

@@ -1,7 +1,7 @@
 """Out of the rank space: how every kernel that reads a projection pays what the adapters of its tokens owe.
 
-Pages of B do not change while steps run, nor does the routing within one: both are asked for before the kernel waits for
-the one before it, 16 ranks (two pages) at once; the rest of a larger rank follows in a loop.
+Pages of B do not change while steps run, nor does the routing within one: both are asked for before the kernel waits
+for the one before it, 16 ranks (two pages) at once; the rest of a larger rank follows in a loop.
 """
 
 import triton
@@ -17,22 +17,26 @@ def held_pages(pages, tile, kind, kinds, W: tl.constexpr, W_BLOCK: tl.constexpr)
 
 
 @triton.jit
-def load_b(b, pages, tile, kind, kinds, held, pair, columns, inside, b_page, b_rank, W: tl.constexpr):
+def load_b(b, pages, tile, kind, kinds, pair, columns, inside, b_page, b_rank, W: tl.constexpr):
     """[16, BN] of B: the ranks of a pair of pages, zeros where there are none."""
     r = tl.arange(0, 16)
-    there = pair * 2 + r // 8 < held
-    page = tl.load(pages + (tile * kinds + kind) * W + pair * 2 + r // 8, there, 0).to(tl.int64)
+    page = tl.load(pages + (tile * kinds + kind) * W + pair * 2 + r // 8, pair * 2 + r // 8 < W, -1).to(tl.int64)
     at = (b + page * b_page + (r % 8) * b_rank)[:, None] + columns[None, :]
-    return tl.load(at, there[:, None] & inside[None, :], 0.0)
+    return tl.load(at, (page >= 0)[:, None] & inside[None, :], 0.0)
+
+
+@triton.jit
+def load_h(h, held, pair, tokens, ok, part, S: tl.constexpr, W: tl.constexpr):
+    """[BM, 16] of h: the ranks of the pair; those beyond the last page hold anything and are not read."""
+    r = tl.arange(0, 16)
+    at = (h + (tokens * S + part) * (W * 8) + pair * 16)[:, None] + r[None, :]
+    return tl.load(at, ok[:, None] & (pair * 2 + r // 8 < held)[None, :], 0.0)
 
 
 @triton.jit
 def expand_pair(acc, b_RN, h, held, pair, tokens, ok, part, S: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr):
-    """`acc` [BM, BN] plus h[tokens, part, ranks of the pair] @ `b_RN`; ranks beyond the last page hold anything."""
-    r = tl.arange(0, 16)
-    there = pair * 2 + r // 8 < held
-    at = (h + (tokens * S + part) * (W * 8) + pair * 16)[:, None] + r[None, :]
-    h_MR = tl.load(at, ok[:, None] & there[None, :], 0.0)
+    """`acc` [BM, BN] plus h[tokens, part, ranks of the pair] @ `b_RN`."""
+    h_MR = load_h(h, held, pair, tokens, ok, part, S, W)
     return tl.dot(h_MR.to(b_RN.dtype), b_RN, acc, input_precision=PRECISION)
 
 
@@ -44,6 +48,27 @@ def expand_rest(
     """The pairs behind the first."""
     if W > 2:
         for pair in range(1, (held + 1) // 2):
-            b_RN = load_b(b, pages, tile, kind, kinds, held, pair, columns, inside, b_page, b_rank, W)
+            b_RN = load_b(b, pages, tile, kind, kinds, pair, columns, inside, b_page, b_rank, W)
             acc = expand_pair(acc, b_RN, h, held, pair, tokens, ok, part, S, W, PRECISION)
+    return acc
+
+
+@triton.jit
+def pay_token(acc, b_RN, h, held, pair, token, part, S: tl.constexpr, W: tl.constexpr):
+    """`acc` [BN] plus the ranks of a pair for one token, without the tensor cores."""
+    r = tl.arange(0, 16)
+    h_R = tl.load(h + (token * S + part) * (W * 8) + pair * 16 + r, pair * 2 + r // 8 < held, 0.0).to(b_RN.dtype)
+    return acc + tl.sum(b_RN.to(tl.float32) * h_R.to(tl.float32)[:, None], 0)
+
+
+@triton.jit
+def pay_rest(
+    acc, b, pages, tile, kind, kinds, h, held, token, columns, inside, part, b_page, b_rank,
+    S: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """The pairs behind the first, for one token."""
+    if W > 2:
+        for pair in range(1, (held + 1) // 2):
+            b_RN = load_b(b, pages, tile, kind, kinds, pair, columns, inside, b_page, b_rank, W)
+            acc = pay_token(acc, b_RN, h, held, pair, token, part, S, W)
     return acc

@@ -5,6 +5,7 @@ at the rate of the memory; what is left in rank space is expanded by whoever rea
 with the shrink on a second stream beside it.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, loa
 from aiolora.ops.kernels.launch import PDL, ceil_div, power_of_2, processors
 
 SKINNY = 64  # tokens up to which our own product is as fast as cuBLAS
+SMALL = 4  # tokens up to which a product is cut for latency; with a shrink beside it, up to TOGETHER
+AHEAD = 64  # tokens up to which a shrink is launched ahead of a product that does not wait for it
 TOGETHER = 16  # tokens up to which a shrink fits into the launch of the product
 FORK = 512  # tokens up to which a shrink runs on a second stream beside the product
 
@@ -47,7 +50,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """See `linear.product`."""
     if x.shape[0] > SKINNY or not _whole(x, weight):
         return F.linear(x, weight)
-    return skinny(x, weight, tiling_of(x.shape[0], *weight.shape))
+    return skinny(x, weight, tiling_of(x.shape[0], weight.shape[0], weight.shape[1], x.dtype))
 
 
 def product_shrink(
@@ -55,9 +58,13 @@ def product_shrink(
 ) -> tuple[Tensor, Tensor]:
     """See `linear.product_shrink`."""
     tokens = x.shape[0]
+    if tokens <= AHEAD and PDL and _whole(x, weight):
+        h = _empty_h(x, a, routing)
+        _shrink(x, a, h, routing, where, pdl=True)
+        return skinny(x, weight, tiling_of(tokens, weight.shape[0], weight.shape[1], x.dtype), late=True), h
     if tokens <= TOGETHER and _whole(x, weight):
         h = _empty_h(x, a, routing)
-        return skinny(x, weight, tiling_of(tokens, *weight.shape), a, h, routing, where), h
+        return skinny(x, weight, tiling_of(tokens, weight.shape[0], weight.shape[1], x.dtype), a, h, routing, where), h
     if tokens > FORK or not x.is_cuda:
         return F.linear(x, weight), shrink(x, a, routing, where)
     here, beside = torch.cuda.current_stream(), _beside(x.device)
@@ -81,14 +88,14 @@ def complete(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
     """See `linear.complete`."""
     if not owed:
         return y.clone() if bias is None else y + bias
-    h, b, perm, tiles, pages = owed
+    h, b, perm, tiles, pages, _ = owed
     kind, tile, *bounds = where
     width = y.shape[1]
     out = torch.empty_like(y)
     columns, warps = (128, 4) if tile <= 16 else (64, 8)
     slices = len(bounds) - 1
     kinds, most = pages.shape[1:]
-    for part, (low, high) in enumerate(zip(bounds, bounds[1:])):  # slices of any widths: a launch each
+    for part, (low, high) in enumerate(pairwise(bounds)):  # slices of any widths: a launch each
         _complete_kernel[(tiles.shape[0], ceil_div(high - low, columns))](
             y, bias, out, h, b, perm, tiles, pages, kind, kinds, part, low, high, width, b.stride(0), b.stride(1),
             S=slices, W=most, W_BLOCK=power_of_2(most), BM=max(16, tile), BN=columns,
@@ -97,16 +104,23 @@ def complete(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
     return out
 
 
+def chained(tokens: int, owing: bool) -> bool:
+    """Whether who reads a projection of so many tokens may be set up while that is still being made."""
+    return PDL and tokens <= (max(TOGETHER, AHEAD) if owing else SKINNY)
+
+
 def precision(x: Tensor) -> str:
     """Float32 stays float32 on the tensor cores."""
     return "ieee" if x.dtype is torch.float32 else "tf32"
 
 
-def tiling_of(tokens: int, columns: int, depth: int) -> Tiling:
+def tiling_of(tokens: int, columns: int, depth: int, dtype: torch.dtype, small: int = SMALL) -> Tiling:
     """What suits a weight [columns, depth] and so many tokens; found by `benchmarks/tune.py` on an H200."""
+    if dtype.itemsize > 2:  # as many bytes a turn
+        return Tiling(32, 64, 3, 4)
     if columns > 12288:
         return Tiling(64, 64, 6, 4, rows=64)
-    if tokens <= 16:
+    if tokens <= small:
         return Tiling(32, 256, 4, 4)
     return Tiling(64, 128, 4, 4, rows=64) if columns > 5120 else Tiling(32, 128, 6, 4, rows=64)
 
@@ -119,8 +133,13 @@ def skinny(
     h: Tensor | None = None,
     routing: list[Tensor] | None = None,
     where: list[int] | None = None,
+    *,
+    late: bool = False,
 ) -> Tensor:
-    """The product of at most 64 tokens; with `a` the shrink into `h` [splits, T, S, W * 8] in the same launch."""
+    """The product of at most 64 tokens; with `a` the shrink into `h` [T, S, W * 8] in the same launch.
+
+    `late`: x was there before the kernel in front was launched, so only the end waits for that one.
+    """
     tokens, depth = x.shape
     columns = weight.shape[0]
     y = x.new_empty((tokens, columns))
@@ -140,8 +159,9 @@ def skinny(
     _skinny_kernel[(workers + blocks,)](
         x, weight, y, *rest, tokens, workers,
         N=columns, K=depth, S=slices, J=power_of_2(16 * slices), W=most, SPLITS=splits, SPAN=span,
-        BM=max(tiling.rows, power_of_2(tokens)), BN=tiling.columns, BK=tiling.depth, AHEAD=tiling.ahead, LORA=lora, BEHIND=lora and blocks <= 2 * processors(x.device),
-        PRECISION=precision(weight), PDL=PDL, launch_pdl=PDL, num_warps=tiling.warps, num_stages=tiling.stages,
+        BM=max(tiling.rows, power_of_2(tokens)), BN=tiling.columns, BK=tiling.depth, AHEAD=tiling.ahead,
+        LORA=lora, BEHIND=lora and blocks <= 2 * processors(x.device), PRECISION=precision(weight), LATE=late,
+        PDL=PDL, launch_pdl=PDL, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return y
 
@@ -263,7 +283,7 @@ def _skinny_kernel(
     x, w, y, a, h, parts, arrived, perm, items, pages, scales, units, kind, kinds, a_slice, a_page, T, workers,
     N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, J: tl.constexpr, W: tl.constexpr, SPLITS: tl.constexpr,
     SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, LORA: tl.constexpr,
-    BEHIND: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BEHIND: tl.constexpr, PRECISION: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`workers` programs shrink, unit after unit; each of the others makes BN columns of the product.
 
@@ -285,7 +305,8 @@ def _skinny_kernel(
                 dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
     if PDL:
-        gdc_wait()
+        if not LATE:
+            gdc_wait()
         gdc_launch_dependents()
     if LORA and pid < workers:
         for unit in range(pid, units, workers):
@@ -309,6 +330,8 @@ def _skinny_kernel(
             acc = tl.dot(x_MK, w_KN, acc, input_precision=PRECISION)
             x_at += BK
             w_at += BK
+        if PDL and LATE:
+            gdc_wait()
         tl.store(y + m[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), ok[:, None] & (n < N)[None, :])
 
 
@@ -325,7 +348,7 @@ def _complete_kernel(
     if count > 0:
         n = low + tl.program_id(1) * BN + tl.arange(0, BN)
         inside = n < high
-        b_RN = load_b(b, pages, tile, kind, kinds, held, 0, n, inside, b_page, b_rank, W)
+        b_RN = load_b(b, pages, tile, kind, kinds, 0, n, inside, b_page, b_rank, W)
         m = tl.arange(0, BM)
         ok = m < count
         tokens = tl.load(perm + first + m, ok, 0)

@@ -5,9 +5,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, load_b
-from aiolora.ops.kernels.launch import PDL, ceil_div, power_of_2
-from aiolora.ops.kernels.linear import TOGETHER, precision
+from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, load_b, pay_rest, pay_token
+from aiolora.ops.kernels.launch import ceil_div, power_of_2
+from aiolora.ops.kernels.linear import chained, precision
+
+BY_TOKEN = 64  # tokens up to which each pays alone
 
 
 def rope_store(
@@ -29,22 +31,35 @@ def rope_store(
     tokens = y.shape[0]
     num_kv_heads, head_dim = k_cache.shape[2:]
     q = y.new_empty((tokens, num_heads, head_dim))
+    alone = bool(owed) and tokens <= BY_TOKEN
     if owed:
-        h, b, perm, tiles, pages = owed
-        kind, tile = where[:2]
-        rows, groups, most = max(16, tile), tiles.shape[0], pages.shape[2]
-        rest: tuple[object, ...] = (h, b, perm, tiles, pages, kind, pages.shape[1], b.stride(0), b.stride(1))
+        h, b, perm, tiles, pages, owners = owed
+        most, rows = pages.shape[2], 1 if alone else max(16, where[1])
+        groups = tokens if alone else tiles.shape[0]
+        rest: tuple[object, ...] = (
+            h,
+            b,
+            perm,
+            tiles,
+            pages,
+            owners,
+            where[0],
+            pages.shape[1],
+            b.stride(0),
+            b.stride(1),
+        )
         heads = 4 if groups >= 16 else 1
     else:
-        rows = min(16, power_of_2(tokens))
-        groups, most = ceil_div(tokens, rows), 2
-        rest = (y, y, y, y, y, 0, 0, 0, 0)
+        most, rows = 2, min(16, power_of_2(tokens))
+        groups = ceil_div(tokens, rows)
+        rest = (y, y, y, y, y, y, 0, 0, 0, 0)
         heads = 1
-    pdl = PDL and not (owed and tokens > TOGETHER)
+    pdl = chained(tokens, bool(owed))
     _rope_store_kernel[(groups, ceil_div(num_heads + 2 * num_kv_heads, heads))](
         y, bias, q_norm, k_norm, cos_sin, positions, slots, q, k_cache, v_cache, *rest, tokens, eps,
         H=num_heads, G=num_kv_heads, D=head_dim, HALF=power_of_2(head_dim // 2), W=most, W_BLOCK=power_of_2(most),
-        BM=rows, HEADS=heads, PRECISION=precision(owed[1] if owed else y), LORA=bool(owed), PDL=pdl, launch_pdl=pdl,
+        BM=rows, HEADS=heads, PRECISION=precision(owed[1] if owed else y), LORA=bool(owed), ALONE=alone,
+        PDL=pdl, launch_pdl=pdl,
         num_warps=1 if rows <= 4 else 4 if rows <= 16 else 8,
     )  # fmt: skip
     return q
@@ -53,12 +68,14 @@ def rope_store(
 @triton.jit(do_not_specialize=["T"])
 def _rope_store_kernel(
     y, bias, q_norm, k_norm, cos_sin, positions, slots, q, k_cache, v_cache,
-    h, b, perm, tiles, pages, kind, kinds, b_page, b_rank, T, eps,
+    h, b, perm, tiles, pages, owners, kind, kinds, b_page, b_rank, T, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
-    BM: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, LORA: tl.constexpr,
+    ALONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of a tile of tokens, halves of a head apart; without adapters a tile is BM neighbours."""
+    """HEADS heads of a tile of tokens, or of one token (ALONE); without adapters a tile is BM neighbours."""
     tile = tl.program_id(0)
+    token = tile
     head = tl.program_id(1) * HEADS
     half: tl.constexpr = D // 2
     width: tl.constexpr = (H + 2 * G) * D
@@ -66,13 +83,19 @@ def _rope_store_kernel(
     d = tl.arange(0, HALF)
     inside = d < half
     if LORA:
-        first, count = tl.load(tiles + tile * 2), tl.load(tiles + tile * 2 + 1)
+        if ALONE:
+            tile = tl.load(owners + token)
+            count = 1
+            ok = m < 1
+            tokens = token + m
+        else:
+            first, count = tl.load(tiles + tile * 2), tl.load(tiles + tile * 2 + 1)
+            ok = m < count
+            tokens = tl.load(perm + first + m, ok, 0)
         held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
-        ok = m < count
-        tokens = tl.load(perm + first + m, ok, 0)
         n = head * D + d
-        b_low = load_b(b, pages, tile, kind, kinds, held, 0, n, inside & (n < width), b_page, b_rank, W)
-        b_high = load_b(b, pages, tile, kind, kinds, held, 0, half + n, inside & (n < width), b_page, b_rank, W)
+        b_low = load_b(b, pages, tile, kind, kinds, 0, n, inside & (n < width), b_page, b_rank, W)
+        b_high = load_b(b, pages, tile, kind, kinds, 0, half + n, inside & (n < width), b_page, b_rank, W)
     else:
         tokens = tile * BM + m
         ok = tokens < T
@@ -98,19 +121,32 @@ def _rope_store_kernel(
                 low_now, high_now = b_low, b_high
                 if turn + 1 < HEADS:  # on their way while this head is worked on
                     ahead = inside & (n + D < width)
-                    b_low = load_b(b, pages, tile, kind, kinds, held, 0, n + D, ahead, b_page, b_rank, W)
-                    b_high = load_b(b, pages, tile, kind, kinds, held, 0, half + n + D, ahead, b_page, b_rank, W)
+                    b_low = load_b(b, pages, tile, kind, kinds, 0, n + D, ahead, b_page, b_rank, W)
+                    b_high = load_b(b, pages, tile, kind, kinds, 0, half + n + D, ahead, b_page, b_rank, W)
                 if held > 0:
-                    low = expand_pair(low, low_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
-                    high = expand_pair(high, high_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
-                    low = expand_rest(
-                        low, b, pages, tile, kind, kinds, h, held, tokens, ok, n, columns, part, b_page, b_rank,
-                        3, W, PRECISION,
-                    )  # fmt: skip
-                    high = expand_rest(
-                        high, b, pages, tile, kind, kinds, h, held, tokens, ok, half + n, columns, part, b_page, b_rank,
-                        3, W, PRECISION,
-                    )  # fmt: skip
+                    if ALONE:
+                        more = pay_token(tl.zeros((HALF,), tl.float32), low_now, h, held, 0, token, part, 3, W)
+                        more = pay_rest(
+                            more, b, pages, tile, kind, kinds, h, held, token, n, columns, part, b_page, b_rank, 3, W
+                        )
+                        low += more[None, :]
+                        more = pay_token(tl.zeros((HALF,), tl.float32), high_now, h, held, 0, token, part, 3, W)
+                        more = pay_rest(
+                            more, b, pages, tile, kind, kinds, h, held, token, half + n, columns, part, b_page, b_rank,
+                            3, W,
+                        )  # fmt: skip
+                        high += more[None, :]
+                    else:
+                        low = expand_pair(low, low_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
+                        high = expand_pair(high, high_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
+                        low = expand_rest(
+                            low, b, pages, tile, kind, kinds, h, held, tokens, ok, n, columns, part, b_page, b_rank,
+                            3, W, PRECISION,
+                        )  # fmt: skip
+                        high = expand_rest(
+                            high, b, pages, tile, kind, kinds, h, held, tokens, ok, half + n, columns, part,
+                            b_page, b_rank, 3, W, PRECISION,
+                        )  # fmt: skip
             if bias is not None:
                 low += tl.load(bias + n, columns, 0.0).to(tl.float32)[None, :]
                 high += tl.load(bias + half + n, columns, 0.0).to(tl.float32)[None, :]
