@@ -18,7 +18,7 @@ _FILE = "adapter_model.safetensors"
 def make_adapters(root: Path, model: str, count: int, *, rank: int = 16) -> list[LoRARequest]:
     """`count` adapters of `rank` for the shape `model` in `root`, those that are there reused.
 
-    A has rows of length 1 and B such a size that an adapter adds to a linear about a third of what the base gives: an
+    A has rows of length 1 and B such a size that an adapter adds to a linear about an eighth of what the base gives: an
     answer with the wrong adapter is far off, and bfloat16's noise is not much above the base's.
     """
     folders = [root / f"{model}-r{rank}-{number}" for number in range(count)]
@@ -50,7 +50,7 @@ def _noise(model: str, rank: int) -> dict[str, Tensor]:
     for layer in range(shape.layers):
         for name, (outputs, inputs) in shape.linears.items():
             key = f"base_model.model.model.layers.{layer}.{name}"
-            std = 0.02 * inputs**0.5 / (3 * SCALE * rank**0.5)
+            std = 0.02 * inputs**0.5 / (8 * SCALE * rank**0.5)
             a = torch.empty(rank, inputs, dtype=torch.bfloat16).normal_(0, inputs**-0.5, generator=generator)
             b = torch.empty(outputs, rank, dtype=torch.bfloat16).normal_(0, std, generator=generator)
             noise |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}

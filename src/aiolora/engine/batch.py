@@ -18,8 +18,6 @@ from aiolora.models.inputs import StepInputs
 from aiolora.ops.linear import Rows, tile_of
 from aiolora.types import AdapterVersion, Mix
 
-_SMALLEST_TILE = 16
-
 
 class Placed(Protocol):
     """What the packer asks of `lora.residency.Residency`."""
@@ -53,8 +51,8 @@ class Bucket:
 
     @property
     def tiles(self) -> int:
-        """G: whichever way the tokens are spread over the mixes and none."""
-        return min(self.size, -(-self.size // _SMALLEST_TILE) + min(self.size, self.mixes + 1))
+        """G: whichever way the tokens are spread over the mixes and none, each but one leaves at most a tile unfilled."""
+        return min(self.size, -(-self.size // tile_of(self.size, "cuda")) + min(self.size, self.mixes + 1) - 1)
 
     def fits(self, routes: "Routes | None") -> bool:
         if routes is None or not self.mixes:

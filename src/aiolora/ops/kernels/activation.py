@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aiolora.ops.kernels.expand import expand_rest, held_pages, load_b, load_h, pay_rest, pay_token
-from aiolora.ops.kernels.launch import ceil_div, power_of_2
+from aiolora.ops.kernels.launch import ceil_div, launch, power_of_2
 from aiolora.ops.kernels.linear import chained, precision
 
 BY_TOKEN = 64  # tokens up to which each pays alone: several that share B read it from the cache
@@ -33,10 +33,11 @@ def silu_mul(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
         columns, warps = (256, 2) if rows == 1 else (512, 4)
         turns = 1
     pdl = chained(tokens, bool(owed))
-    _silu_mul_kernel[(groups, ceil_div(width, columns * turns))](
-        y, bias, out, *rest, tokens,
+    launch(
+        _silu_mul_kernel, (groups, ceil_div(width, columns * turns)),
+        (y, bias, out, *rest, tokens),
         N=width, W=most, W_BLOCK=power_of_2(most), BM=rows, BN=columns, TURNS=turns,
-        PRECISION=precision(owed[1] if owed else y), LORA=bool(owed), PDL=pdl, launch_pdl=pdl, num_warps=warps,
+        PRECISION=precision(owed[1] if owed else y), LORA=bool(owed), pdl=pdl, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -46,13 +47,14 @@ def _by_token(y: Tensor, bias: Tensor | None, out: Tensor, owed: list[Tensor], w
     tokens, width = out.shape
     most, columns = pages.shape[2], 256 if tokens <= 4 else 512  # 8 a thread: its 16 ranks stay with it
     pdl = chained(tokens, owing=True)
-    _silu_mul_token_kernel[(tokens, ceil_div(width, columns))](
-        y, bias, out, h, b, pages, owners, where[0], pages.shape[1], b.stride(0), b.stride(1),
-        N=width, W=most, W_BLOCK=power_of_2(most), BN=columns, PDL=pdl, launch_pdl=pdl, num_warps=columns // 256,
+    launch(
+        _silu_mul_token_kernel, (tokens, ceil_div(width, columns)),
+        (y, bias, out, h, b, pages, owners, where[0], pages.shape[1], b.stride(0), b.stride(1)),
+        N=width, W=most, W_BLOCK=power_of_2(most), BN=columns, pdl=pdl, num_warps=columns // 256,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kind", "kinds"])
 def _silu_mul_token_kernel(
     y, bias, out, h, b, pages, owners, kind, kinds, b_page, b_rank,
     N: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
@@ -85,7 +87,7 @@ def _silu_mul_token_kernel(
     tl.store(out + token.to(tl.int64) * N + n, (opened * up).to(out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "kind", "kinds"])
 def _silu_mul_kernel(
     y, bias, out, h, b, perm, tiles, pages, kind, kinds, b_page, b_rank, T,
     N: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TURNS: tl.constexpr,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aiolora.ops.kernels.launch import PDL, ceil_div, power_of_2, processors
+from aiolora.ops.kernels.launch import PDL, ceil_div, launch, power_of_2, processors
 
 MAX_SPLITS = 16
 """Programs that share a sequence, at most."""
@@ -60,24 +60,21 @@ def attention(
         "BLOCK_D": max(16, power_of_2(head_dim)),
         "PAGE": page_size,
         "WINDOWED": window > 0,
-        "PDL": PDL,
-        "launch_pdl": PDL,
     }
     scale_2 = scale * math.log2(math.e)
     splits = _splits(num_sequences * num_kv_heads, q.device)
     scratch = num_sequences * num_heads * splits * (head_dim + 1) if splits > 1 else 0
     parts = out.new_empty((scratch,), dtype=torch.float32)
     blocks = decode_blocks(group, head_dim, q.dtype)
-    decode_kernel[(num_kv_heads, num_sequences, splits)](
-        *step, parts, _counters(q.device), scale_2, window, num_tokens, *strides, **blocks, **shape
-    )
+    args = (*step, parts, _counters(q.device), scale_2, window, num_tokens, *strides)
+    launch(decode_kernel, (num_kv_heads, num_sequences, splits), args, pdl=PDL, **blocks, **shape)
     if num_tokens > num_sequences:
         blocks = prefill_blocks(head_dim, q.dtype)
         # enough to fill the card beside the full tiles; where there are more, a program takes several
         rest = min(num_sequences, ceil_div(2 * processors(q.device), num_heads))
-        prefill_kernel[(num_heads, num_tokens // blocks["BLOCK_M"] + rest)](
-            *step, scale_2, window, num_sequences, *strides, SEARCH=SEARCH, **blocks, **shape
-        )
+        args = (*step, scale_2, window, num_sequences, *strides)
+        grid = (num_heads, num_tokens // blocks["BLOCK_M"] + rest)
+        launch(prefill_kernel, grid, args, pdl=PDL, SEARCH=SEARCH, **blocks, **shape)
     return out
 
 

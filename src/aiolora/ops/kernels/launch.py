@@ -1,14 +1,79 @@
-"""What every launch shares: programmatic dependent launch, and sizes of the card."""
+"""What every launch shares: finding the compiled variant, programmatic dependent launch, sizes of the card."""
 
 import functools
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 
 INTERPRETED: bool = knobs.runtime.interpret
 PDL: bool = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 """A kernel is set up while the one before it ends, and waits before it reads (Hopper on)."""
+
+_ALIGNED = 15  # Triton compiles for addresses that are multiples of 16
+
+
+def launch(
+    function: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    pdl: bool = False,
+    **constants: Any,
+) -> None:
+    """Run the jitted `function` on the current stream: `args` in its order, then its constexprs by name, PDL = `pdl`.
+
+    The JIT binds and hashes every argument of every launch anew (about 40 us with 30 of them); here a variant is found
+    by what it was compiled for: constants, dtypes, and the values of numbers that it is specialised on.
+    """
+    constants["PDL"] = pdl
+    variants = None if INTERPRETED else _variants(function)
+    if variants is None:
+        function[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
+        return
+    fixed = tuple([constants[name] for name in variants.constants])
+    traits = []
+    aligned = 0
+    for value, by_value in zip(args, variants.by_value):
+        if isinstance(value, Tensor):
+            aligned |= value.data_ptr()
+            traits.append(value.dtype)
+        else:
+            traits.append(value if by_value or value is None else value.__class__)
+    key = (fixed, num_warps, num_stages, pdl, *traits)
+    compiled = None if aligned & _ALIGNED else variants.compiled.get(key)
+    if compiled is None:
+        made = function[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
+        if not aligned & _ALIGNED:
+            variants.compiled[key] = made
+        return
+    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    compiled[(*grid, 1, 1)[:3]](*args, *fixed, stream=stream)
+
+
+class _Variants:
+    """The compiled forms of one function that have been met."""
+
+    def __init__(self, function: Any) -> None:
+        runtime = [param for param in function.params if not param.is_constexpr]
+        self.by_value = [not param.do_not_specialize for param in runtime]
+        self.constants = [param.name for param in function.params if param.is_constexpr]
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+        assert function.params[: len(runtime)] == runtime, f"{function.__name__}: constexprs come last"
+
+
+_BY_FUNCTION: dict[int, _Variants] = {}
+
+
+def _variants(function: Any) -> _Variants:
+    found = _BY_FUNCTION.get(id(function))
+    if found is None:
+        found = _BY_FUNCTION[id(function)] = _Variants(function)
+    return found
 
 
 @functools.cache

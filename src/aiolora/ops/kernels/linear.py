@@ -16,13 +16,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, load_b
-from aiolora.ops.kernels.launch import PDL, ceil_div, power_of_2, processors
+from aiolora.ops.kernels.launch import PDL, ceil_div, launch, power_of_2, processors
 
 SKINNY = 64  # tokens up to which our own product is as fast as cuBLAS
 SMALL = 4  # tokens up to which a product is cut for latency; with a shrink beside it, up to TOGETHER
 AHEAD = 64  # tokens up to which a shrink is launched ahead of a product that does not wait for it
 TOGETHER = 16  # tokens up to which a shrink fits into the launch of the product
-FORK = 512  # tokens up to which a shrink runs on a second stream beside the product
+FORK = 512  # tokens up to which a shrink runs on a second stream beside the product, in graphs: there a fork is free
 
 
 class Tiling(NamedTuple):
@@ -65,7 +65,7 @@ def product_shrink(
     if tokens <= TOGETHER and _whole(x, weight):
         h = _empty_h(x, a, routing)
         return skinny(x, weight, tiling_of(tokens, weight.shape[0], weight.shape[1], x.dtype), a, h, routing, where), h
-    if tokens > FORK or not x.is_cuda:
+    if tokens > FORK or not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return F.linear(x, weight), shrink(x, a, routing, where)
     here, beside = torch.cuda.current_stream(), _beside(x.device)
     h = _empty_h(x, a, routing)
@@ -96,17 +96,21 @@ def complete(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
     slices = len(bounds) - 1
     kinds, most = pages.shape[1:]
     for part, (low, high) in enumerate(pairwise(bounds)):  # slices of any widths: a launch each
-        _complete_kernel[(tiles.shape[0], ceil_div(high - low, columns))](
-            y, bias, out, h, b, perm, tiles, pages, kind, kinds, part, low, high, width, b.stride(0), b.stride(1),
-            S=slices, W=most, W_BLOCK=power_of_2(most), BM=max(16, tile), BN=columns,
-            PRECISION=precision(b), BIASED=bias is not None, PDL=False, num_warps=warps,
+        launch(
+            _complete_kernel, (tiles.shape[0], ceil_div(high - low, columns)),
+            (y, bias, out, h, b, perm, tiles, pages, kind, kinds, part, low, high, width, b.stride(0), b.stride(1)),
+            S=slices, W=most, W_BLOCK=power_of_2(most), BM=max(16, tile), BN=columns, PRECISION=precision(b),
+            BIASED=bias is not None, num_warps=warps,
         )  # fmt: skip
     return out
 
 
 def chained(tokens: int, owing: bool) -> bool:
-    """Whether who reads a projection of so many tokens may be set up while that is still being made."""
-    return PDL and tokens <= (max(TOGETHER, AHEAD) if owing else SKINNY)
+    """Whether a product of so many tokens, and who reads it, are set up while the kernel before them still runs.
+
+    Not behind cuBLAS (nothing gained), nor where one to four tokens owe (measured: 5.0 ms a step against 4.7).
+    """
+    return PDL and (SMALL < tokens <= AHEAD if owing else tokens <= SKINNY)
 
 
 def precision(x: Tensor) -> str:
@@ -138,7 +142,8 @@ def skinny(
 ) -> Tensor:
     """The product of at most 64 tokens; with `a` the shrink into `h` [T, S, W * 8] in the same launch.
 
-    `late`: x was there before the kernel in front was launched, so only the end waits for that one.
+    `late`: the kernel in front is the shrink of the same x. It waited for x before it let this one start, so x may be
+    read at once; only the end waits for the shrink, so that whoever waits for this one finds h, too.
     """
     tokens, depth = x.shape
     columns = weight.shape[0]
@@ -154,14 +159,16 @@ def skinny(
         splits, span = _splits(depth, len(items))
         units = len(items) * splits
         workers = min(units, 2 * processors(x.device))
-        scratch = _scratch(x, units, power_of_2(16 * slices))
+        scratch = _scratch(x, units, 16 * power_of_2(16 * slices))
         rest = (a, h, *scratch, perm, items, pages, scales, units, where[0], pages.shape[1], a.stride(0), a.stride(1))
-    _skinny_kernel[(workers + blocks,)](
-        x, weight, y, *rest, tokens, workers,
+    pdl = late or chained(tokens, owing=lora)
+    launch(
+        _skinny_kernel, (workers + blocks,),
+        (x, weight, y, *rest, tokens, workers),
         N=columns, K=depth, S=slices, J=power_of_2(16 * slices), W=most, SPLITS=splits, SPAN=span,
-        BM=max(tiling.rows, power_of_2(tokens)), BN=tiling.columns, BK=tiling.depth, AHEAD=tiling.ahead,
-        LORA=lora, BEHIND=lora and blocks <= 2 * processors(x.device), PRECISION=precision(weight), LATE=late,
-        PDL=PDL, launch_pdl=PDL, num_warps=tiling.warps, num_stages=tiling.stages,
+        BM=max(tiling.rows, power_of_2(tokens)), BN=tiling.columns, BK=tiling.depth, AHEAD=tiling.ahead, LORA=lora,
+        BEHIND=lora and blocks <= 2 * processors(x.device), PRECISION=precision(weight), LATE=late, pdl=pdl,
+        num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return y
 
@@ -171,12 +178,13 @@ def _shrink(x: Tensor, a: Tensor, h: Tensor, routing: list[Tensor], where: list[
     kind, tile = where
     slices, depth = a.shape[0], x.shape[1]
     rows, joined = max(16, tile), power_of_2(16 * slices)
-    splits, span = _splits(depth, len(items)) if rows == 16 else (1, ceil_div(depth, 64) * 64)
-    scratch = _scratch(x, len(items) * splits, joined)
-    _shrink_kernel[(len(items) * splits,)](
-        x, a, h, *scratch, perm, items, pages, scales, kind, pages.shape[1], a.stride(0), a.stride(1),
+    splits, span = _splits(depth, len(items))
+    scratch = _scratch(x, len(items) * splits, rows * joined)
+    launch(
+        _shrink_kernel, (len(items) * splits,),
+        (x, a, h, *scratch, perm, items, pages, scales, kind, pages.shape[1], a.stride(0), a.stride(1)),
         K=depth, S=slices, J=joined, W=pages.shape[2], SPLITS=splits, SPAN=span, BM=rows,
-        BK=128 if rows == 16 else 64, STAGES=4, PRECISION=precision(a), PDL=pdl, launch_pdl=pdl, num_warps=4,
+        BK=128 if rows == 16 else 64, STAGES=4, PRECISION=precision(a), pdl=pdl, num_warps=4,
     )  # fmt: skip
 
 
@@ -186,11 +194,11 @@ def _splits(depth: int, items: int) -> tuple[int, int]:
     return ceil_div(depth, span), span
 
 
-def _scratch(x: Tensor, units: int, joined: int) -> tuple[Tensor, Tensor]:
+def _scratch(x: Tensor, units: int, part: int) -> tuple[Tensor, Tensor]:
     """Where parts of sums lie until the last has come, and how many have (zeros, left as zeros)."""
     if x.device not in _ARRIVED:
         _ARRIVED[x.device] = torch.zeros(1 << 16, dtype=torch.int32, device=x.device)
-    return x.new_empty((units, 16, joined), dtype=torch.float32), _ARRIVED[x.device]
+    return x.new_empty((units, part), dtype=torch.float32), _ARRIVED[x.device]
 
 
 def _empty_h(x: Tensor, a: Tensor, routing: list[Tensor]) -> Tensor:
@@ -263,7 +271,7 @@ def _shrink_unit(
                 tl.store(to, acc * scale[None, :], ok[:, None] & there[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kind", "kinds"])
 def _shrink_kernel(
     x, a, h, parts, arrived, perm, items, pages, scales, kind, kinds, a_slice, a_page,
     K: tl.constexpr, S: tl.constexpr, J: tl.constexpr, W: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
@@ -278,7 +286,7 @@ def _shrink_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "units", "workers"])
+@triton.jit(do_not_specialize=["T", "units", "workers", "kind", "kinds"])
 def _skinny_kernel(
     x, w, y, a, h, parts, arrived, perm, items, pages, scales, units, kind, kinds, a_slice, a_page, T, workers,
     N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, J: tl.constexpr, W: tl.constexpr, SPLITS: tl.constexpr,
@@ -335,7 +343,7 @@ def _skinny_kernel(
         tl.store(y + m[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), ok[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kind", "kinds", "part", "low", "high"])
 def _complete_kernel(
     y, bias, out, h, b, perm, tiles, pages, kind, kinds, part, low, high, N, b_page, b_rank,
     S: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aiolora.ops.kernels.expand import held_pages, load_b, pay_rest, pay_token
-from aiolora.ops.kernels.launch import power_of_2
+from aiolora.ops.kernels.launch import launch, power_of_2
 from aiolora.ops.kernels.linear import chained, complete
 
 BY_TOKEN = 64  # tokens up to which each pays alone: more share the reading of B in a launch of its own
@@ -53,14 +53,15 @@ def _launch(
         rest = (h, b, pages, owners, where[0], pages.shape[1], b.stride(0), b.stride(1))
     block = power_of_2(width)
     pdl = chained(tokens, bool(owed))
-    _add_norm_kernel[(tokens,)](
-        y, bias, residual, weight, out, total, *rest, eps,
-        N=width, BLOCK=block, W=most, W_BLOCK=power_of_2(most),
-        LORA=bool(owed), PDL=pdl, launch_pdl=pdl, num_warps=max(1, min(16, block // 256)),
+    launch(
+        _add_norm_kernel, (tokens,),
+        (y, bias, residual, weight, out, total, *rest, eps),
+        N=width, BLOCK=block, W=most, W_BLOCK=power_of_2(most), LORA=bool(owed), pdl=pdl,
+        num_warps=max(1, min(16, block // 256)),
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kind", "kinds"])
 def _add_norm_kernel(
     y, bias, residual, weight, out, total, h, b, pages, owners, kind, kinds, b_page, b_rank, eps,
     N: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,

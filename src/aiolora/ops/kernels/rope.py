@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, load_b, pay_rest, pay_token
-from aiolora.ops.kernels.launch import ceil_div, power_of_2
+from aiolora.ops.kernels.launch import ceil_div, launch, power_of_2
 from aiolora.ops.kernels.linear import chained, precision
 
 BY_TOKEN = 64  # tokens up to which each pays alone
@@ -55,17 +55,17 @@ def rope_store(
         rest = (y, y, y, y, y, y, 0, 0, 0, 0)
         heads = 1
     pdl = chained(tokens, bool(owed))
-    _rope_store_kernel[(groups, ceil_div(num_heads + 2 * num_kv_heads, heads))](
-        y, bias, q_norm, k_norm, cos_sin, positions, slots, q, k_cache, v_cache, *rest, tokens, eps,
+    launch(
+        _rope_store_kernel, (groups, ceil_div(num_heads + 2 * num_kv_heads, heads)),
+        (y, bias, q_norm, k_norm, cos_sin, positions, slots, q, k_cache, v_cache, *rest, tokens, eps),
         H=num_heads, G=num_kv_heads, D=head_dim, HALF=power_of_2(head_dim // 2), W=most, W_BLOCK=power_of_2(most),
-        BM=rows, HEADS=heads, PRECISION=precision(owed[1] if owed else y), LORA=bool(owed), ALONE=alone,
-        PDL=pdl, launch_pdl=pdl,
+        BM=rows, HEADS=heads, PRECISION=precision(owed[1] if owed else y), LORA=bool(owed), ALONE=alone, pdl=pdl,
         num_warps=1 if rows <= 4 else 4 if rows <= 16 else 8,
     )  # fmt: skip
     return q
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "kind", "kinds"])
 def _rope_store_kernel(
     y, bias, q_norm, k_norm, cos_sin, positions, slots, q, k_cache, v_cache,
     h, b, perm, tiles, pages, owners, kind, kinds, b_page, b_rank, T, eps,

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aiolora.ops import sampling
-from aiolora.ops.kernels.launch import INTERPRETED, PDL, ceil_div, power_of_2
+from aiolora.ops.kernels.launch import INTERPRETED, PDL, ceil_div, launch, power_of_2
 
 BLOCK = 64 if INTERPRETED else 4096  # logits a block of statistics
 SPAN = 128 if INTERPRETED else 8192  # logits at a time of a pass over a row
@@ -225,9 +225,10 @@ def _stats(logits: Tensor, tokens: Tensor | None, temperature: Tensor | None, *,
     rows, vocabulary = logits.shape
     blocks = ceil_div(vocabulary, BLOCK)
     stats = logits.new_empty((rows, 3, blocks), dtype=torch.float32)
-    _statistics[(blocks, rows)](
-        logits, tokens, temperature, stats, vocabulary, logits.stride(0),
-        COUNTS=tokens is not None, WARM=temperature is not None, BLOCK=BLOCK, PDL=pdl, launch_pdl=pdl, num_warps=8,
+    launch(
+        _statistics, (blocks, rows),
+        (logits, tokens, temperature, stats, vocabulary, logits.stride(0)),
+        COUNTS=tokens is not None, WARM=temperature is not None, BLOCK=BLOCK, pdl=pdl, num_warps=8,
     )  # fmt: skip
     return stats
 
@@ -240,8 +241,9 @@ def _reported(logits: Tensor, tokens: Tensor | None, *, pdl: bool) -> tuple[Tens
     if len(logits):
         stats = _stats(logits, tokens, None, pdl=pdl)
         blocks = stats.shape[2]
-        _combine[(len(logits),)](
-            logits, tokens, stats, logprobs, out, logits.stride(0),
-            COUNTS=tokens is not None, BLOCKS=blocks, LANES=power_of_2(blocks), PDL=pdl, launch_pdl=pdl, num_warps=1,
+        launch(
+            _combine, (len(logits),),
+            (logits, tokens, stats, logprobs, out, logits.stride(0)),
+            COUNTS=tokens is not None, BLOCKS=blocks, LANES=power_of_2(blocks), pdl=pdl, num_warps=1,
         )  # fmt: skip
     return logprobs, out
