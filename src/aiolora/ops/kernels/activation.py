@@ -9,6 +9,7 @@ from aiolora.ops.kernels.expand import expand_rest, held_pages, load_b, load_h, 
 from aiolora.ops.kernels.launch import ceil_div, launch, power_of_2
 from aiolora.ops.kernels.linear import chained, precision
 
+LARGE = (128, 8)  # columns and warps of a program for a tile of more than 16 tokens
 BY_TOKEN = 64  # tokens up to which each pays alone: several that share B read it from the cache
 
 
@@ -24,8 +25,8 @@ def silu_mul(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
         kind, tile = where[:2]
         rows, groups, most = max(16, tile), tiles.shape[0], pages.shape[2]
         rest: tuple[object, ...] = (h, b, perm, tiles, pages, kind, pages.shape[1], b.stride(0), b.stride(1))
-        columns, warps = (128, 4) if rows == 16 else (64, 8)
-        turns = 4 if groups >= 16 else 1
+        columns, warps = (128, 4) if rows == 16 else LARGE
+        turns = 4 if groups >= 16 and rows == 16 else 1
     else:
         rows = 1 if tokens <= 4 else 4
         groups, most = ceil_div(tokens, rows), 2
@@ -127,14 +128,14 @@ def _silu_mul_kernel(
                     b_gate = load_b(b, pages, tile, kind, kinds, 0, n + BN, n + BN < N, b_page, b_rank, W)
                     b_up = load_b(b, pages, tile, kind, kinds, 0, N + n + BN, n + BN < N, b_page, b_rank, W)
                 if held > 0:
-                    gate = tl.dot(h_gate, gate_now, gate, input_precision=PRECISION)
-                    up = tl.dot(h_up, up_now, up, input_precision=PRECISION)
-                    gate = expand_rest(
-                        gate, b, pages, tile, kind, kinds, h, held, tokens, ok, n, inside, 0, b_page, b_rank,
+                    gate_more = tl.dot(h_gate, gate_now, input_precision=PRECISION)
+                    up_more = tl.dot(h_up, up_now, input_precision=PRECISION)
+                    gate += expand_rest(
+                        gate_more, b, pages, tile, kind, kinds, h, held, tokens, ok, n, inside, 0, b_page, b_rank,
                         2, W, PRECISION,
                     )  # fmt: skip
-                    up = expand_rest(
-                        up, b, pages, tile, kind, kinds, h, held, tokens, ok, N + n, inside, 1, b_page, b_rank,
+                    up += expand_rest(
+                        up_more, b, pages, tile, kind, kinds, h, held, tokens, ok, N + n, inside, 1, b_page, b_rank,
                         2, W, PRECISION,
                     )  # fmt: skip
             if bias is not None:

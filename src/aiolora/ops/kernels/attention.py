@@ -20,7 +20,7 @@ from aiolora.ops.kernels.launch import PDL, ceil_div, launch, power_of_2, proces
 MAX_SPLITS = 16
 """Programs that share a sequence, at most."""
 
-MIN_SPLIT = 256
+MIN_SPLIT = 64
 """Keys below which another program costs more than it brings."""
 
 SEARCH = 256
@@ -79,10 +79,7 @@ def attention(
 
 
 def decode_blocks(group: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Constants of `decode_kernel` for `group` query heads a key-value head.
-
-    A page number and then its keys are two loads in turn: every second stage holds another block on its way.
-    """
+    """Constants of `decode_kernel` for `group` query heads a key-value head."""
     wide = dtype == torch.float32
     return {
         "BLOCK_M": max(16, power_of_2(group)),
@@ -90,7 +87,7 @@ def decode_blocks(group: int, head_dim: int, dtype: torch.dtype) -> dict[str, in
         "MAX_SPLITS": MAX_SPLITS,
         "MIN_SPLIT": MIN_SPLIT,
         "num_warps": 4,
-        "num_stages": 3 if wide else 5,
+        "num_stages": 3,
     }
 
 

@@ -45,12 +45,16 @@ def expand_rest(
     acc, b, pages, tile, kind, kinds, h, held, tokens, ok, columns, inside, part, b_page, b_rank,
     S: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The pairs behind the first."""
+    """The pairs behind the first: what is owed in all, ready to be added.
+
+    Multiplied by one, which the compiler cannot know to be one: else it adds inside of the product, and what it is
+    added to is read in the tensor cores' order, 4 bytes at a time.
+    """
     if W > 2:
         for pair in range(1, (held + 1) // 2):
             b_RN = load_b(b, pages, tile, kind, kinds, pair, columns, inside, b_page, b_rank, W)
             acc = expand_pair(acc, b_RN, h, held, pair, tokens, ok, part, S, W, PRECISION)
-    return acc
+    return acc * tl.minimum(held, 1).to(tl.float32)
 
 
 @triton.jit

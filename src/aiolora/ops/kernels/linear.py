@@ -22,6 +22,7 @@ SKINNY = 64  # tokens up to which our own product is as fast as cuBLAS
 SMALL = 4  # tokens up to which a product is cut for latency; with a shrink beside it, up to TOGETHER
 AHEAD = 64  # tokens up to which a shrink is launched ahead of a product that does not wait for it
 TOGETHER = 16  # tokens up to which a shrink fits into the launch of the product
+LARGE = (128, 8)  # columns and warps of a program that completes a tile of more than 16 tokens
 FORK = 512  # tokens up to which a shrink runs on a second stream beside the product, in graphs: there a fork is free
 
 
@@ -92,14 +93,14 @@ def complete(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
     kind, tile, *bounds = where
     width = y.shape[1]
     out = torch.empty_like(y)
-    columns, warps = (128, 4) if tile <= 16 else (64, 8)
+    columns, warps = (128, 4) if tile <= 16 else LARGE
     slices = len(bounds) - 1
     kinds, most = pages.shape[1:]
     for part, (low, high) in enumerate(pairwise(bounds)):  # slices of any widths: a launch each
         launch(
             _complete_kernel, (tiles.shape[0], ceil_div(high - low, columns)),
-            (y, bias, out, h, b, perm, tiles, pages, kind, kinds, part, low, high, width, b.stride(0), b.stride(1)),
-            S=slices, W=most, W_BLOCK=power_of_2(most), BM=max(16, tile), BN=columns, PRECISION=precision(b),
+            (y, bias, out, h, b, perm, tiles, pages, kind, kinds, b.stride(0), b.stride(1)),
+            N=width, PART=part, LOW=low, HIGH=high, S=slices, W=most, W_BLOCK=power_of_2(most), BM=max(16, tile), BN=columns, PRECISION=precision(b),
             BIASED=bias is not None, num_warps=warps,
         )  # fmt: skip
     return out
@@ -343,10 +344,10 @@ def _skinny_kernel(
         tl.store(y + m[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), ok[:, None] & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["kind", "kinds", "part", "low", "high"])
+@triton.jit(do_not_specialize=["kind", "kinds"])
 def _complete_kernel(
-    y, bias, out, h, b, perm, tiles, pages, kind, kinds, part, low, high, N, b_page, b_rank,
-    S: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    y, bias, out, h, b, perm, tiles, pages, kind, kinds, b_page, b_rank,
+    N: tl.constexpr, PART: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, S: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, BIASED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Columns of one slice of one tile of tokens: y + what is owed + bias."""
@@ -354,8 +355,8 @@ def _complete_kernel(
     first, count = tl.load(tiles + tile * 2), tl.load(tiles + tile * 2 + 1)
     held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
     if count > 0:
-        n = low + tl.program_id(1) * BN + tl.arange(0, BN)
-        inside = n < high
+        n = LOW + tl.program_id(1) * BN + tl.arange(0, BN)
+        inside = n < HIGH
         b_RN = load_b(b, pages, tile, kind, kinds, 0, n, inside, b_page, b_rank, W)
         m = tl.arange(0, BM)
         ok = m < count
@@ -364,9 +365,9 @@ def _complete_kernel(
         mask = ok[:, None] & inside[None, :]
         acc = tl.load(y + at, mask, 0.0).to(tl.float32)
         if held > 0:
-            acc = expand_pair(acc, b_RN, h, held, 0, tokens, ok, part, S, W, PRECISION)
-            acc = expand_rest(
-                acc, b, pages, tile, kind, kinds, h, held, tokens, ok, n, inside, part, b_page, b_rank, S, W, PRECISION
+            more = expand_pair(tl.zeros((BM, BN), tl.float32), b_RN, h, held, 0, tokens, ok, PART, S, W, PRECISION)
+            acc += expand_rest(
+                more, b, pages, tile, kind, kinds, h, held, tokens, ok, n, inside, PART, b_page, b_rank, S, W, PRECISION
             )
         if BIASED:
             acc += tl.load(bias + n, inside, 0.0).to(tl.float32)[None, :]

@@ -137,14 +137,15 @@ def _rope_store_kernel(
                         )  # fmt: skip
                         high += more[None, :]
                     else:
-                        low = expand_pair(low, low_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
-                        high = expand_pair(high, high_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
-                        low = expand_rest(
-                            low, b, pages, tile, kind, kinds, h, held, tokens, ok, n, columns, part, b_page, b_rank,
+                        none = tl.zeros((BM, HALF), tl.float32)
+                        low_more = expand_pair(none, low_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
+                        high_more = expand_pair(none, high_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
+                        low += expand_rest(
+                            low_more, b, pages, tile, kind, kinds, h, held, tokens, ok, n, columns, part, b_page, b_rank,
                             3, W, PRECISION,
                         )  # fmt: skip
-                        high = expand_rest(
-                            high, b, pages, tile, kind, kinds, h, held, tokens, ok, half + n, columns, part,
+                        high += expand_rest(
+                            high_more, b, pages, tile, kind, kinds, h, held, tokens, ok, half + n, columns, part,
                             b_page, b_rank, 3, W, PRECISION,
                         )  # fmt: skip
             if bias is not None:
