@@ -9,7 +9,7 @@ from aiolora.ops.kernels.expand import expand_rest, held_pages, load_b, load_h, 
 from aiolora.ops.kernels.launch import ceil_div, launch, power_of_2
 from aiolora.ops.kernels.linear import chained, precision
 
-LARGE = (128, 8)  # columns and warps of a program for a tile of more than 16 tokens
+LARGE = (64, 4)  # columns and warps of a program for a tile of more than 16 tokens
 BY_TOKEN = 64  # tokens up to which each pays alone: several that share B read it from the cache
 
 

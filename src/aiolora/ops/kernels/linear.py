@@ -22,7 +22,7 @@ SKINNY = 64  # tokens up to which our own product is as fast as cuBLAS
 SMALL = 4  # tokens up to which a product is cut for latency; with a shrink beside it, up to TOGETHER
 AHEAD = 64  # tokens up to which a shrink is launched ahead of a product that does not wait for it
 TOGETHER = 16  # tokens up to which a shrink fits into the launch of the product
-LARGE = (128, 8)  # columns and warps of a program that completes a tile of more than 16 tokens
+LARGE = (64, 4)  # columns and warps of a program that completes a tile of more than 16 tokens
 FORK = 512  # tokens up to which a shrink runs on a second stream beside the product, in graphs: there a fork is free
 
 
@@ -100,8 +100,8 @@ def complete(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
         launch(
             _complete_kernel, (tiles.shape[0], ceil_div(high - low, columns)),
             (y, bias, out, h, b, perm, tiles, pages, kind, kinds, b.stride(0), b.stride(1)),
-            N=width, PART=part, LOW=low, HIGH=high, S=slices, W=most, W_BLOCK=power_of_2(most), BM=max(16, tile), BN=columns, PRECISION=precision(b),
-            BIASED=bias is not None, num_warps=warps,
+            N=width, PART=part, LOW=low, HIGH=high, S=slices, W=most, W_BLOCK=power_of_2(most), BM=max(16, tile),
+            BN=columns, PRECISION=precision(b), BIASED=bias is not None, num_warps=warps,
         )  # fmt: skip
     return out
 
