@@ -30,7 +30,7 @@ bench: $(STAMP)
 
 # what the kernels become on Hopper, GPU or not
 kernels: $(KERNELS_STAMP)
-	PYTHONPATH=src $(KERNELS_VENV)/bin/python tests/kernels/aot.py
+	PYTHONPATH=src $(KERNELS_VENV)/bin/python -m tests.kernels.aot
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,9 @@
 """The engine's turns around one request and its adapter; `test_engine_property` has them all at once."""
 
-from aiolora.engine.scheduler import SchedulerLimits
+import pytest
+
+from aiolora.engine.runner import Flight
+from aiolora.engine.scheduler import Batch, SchedulerLimits
 from aiolora.errors import AdapterChangedError, AdapterMemoryError, NonFiniteLogitsError
 from aiolora.types import Mix, TokenDelta
 from tests.engine.harness import Shape, World
@@ -74,6 +77,29 @@ def test_who_waits_for_a_copy_can_be_aborted() -> None:
     assert not following.open
     assert base.open
     world.drain()
+
+
+def test_a_step_that_could_not_be_launched_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = world_of()
+    pool, engine = world.engine.scheduler.pool, world.engine
+    mix = mix_of(world, "leased")
+    tickets = [world.submit(PROMPT, kind, max_tokens=4, ignore_eos=True) for kind in (None, mix)]
+    steps(world, 1)
+
+    def fail(batch: Batch) -> Flight:
+        raise MemoryError("too many tokens")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "launch", fail)
+        with pytest.raises(MemoryError):
+            engine.step()
+    ends = engine.step()
+    assert [(delta.request_id, delta.finish_reason) for delta in ends] == [(t.request.id, "error") for t in tickets]
+    assert all("too many tokens" in str(delta.error) for delta in ends)
+    assert not engine.has_work
+    assert pool.num_available == pool.num_pages
+    assert not world.residency.leased(mix.versions[0])
+    engine.scheduler.check()
 
 
 def test_a_removed_adapter_is_dropped_unless_somebody_needs_it() -> None:

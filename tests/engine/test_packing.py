@@ -304,13 +304,26 @@ def test_warming_up_leaves_no_trace(model_of: ModelOf, adapters: list[LoRAReques
     for layer in runner._cache.layers:
         layer.v[0].fill_(1.0)
     runner.warm_up(replace(built.plan, lora_pages=4), kinds=4)
-    assert len(seen) == 8
+    assert len(seen) == 15
     for layer in runner._cache.layers:
         assert layer.k.eq(0.25).all()
         assert layer.v[1:].isnan().all()
         assert layer.v[0].eq(1.0).all()
     assert runner._in_flight.rows == {}
     assert runner._in_flight.tokens.eq(0).all()
+
+
+def test_tables_have_few_widths_however_many_adapters_a_mix_has() -> None:
+    books = Books(0)
+    packer = Packer(page_size=PAGE, num_kinds=KINDS, residency=books.residency, device="cpu", lora_pages=2)
+    widths = []
+    for counts in ((1, 1), (2, 1), (3, 1), (4, 2), (5, 1), (4, 4), (9, 1)):
+        mix = books.mix(counts)
+        rows = packer.pack(Batch([books.run(mix, 0, 20)])).rows
+        assert rows is not None
+        check_routing(books, [mix] * 20, rows)
+        widths.append(rows.pages.shape[2])
+    assert widths == [2, 2, 4, 4, 8, 4, 16]
 
 
 def test_a_blank_step_is_of_the_shapes_of_a_real_one() -> None:
@@ -328,4 +341,8 @@ def test_a_blank_step_is_of_the_shapes_of_a_real_one() -> None:
     check_routing(books, [None] * 21, blank.rows)
     assert blank.rows.pages.shape[1:] == real.rows.pages.shape[1:]
     assert blank.rows.scales.dtype == real.rows.scales.dtype == torch.float32
+    idle = blank_step((1, 20), num_logits=2, page_size=PAGE, device="cpu", kinds=KINDS, pages=8, idle=3).rows
+    assert idle is not None
+    check_routing(books, [None] * 21, idle)
+    assert [len(table) - len(other) for table, other in zip(idle[:-1], blank.rows[:-1])] == [0, 3, 3, 3, 3, 0]
     assert blank_step((3,), num_logits=1, page_size=PAGE, device="cpu").rows is None

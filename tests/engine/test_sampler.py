@@ -105,6 +105,13 @@ def test_the_repetition_penalty_sees_prompt_output_and_flight_but_frequency_no_p
     assert choose(logits, [sequence(4, output=(5,), **wish)]).tokens.tolist() == [4]
 
 
+def test_an_end_that_the_model_has_no_logit_for_hurts_nobody() -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, EOS] = 5.0
+    sampler = Sampler(frozenset({EOS, VOCABULARY}))
+    assert sampler.choose(logits, [sequence(temperature=0, min_tokens=1)], None, [-1]).tokens.item() == 0
+
+
 def test_an_answer_is_not_ended_before_min_tokens_tokens_in_flight_among_them() -> None:
     logits = torch.zeros(1, VOCABULARY)
     logits[0, EOS], logits[0, 11], logits[0, 12] = 9.0, 8.0, 7.0

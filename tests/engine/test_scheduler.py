@@ -157,6 +157,31 @@ def test_two_preempted_in_flight_come_back_in_order_of_arrival() -> None:
     assert list(desk.scheduler.waiting()) == [seqs[1], seqs[2], waiting]
 
 
+def test_one_victim_in_flight_serves_all_that_its_pages_are_enough_for() -> None:
+    desk = Desk(num_pages=6, prefix_caching=False)
+    first, second, third = (desk.one([number] * 8) for number in range(3))
+    flight = desk.schedule()  # all six pages are taken, and each needs a third one next
+    ahead = desk.schedule()
+    assert ahead.runs == []
+    assert (first.status, second.status, third.status) == (Status.RUNNING, Status.RUNNING, Status.WAITING)
+    desk.land(flight)
+    assert runs_of(desk.schedule()) == [(first, 8, 1), (second, 8, 1)]
+    assert desk.scheduler.num_preemptions == 1
+
+
+def test_nobody_is_preempted_for_pages_that_an_ended_sequence_gives_back() -> None:
+    desk = Desk(num_pages=6, prefix_caching=False)
+    first, second, third = (desk.one([number] * 8) for number in range(3))
+    waiting = desk.one([3] * 4)
+    flight = desk.schedule()
+    desk.scheduler.finish(third, "abort")
+    assert desk.schedule().runs == []
+    desk.land(flight)
+    assert runs_of(desk.schedule()) == [(first, 8, 1), (second, 8, 1)]
+    assert desk.scheduler.num_preemptions == 0
+    assert list(desk.scheduler.waiting()) == [waiting]
+
+
 def test_pages_of_a_finished_sequence_are_free_when_its_last_flight_has_landed() -> None:
     desk = Desk(num_pages=2)
     seq = desk.one([1] * 8)

@@ -8,21 +8,26 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aiolora.ops.kernels import attention
+from tests.kernels.launches import Launch, Step, launches
 
 TARGET = GPUTarget("cuda", 90, 32)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HMMA, HGMMA, COPY_16 = r"\bHMMA\.", r"\bHGMMA\.", r"\bLDGSTS\S*\.128"
-COUNTED = {"HMMA": HMMA, "HGMMA": HGMMA, "LDGSTS.128": COPY_16, "LDG.128": r"\bLDG\.\S*128", "spill": r"\b(STL|LDL)\b"}
+LOAD_8, LOAD_16 = r"\bLDG\.\S*\b64", r"\bLDG\.\S*128"
+COUNTED = {"HMMA": HMMA, "HGMMA": HGMMA, "LDGSTS.128": COPY_16, "LDG.128": LOAD_16, "spill": r"\b(STL|LDL)\b"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,82 @@ def attention_cases() -> list[Case]:
     return cases
 
 
-KERNELS: list[Case] = [*attention_cases()]
+def launch_case(name: str, launch: Launch, expects: tuple[str, ...]) -> Case:
+    """With what the JIT would compile it for: ones and None as constants, multiples of 16 known to be some."""
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    for param in launch.function.params:
+        value, free = launch.arguments[param.name], param.do_not_specialize
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not free):
+            constexprs[param.name] = value
+        elif isinstance(value, Tensor):
+            signature[param.name] = TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32" if free or value % 16 else "i32:16"
+    return Case(name, launch.function, signature, constexprs, launch.options, expects)
+
+
+def launch_cases(name: str, call: Callable[[], object], *expects: tuple[str, ...], pdl: bool = True) -> list[Case]:
+    """A case for each launch of `call`, with what each has to contain."""
+    found = launches(call, pdl=pdl)
+    return [
+        launch_case(f"{name} {launch.function.__name__}", launch, words)
+        for launch, words in zip(found, expects, strict=True)
+    ]
+
+
+def step_cases() -> list[Case]:
+    """Every kernel beside attention, as cut for few and many tokens; rank 16."""
+    one, few, some, many, most = (Step(tokens) for tokens in (1, 16, 64, 128, 512))
+    narrow, wide = (HMMA, COPY_16), (HGMMA, COPY_16)  # 16 rows; 64
+    return [
+        *launch_cases("product o 1", lambda: one.product("o"), narrow),
+        *launch_cases("product o 16", lambda: few.product("o"), wide),
+        *launch_cases("product qkv 16", lambda: few.product("qkv"), wide),
+        *launch_cases("product gate_up 1", lambda: one.product("gate_up"), wide),
+        *launch_cases("product gate_up 64", lambda: some.product("gate_up"), wide),
+        *launch_cases("product o 64", lambda: some.product("o"), wide),
+        *launch_cases("shrink ahead o 1", lambda: one.product_shrink("o"), narrow, narrow),
+        *launch_cases("shrink ahead qkv 16", lambda: few.product_shrink("qkv"), narrow, wide),
+        *launch_cases("shrink beside o 1", lambda: one.product_shrink("o"), narrow, pdl=False),
+        *launch_cases("shrink beside gate_up 16", lambda: few.product_shrink("gate_up"), wide, pdl=False),
+        *launch_cases("shrink qkv 128", lambda: many.product_shrink("qkv"), narrow),
+        *launch_cases("shrink qkv 512", lambda: most.product_shrink("qkv"), wide),
+        *launch_cases("complete 128", many.complete, (HMMA, LOAD_16)),
+        *launch_cases("complete 512", most.complete, (HGMMA, LOAD_16)),
+        *launch_cases("rms_norm 1", one.rms_norm, (LOAD_16,)),
+        *launch_cases("add_norm 1", lambda: one.add_norm(False), (LOAD_16,)),
+        *launch_cases("add_norm owing 64", lambda: some.add_norm(True), (LOAD_16,)),
+        *launch_cases("silu_mul 1", lambda: one.silu_mul(False), (LOAD_8,)),
+        *launch_cases("silu_mul 64", lambda: some.silu_mul(False), (LOAD_16,)),
+        *launch_cases("silu_mul owing 1", lambda: one.silu_mul(True), (LOAD_16,)),
+        *launch_cases("silu_mul owing 64", lambda: some.silu_mul(True), (LOAD_16,)),
+        *launch_cases("silu_mul owing 128", lambda: many.silu_mul(True), (HMMA, LOAD_16)),
+        *launch_cases("silu_mul owing 512", lambda: most.silu_mul(True), (HGMMA, LOAD_16)),
+        *launch_cases("rope_store 1", lambda: one.rope_store(False), ()),
+        *launch_cases("rope_store 16", lambda: few.rope_store(False), (LOAD_16,)),
+        *launch_cases("rope_store owing 1", lambda: one.rope_store(True), (LOAD_16,)),
+        *launch_cases("rope_store owing 64", lambda: some.rope_store(True), (LOAD_16,)),
+        *launch_cases("rope_store owing 128", lambda: many.rope_store(True), (HMMA, LOAD_16)),
+        *launch_cases("rope_store owing 512", lambda: most.rope_store(True), (HGMMA, LOAD_16)),
+        *launch_cases("embed", few.embed, (LOAD_16,)),
+        *launch_cases("greedy", few.greedy, (LOAD_16,), ()),
+        *launch_cases("report", few.report, (LOAD_16,), ()),
+        *launch_cases("sample", few.sample, (LOAD_16,), (COPY_16,)),
+    ]
+
+
+KERNELS: list[Case] = [*attention_cases(), *step_cases()]
 
 
 def compiled(case: Case) -> Any:
     """What the JIT would make of the launch."""
     names = case.fn.arg_names
     types = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
-    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or types[name].endswith(":16")]
+    pointers = [p.name for p in case.fn.params if types[p.name][0] == "*" and not p.do_not_specialize_on_alignment]
+    aligned = [i for i, name in enumerate(names) if name in pointers or types[name].endswith(":16")]
     source = ASTSource(
         fn=case.fn,
         signature={name: kind.removesuffix(":16") for name, kind in types.items()},
@@ -95,7 +168,7 @@ def faults(case: Case) -> list[str]:
         sass = read("nvdisasm", file.name)
     registers, stack = (int(n) for n in re.findall(r"\b(?:REG|STACK):(\d+)", usage)[-2:])
     counts = "  ".join(f"{name} {len(re.findall(pattern, sass)):3}" for name, pattern in COUNTED.items())
-    print(f"{case.name:30} registers {registers:3}  stack {stack:3}  shared {kernel.metadata.shared:6}  {counts}")
+    print(f"{case.name:42} registers {registers:3}  stack {stack:3}  shared {kernel.metadata.shared:6}  {counts}")
     wrong = [f"no {pattern}" for pattern in case.expects if not re.search(pattern, sass)]
     if stack or re.search(COUNTED["spill"], sass):
         wrong.append("registers spill")

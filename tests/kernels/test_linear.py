@@ -53,3 +53,23 @@ def test_a_shrink_alone(tile: int, dtype: torch.dtype, device: str) -> None:
     exact = reference.shrink(*wide(x, a), routed.lists, routed.where)
     wanted = reference.complete(y.double(), None, routed.owed(exact, b.double()), where)
     assert_near(kernels.complete(y, None, routed.owed(h, b), where), wanted)
+
+
+@pytest.mark.parametrize("depth", [256, 1100])
+@pytest.mark.parametrize(("tile", "bound"), [(16, "COUNTED"), (64, "MOST_PARTS")])
+def test_too_many_items_to_keep_their_parts_are_summed_whole(
+    tile: int, bound: str, depth: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [i % 3 - 1 for i in range(40)]
+    routed = routing(rows, RANKS, tile=tile, device=device)
+    a, _ = factors(routed, depth, [0, 32, 64], dtype)
+    x = torch.randn(len(rows), depth, device=device).to(dtype)
+    monkeypatch.setattr(kernels, bound, 1)
+    assert kernels._splits(depth, len(routed.lists[2]), 16)[0] == 1
+    h = kernels.shrink(x, a, routed.lists, routed.where)
+    exact = reference.shrink(*wide(x, a), routed.lists, routed.where)
+    _, tiles, _, pages, _ = routed.lists
+    perm = routed.lists[0].long()
+    for (first, count), held in zip(tiles.tolist(), (pages[:, 1] >= 0).sum(1).tolist()):
+        tokens = perm[first : first + count]
+        assert_near(h[tokens, :, : held * 8], exact[tokens, :, : held * 8])

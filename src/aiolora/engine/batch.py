@@ -51,7 +51,7 @@ class Bucket:
 
     @property
     def tiles(self) -> int:
-        """G: whichever way the tokens are spread over the mixes and none, each but one leaves at most a tile unfilled."""
+        """G: however the tokens are spread over the mixes and none, each but one leaves at most a tile unfilled."""
         return min(self.size, -(-self.size // tile_of(self.size, "cuda")) + min(self.size, self.mixes + 1) - 1)
 
     def fits(self, routes: "Routes | None") -> bool:
@@ -181,7 +181,9 @@ class Packer:
                 items += [(len(tiles), pair, low, inside) for pair in range(pairs)]
                 tiles.append((low, inside))
                 mix_of_tile.append(mix)
-        width = max(routes.width, self._lora_pages)
+        width = self._lora_pages or routes.width
+        while width < routes.width:  # kernels are compiled for a width: few widths, however many adapters a mix has
+            width *= 2
         most_tiles, most_items = len(tiles), max(1, len(items))
         if bucket is not None:
             width, most_tiles, most_items = bucket.pages, bucket.tiles, bucket.tiles * bucket.pages // 2

@@ -14,7 +14,7 @@ from aiolora.engine.runner import Flight, Landed, Runner
 from aiolora.engine.sampler import Sampled
 from aiolora.engine.scheduler import Batch, Scheduled, Scheduler
 from aiolora.engine.sequence import Sequence
-from aiolora.errors import AdapterChangedError, AdapterMemoryError, NonFiniteLogitsError
+from aiolora.errors import AdapterChangedError, AdapterMemoryError, AioloraError, NonFiniteLogitsError
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.residency import Residency
 from aiolora.types import AdapterVersion, FinishReason, Mix, Request, TokenDelta
@@ -169,12 +169,19 @@ class Engine:
                 self._end(seq, "error", error)
 
     def step(self) -> list[TokenDelta]:
-        """Launch the next step, settle the one before (or this one, where the runner does not overlap)."""
+        """Launch the next step, settle the one before (or this one, where the runner does not overlap).
+
+        Raises what a launch raises (out of memory): the requests of that step end with an error, others may go on.
+        """
         batch = self._schedule()
         while self._copying and not (batch.runs or self._in_flight or self._undelivered):
             self._copying[0][1].wait()  # there is nothing else to do
             batch = self._schedule()
-        launched = self._runner.launch(batch) if batch.runs else None
+        try:
+            launched = self._runner.launch(batch) if batch.runs else None
+        except BaseException as error:
+            self._give_up(batch, error)
+            raise
         deltas, self._undelivered = self._undelivered, []
         landing = self._in_flight if self._runner.overlaps else launched
         self._in_flight = launched if self._runner.overlaps else None
@@ -257,6 +264,12 @@ class Engine:
                 self._append(run.seq, sampled)
         deltas, self._undelivered = self._undelivered, []
         return deltas
+
+    def _give_up(self, batch: Batch, error: BaseException) -> None:
+        """`batch` was not launched, so it will not land: end its sequences, or what they hold would be lost."""
+        for run in batch.runs:
+            self._end(run.seq, "error", AioloraError(f"request {run.seq.request.id!r}: its step failed: {error!r}"))
+            self.scheduler.land(run)
 
     def _append(self, seq: Sequence, sampled: Sampled) -> None:
         seq.tokens.append(sampled.token_id)

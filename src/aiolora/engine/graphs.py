@@ -106,7 +106,8 @@ class DecodeGraphs:
                     for _ in range(2):  # what is compiled or allocated once must not be so in the graph
                         self._step(step, logits)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                # what other threads do to the device meanwhile, another engine's among them, is none of its business
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     outputs = self._step(step, logits)
                 self._graphs[bucket] = graph, outputs
         torch.cuda.current_stream().wait_stream(stream)

@@ -20,7 +20,8 @@ from aiolora.models.inputs import StepInputs
 from aiolora.types import Request, SamplingParams
 
 _ROWS_OF_LOGITS = 256  # of prompt positions at a time: 131 MB of float32 for a vocabulary of 128k
-_WARM_UP = ((1, 1), (1, 15), (1, 100), (1, 300))  # tokens of each sequence: the sizes that kernels tell apart
+_WARM_UP = ((1, 1), (1, 15), (1, 100), (1, 250), (1, 300))  # tokens of each sequence: the sizes that kernels tell apart
+_IDLE = 64  # empty tiles that make as many as those of a long prompt
 
 
 @dataclass(slots=True)
@@ -129,8 +130,8 @@ class ModelRunner:
             for wished in _WARM_UP:
                 counts = [min(count, plan.max_model_len) for count in wished]
                 sizes = {"num_logits": len(counts), "page_size": plan.page_size, "pages": plan.lora_pages}
-                for number in {0, kinds}:
-                    inputs = blank_step(counts, device=str(self._device), kinds=number, **sizes)
+                for number, idle in {(0, 0), (kinds, 0), (kinds, _IDLE if kinds else 0)}:
+                    inputs = blank_step(counts, device=str(self._device), kinds=number, idle=idle, **sizes)
                     logits = self._model.logits(self._model(inputs, self._cache.layers), inputs)
                     self._sampler.choose(logits, [seq] * len(counts), None, [-1] * len(counts))
         if plan.graph_buckets:

@@ -107,7 +107,8 @@ class Sampler:
                 edited.index_add_(0, ids, _upload(list(params.logit_bias.values()), torch.float32, device))
             if _num_output(seq) < params.min_tokens:
                 ends = {*seq.stop_token_ids, *(() if params.ignore_eos else self._eos)}
-                edited.index_fill_(0, _upload(sorted(ends), torch.int64, device), -torch.inf)
+                ids = _upload(sorted(end for end in ends if end < len(edited)), torch.int64, device)
+                edited.index_fill_(0, ids, -torch.inf)  # a tokenizer may name ends that the model does not have
             if params.penalised:
                 tokens = _upload(seq.tokens, torch.int32, device)
                 output = tokens[seq.num_prompt :]

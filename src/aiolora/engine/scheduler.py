@@ -74,6 +74,8 @@ class Scheduler:
         self._residency = residency
         self._queues: dict[Mix | None, deque[Sequence]] = {}
         self._active: Counter[Mix] = Counter()  # mixes of sequences that hold leases
+        self._leaving: list[Sequence] = []  # preempted or ended, their pages held until their flights have landed
+        self._promised = 0  # of those pages, how many the step being made has others wait for
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # prompt tokens that the prefix cache had
 
@@ -119,6 +121,8 @@ class Scheduler:
         batch = Batch()
         budget = self.limits.max_num_batched_tokens
         preemptions = self.num_preemptions
+        self._leaving = [seq for seq in self._leaving if seq.holds and seq.status is not Status.RUNNING]
+        self._promised = 0
         for seq in self.running.copy():
             if budget == 0:
                 break
@@ -128,7 +132,7 @@ class Scheduler:
             count = min(length - seq.num_computed, budget)
             if self._grow(seq, seq.num_computed + count):
                 budget -= self._launch(batch, seq, count)
-        if self.num_preemptions == preemptions:  # else the preempted would come straight back
+        if self.num_preemptions == preemptions and not self._promised:  # else the preempted would come straight back
             self._admit(batch, budget, now, arriving)
         singles = [run for run in batch.runs if run.count == 1]
         if len(singles) < len(batch.runs):
@@ -167,6 +171,8 @@ class Scheduler:
         seq.finish_reason = reason
         if seq.holds and seq.num_flights == 0:
             self._give_back(seq)
+        elif seq.holds:
+            self._leaving.append(seq)
 
     def check(self) -> None:
         """Assert that pages and leases belong to exactly the sequences that hold them."""
@@ -256,16 +262,25 @@ class Scheduler:
         return pages
 
     def _grow(self, seq: Sequence, length: int) -> bool:
-        """Pages for `length` tokens of a running sequence, preempting later ones for them; False: it must sit out."""
+        """Pages for `length` tokens of a running sequence, preempting later ones for them; False: it must sit out.
+
+        Nobody is preempted for pages that come back anyway, as those of one victim may for several.
+        """
         need = -(-length // self.limits.page_size) - len(seq.pages)
         while need > 0:
             fresh = self.pool.take(need)
             if fresh is not None:
                 seq.pages.extend(fresh)
                 return True
+            if self._promised + need <= self._coming():
+                self._promised += need
+                return False
             victim = self.running[-1]
             self._preempt(victim)
-            if victim is seq or victim.num_flights > 0:
+            if victim is seq:
+                return False
+            if victim.num_flights > 0:
+                self._promised += need
                 return False  # its pages come back when its flight has landed
         return True
 
@@ -277,6 +292,12 @@ class Scheduler:
         if seq.num_flights == 0:
             self._give_back(seq)
             self.add(seq)
+        else:
+            self._leaving.append(seq)
+
+    def _coming(self) -> int:
+        """Pages that nobody will own once all flights have landed."""
+        return sum(self.pool.refs(page) == 1 for seq in self._leaving for page in seq.pages)
 
     def _launch(self, batch: Batch, seq: Sequence, count: int) -> int:
         start = seq.num_computed

@@ -16,11 +16,19 @@ from aiolora.ops.linear import tile_of
 
 
 def blank_step(
-    counts: Sequence[int], *, num_logits: int, page_size: int, device: str, kinds: int = 0, pages: int = 0
+    counts: Sequence[int],
+    *,
+    num_logits: int,
+    page_size: int,
+    device: str,
+    kinds: int = 0,
+    pages: int = 0,
+    idle: int = 0,
 ) -> StepInputs:
     """Prompts of `counts` tokens that read page 0, write to none, and want `num_logits` rows of logits.
 
-    `kinds`, `pages`: of the routing, in which no token has an adapter; 0: no routing.
+    `kinds`, `pages`: of the routing, in which no token has an adapter; 0: no routing. `idle`: empty tiles and items in
+    it, for kernels are cut by how many there are.
     """
     size = sum(counts)
 
@@ -38,11 +46,11 @@ def blank_step(
     }
     if kinds:
         tile = tile_of(size, device)
-        tiles = [(low, min(tile, size - low)) for low in range(0, size, tile)]
+        tiles = [(low, min(tile, size - low)) for low in range(0, size, tile)] + [(0, 0)] * idle
         numbers |= {
             "perm": np.arange(size, dtype=np.int32),
             "tiles": np.array(tiles, dtype=np.int32),
-            "items": np.array([(-1, 0, 0, 0)], dtype=np.int32),
+            "items": np.array([(-1, 0, 0, 0)] * (1 + idle), dtype=np.int32),
             "pages": zeros(len(tiles), kinds, pages) - 1,
             "scales": zeros(len(tiles), kinds, pages).astype(np.float32),
             "owners": np.arange(size, dtype=np.int32) // tile,

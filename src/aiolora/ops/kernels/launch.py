@@ -28,30 +28,33 @@ def launch(
     """Run the jitted `function` on the current stream: `args` in its order, then its constexprs by name, PDL = `pdl`.
 
     The JIT binds and hashes every argument of every launch anew (about 40 us with 30 of them); here a variant is found
-    by what it was compiled for: constants, dtypes, and the values of numbers that it is specialised on.
+    by what it was compiled for: device, constants, dtypes, and the values of integers that it is specialised on.
     """
     constants["PDL"] = pdl
-    variants = None if INTERPRETED else _variants(function)
-    if variants is None:
+    if INTERPRETED:
         function[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
         return
+    variants = _variants(function)
     fixed = tuple([constants[name] for name in variants.constants])
-    traits = []
+    traits: list[object] = []
     aligned = 0
     for value, by_value in zip(args, variants.by_value):
         if isinstance(value, Tensor):
             aligned |= value.data_ptr()
             traits.append(value.dtype)
+        elif value.__class__ is int and (by_value or not -(1 << 31) <= value < 1 << 31):  # or is no i32
+            traits.append(value)
         else:
-            traits.append(value if by_value or value is None else value.__class__)
-    key = (fixed, num_warps, num_stages, pdl, *traits)
+            traits.append(value.__class__)
+    device = torch.cuda.current_device()
+    key = (device, fixed, num_warps, num_stages, pdl, *traits)
     compiled = None if aligned & _ALIGNED else variants.compiled.get(key)
     if compiled is None:
         made = function[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
         if not aligned & _ALIGNED:
             variants.compiled[key] = made
         return
-    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    stream = torch._C._cuda_getCurrentRawStream(device)
     compiled[(*grid, 1, 1)[:3]](*args, *fixed, stream=stream)
 
 
@@ -59,6 +62,7 @@ class _Variants:
     """The compiled forms of one function that have been met."""
 
     def __init__(self, function: Any) -> None:
+        self.function = function  # keeps its id from being another's
         runtime = [param for param in function.params if not param.is_constexpr]
         self.by_value = [not param.do_not_specialize for param in runtime]
         self.constants = [param.name for param in function.params if param.is_constexpr]

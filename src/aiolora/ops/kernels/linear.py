@@ -19,10 +19,12 @@ from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, loa
 from aiolora.ops.kernels.launch import PDL, ceil_div, launch, power_of_2, processors
 
 SKINNY = 64  # tokens up to which our own product is as fast as cuBLAS
-SMALL = 4  # tokens up to which a product is cut for latency; with a shrink beside it, up to TOGETHER
+SMALL = 4  # tokens up to which a product is cut for latency
 AHEAD = 64  # tokens up to which a shrink is launched ahead of a product that does not wait for it
 TOGETHER = 16  # tokens up to which a shrink fits into the launch of the product
 LARGE = (64, 4)  # columns and warps of a program that completes a tile of more than 16 tokens
+COUNTED = 1 << 16  # items of work whose parts can be counted
+MOST_PARTS = 1 << 26  # elements of all parts of sums of a launch: 256 MB
 FORK = 512  # tokens up to which a shrink runs on a second stream beside the product, in graphs: there a fork is free
 
 
@@ -33,18 +35,7 @@ class Tiling(NamedTuple):
     depth: int  # of K a turn of its loop
     stages: int
     warps: int
-    ahead: int = 0  # columns of K that a program asks for before the kernel before it has ended
     rows: int = 16  # at least; with 64 the tensor cores read the weight straight from shared memory
-
-
-class _Routing(NamedTuple):
-    """What a shrink needs of the step's rows, flat."""
-
-    perm: Tensor
-    tiles: Tensor
-    items: Tensor
-    pages: Tensor
-    scales: Tensor
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -119,13 +110,13 @@ def precision(x: Tensor) -> str:
     return "ieee" if x.dtype is torch.float32 else "tf32"
 
 
-def tiling_of(tokens: int, columns: int, depth: int, dtype: torch.dtype, small: int = SMALL) -> Tiling:
+def tiling_of(tokens: int, columns: int, depth: int, dtype: torch.dtype) -> Tiling:
     """What suits a weight [columns, depth] and so many tokens; found by `benchmarks/tune.py` on an H200."""
     if dtype.itemsize > 2:  # as many bytes a turn
         return Tiling(32, 64, 3, 4)
     if columns > 12288:
         return Tiling(64, 64, 6, 4, rows=64)
-    if tokens <= small:
+    if tokens <= SMALL:
         return Tiling(32, 256, 4, 4)
     return Tiling(64, 128, 4, 4, rows=64) if columns > 5120 else Tiling(32, 128, 6, 4, rows=64)
 
@@ -157,18 +148,20 @@ def skinny(
     else:
         perm, _, items, pages, scales = routing
         slices, most, lora = a.shape[0], pages.shape[2], True
-        splits, span = _splits(depth, len(items))
+        part = 16 * power_of_2(16 * slices)
+        splits, span = _splits(depth, len(items), part)
         units = len(items) * splits
         workers = min(units, 2 * processors(x.device))
-        scratch = _scratch(x, units, 16 * power_of_2(16 * slices))
+        scratch = _scratch(x, units if splits > 1 else 0, part)
         rest = (a, h, *scratch, perm, items, pages, scales, units, where[0], pages.shape[1], a.stride(0), a.stride(1))
+    widest = a if a is not None and a.dtype is torch.float32 else weight
     pdl = late or chained(tokens, owing=lora)
     launch(
         _skinny_kernel, (workers + blocks,),
         (x, weight, y, *rest, tokens, workers),
         N=columns, K=depth, S=slices, J=power_of_2(16 * slices), W=most, SPLITS=splits, SPAN=span,
-        BM=max(tiling.rows, power_of_2(tokens)), BN=tiling.columns, BK=tiling.depth, AHEAD=tiling.ahead, LORA=lora,
-        BEHIND=lora and blocks <= 2 * processors(x.device), PRECISION=precision(weight), LATE=late, pdl=pdl,
+        BM=max(tiling.rows, power_of_2(tokens)), BN=tiling.columns, BK=tiling.depth, LORA=lora,
+        BEHIND=lora and blocks <= 2 * processors(x.device), PRECISION=precision(widest), LATE=late, pdl=pdl,
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return y
@@ -179,8 +172,8 @@ def _shrink(x: Tensor, a: Tensor, h: Tensor, routing: list[Tensor], where: list[
     kind, tile = where
     slices, depth = a.shape[0], x.shape[1]
     rows, joined = max(16, tile), power_of_2(16 * slices)
-    splits, span = _splits(depth, len(items))
-    scratch = _scratch(x, len(items) * splits, rows * joined)
+    splits, span = _splits(depth, len(items), rows * joined)
+    scratch = _scratch(x, len(items) * splits if splits > 1 else 0, rows * joined)
     launch(
         _shrink_kernel, (len(items) * splits,),
         (x, a, h, *scratch, perm, items, pages, scales, kind, pages.shape[1], a.stride(0), a.stride(1)),
@@ -189,16 +182,22 @@ def _shrink(x: Tensor, a: Tensor, h: Tensor, routing: list[Tensor], where: list[
     )  # fmt: skip
 
 
-def _splits(depth: int, items: int) -> tuple[int, int]:
-    """(parts of K, elements of a part): as many programs as keep the memory busy."""
+def _splits(depth: int, items: int, part: int) -> tuple[int, int]:
+    """(parts of K, elements of a part): as many programs as keep the memory busy; `part`: elements of a part's sums.
+
+    One part where so many items want it that their sums would take the memory that requests live in.
+    """
     span = 512 if items <= 64 else 1024
-    return ceil_div(depth, span), span
+    splits = ceil_div(depth, span)
+    if items > COUNTED or items * splits * part > MOST_PARTS:
+        return 1, ceil_div(depth, 128) * 128  # whole turns of the loop
+    return splits, span
 
 
 def _scratch(x: Tensor, units: int, part: int) -> tuple[Tensor, Tensor]:
     """Where parts of sums lie until the last has come, and how many have (zeros, left as zeros)."""
     if x.device not in _ARRIVED:
-        _ARRIVED[x.device] = torch.zeros(1 << 16, dtype=torch.int32, device=x.device)
+        _ARRIVED[x.device] = torch.zeros(COUNTED, dtype=torch.int32, device=x.device)
     return x.new_empty((units, part), dtype=torch.float32), _ARRIVED[x.device]
 
 
@@ -237,6 +236,7 @@ def _shrink_unit(
         m = tl.arange(0, BM)
         ok = m < count
         tokens = tl.load(perm + first + m, ok, 0)
+        x_rows = x + (tokens.to(tl.int64) if BM > 16 else tokens) * K  # T * K of a long step may be over 2^31
         j = tl.arange(0, J)  # slices of 16 ranks
         part, r = j // 16, j % 16
         at = (tile * kinds + kind) * W + pair * 2 + r // 8
@@ -248,10 +248,10 @@ def _shrink_unit(
             for k0 in tl.range(0, SPAN, BK, num_stages=STAGES):
                 k = split * SPAN + k0 + tl.arange(0, BK)
                 if K == SPLITS * SPAN:
-                    x_MK = tl.load(x + tokens[:, None] * K + k[None, :], ok[:, None], 0.0)
+                    x_MK = tl.load(x_rows[:, None] + k[None, :], ok[:, None], 0.0)
                     a_KJ = tl.load(a_rows[None, :] + k[:, None], there[None, :], 0.0)
                 else:
-                    x_MK = tl.load(x + tokens[:, None] * K + k[None, :], ok[:, None] & (k < K)[None, :], 0.0)
+                    x_MK = tl.load(x_rows[:, None] + k[None, :], ok[:, None] & (k < K)[None, :], 0.0)
                     a_KJ = tl.load(a_rows[None, :] + k[:, None], there[None, :] & (k < K)[:, None], 0.0)
                 acc = tl.dot(x_MK.to(a_KJ.dtype), a_KJ, acc, input_precision=PRECISION)
             last = True
@@ -291,8 +291,8 @@ def _shrink_kernel(
 def _skinny_kernel(
     x, w, y, a, h, parts, arrived, perm, items, pages, scales, units, kind, kinds, a_slice, a_page, T, workers,
     N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, J: tl.constexpr, W: tl.constexpr, SPLITS: tl.constexpr,
-    SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, LORA: tl.constexpr,
-    BEHIND: tl.constexpr, PRECISION: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+    SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LORA: tl.constexpr, BEHIND: tl.constexpr,
+    PRECISION: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`workers` programs shrink, unit after unit; each of the others makes BN columns of the product.
 
@@ -304,15 +304,6 @@ def _skinny_kernel(
         pid = tl.where(pid < blocks, pid + workers, pid - blocks)
     n = (pid - workers) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    if AHEAD > 0:
-        if pid >= workers:
-            lines = tl.arange(0, AHEAD // 64) * 64
-            asked = w + (n.to(tl.int64) * K)[:, None] + lines[None, :]
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-                "=r,l,r", [asked, (n < N)[:, None].to(tl.int32) + tl.zeros((1, AHEAD // 64), tl.int32)],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
     if PDL:
         if not LATE:
             gdc_wait()
@@ -347,8 +338,9 @@ def _skinny_kernel(
 @triton.jit(do_not_specialize=["kind", "kinds"])
 def _complete_kernel(
     y, bias, out, h, b, perm, tiles, pages, kind, kinds, b_page, b_rank,
-    N: tl.constexpr, PART: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, S: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, BIASED: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, PART: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
+    W_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, BIASED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Columns of one slice of one tile of tokens: y + what is owed + bias."""
     tile = tl.program_id(0)

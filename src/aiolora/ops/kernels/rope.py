@@ -36,18 +36,8 @@ def rope_store(
         h, b, perm, tiles, pages, owners = owed
         most, rows = pages.shape[2], 1 if alone else max(16, where[1])
         groups = tokens if alone else tiles.shape[0]
-        rest: tuple[object, ...] = (
-            h,
-            b,
-            perm,
-            tiles,
-            pages,
-            owners,
-            where[0],
-            pages.shape[1],
-            b.stride(0),
-            b.stride(1),
-        )
+        strides = b.stride(0), b.stride(1)
+        rest: tuple[object, ...] = (h, b, perm, tiles, pages, owners, where[0], pages.shape[1], *strides)
         heads = 4 if groups >= 16 else 1
     else:
         most, rows = 2, min(16, power_of_2(tokens))
@@ -70,8 +60,8 @@ def _rope_store_kernel(
     y, bias, q_norm, k_norm, cos_sin, positions, slots, q, k_cache, v_cache,
     h, b, perm, tiles, pages, owners, kind, kinds, b_page, b_rank, T, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
-    BM: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, LORA: tl.constexpr,
-    ALONE: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, LORA: tl.constexpr, ALONE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of a tile of tokens, or of one token (ALONE); without adapters a tile is BM neighbours."""
     tile = tl.program_id(0)
@@ -141,8 +131,8 @@ def _rope_store_kernel(
                         low_more = expand_pair(none, low_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
                         high_more = expand_pair(none, high_now, h, held, 0, tokens, ok, part, 3, W, PRECISION)
                         low += expand_rest(
-                            low_more, b, pages, tile, kind, kinds, h, held, tokens, ok, n, columns, part, b_page, b_rank,
-                            3, W, PRECISION,
+                            low_more, b, pages, tile, kind, kinds, h, held, tokens, ok, n, columns, part,
+                            b_page, b_rank, 3, W, PRECISION,
                         )  # fmt: skip
                         high += expand_rest(
                             high_more, b, pages, tile, kind, kinds, h, held, tokens, ok, half + n, columns, part,

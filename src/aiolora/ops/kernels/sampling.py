@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Sampling without a sort. A row's vocabulary is cut into blocks, whose statistics many programs find at once; one
 program a row then puts them together and, where a row truncates, finds the least logit kept by bisection over the row.
 

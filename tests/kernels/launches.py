@@ -1,0 +1,140 @@
+"""What steps of Llama-3.1-8B launch on Hopper, told without a GPU: the host functions run, their launches are kept."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from aiolora.ops.kernels import activation, embedding, linear, norm, rope, sampling
+
+HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY = 4096, 14336, 32, 8, 128, 128256
+BOUNDS = {  # of the slices of its projections
+    "qkv": [0, HIDDEN, HIDDEN + KV_HEADS * DIM, HIDDEN + 2 * KV_HEADS * DIM],
+    "o": [0, HIDDEN],
+    "gate_up": [0, INNER, 2 * INNER],
+}
+PAGES = 512  # of ranks in the pool
+PROCESSORS = 132  # of an H200
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A jitted function, its arguments by name, the compiler's options."""
+
+    function: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+def launches(call: Callable[[], object], *, pdl: bool = True) -> list[Launch]:
+    """What `call` would launch where programs may be set up while the kernel before them runs (`pdl`), or not."""
+    with _recorded(pdl) as found:
+        call()
+    return found
+
+
+@contextmanager
+def _recorded(pdl: bool) -> Iterator[list[Launch]]:
+    found: list[Launch] = []
+
+    def keep(function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        arguments = dict(zip(function.arg_names, args))
+        arguments |= {name: value for name, value in named.items() if name in function.arg_names}
+        found.append(Launch(function, arguments, {k: v for k, v in named.items() if k not in function.arg_names}))
+
+    def launch(function: Any, grid: tuple[int, ...], args: tuple[Any, ...], *, pdl: bool = False, **named: Any) -> None:
+        keep(function, args, {**named, "PDL": pdl, "launch_pdl": pdl})
+
+    class Direct:
+        """In the place of a jitted function that is launched by its own means."""
+
+        def __init__(self, function: Any) -> None:
+            self.function = function
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **named: keep(self.function, args, named)
+
+    with ExitStack() as stack:
+        for module in (activation, linear, norm, rope, sampling):
+            stack.enter_context(patch.object(module, "launch", launch))
+        for module in (embedding, linear, sampling):
+            stack.enter_context(patch.object(module, "PDL", pdl))
+        stack.enter_context(patch.object(linear, "processors", lambda device: PROCESSORS))
+        stack.enter_context(patch.object(embedding, "_embed", Direct(embedding._embed)))
+        stack.enter_context(patch.object(sampling, "_draw", Direct(sampling._draw)))
+        yield found
+
+
+class Step:
+    """The ops of a step of so many tokens in bfloat16, by adapters of rank 16; its tensors have shapes alone."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.tile = 16 if tokens <= 256 else 64
+        groups = -(-tokens // self.tile) + min(tokens, 32)
+        self.perm, self.owners, self.positions, self.slots = (ints(tokens) for _ in range(4))
+        self.tiles, self.items, self.pages = ints(groups, 2), ints(groups, 4), ints(groups, 1, 2)
+        self.routing = [self.perm, self.tiles, self.items, self.pages, floats(groups, 1, 2)]
+
+    def product(self, name: str) -> None:
+        linear.product(halves(self.tokens, HIDDEN), halves(BOUNDS[name][-1], HIDDEN))
+
+    def product_shrink(self, name: str) -> None:
+        x, weight = halves(self.tokens, HIDDEN), halves(BOUNDS[name][-1], HIDDEN)
+        a = halves(len(BOUNDS[name]) - 1, PAGES, 8, HIDDEN)
+        linear.product_shrink(x, weight, a, self.routing, [0, self.tile])
+
+    def complete(self) -> None:
+        linear.complete(*self._partial("o", True))
+
+    def rms_norm(self) -> None:
+        norm.rms_norm(halves(self.tokens, HIDDEN), halves(HIDDEN), 1e-5)
+
+    def add_norm(self, owing: bool) -> None:
+        norm.add_norm(*self._partial("o", owing), halves(self.tokens, HIDDEN), halves(HIDDEN), 1e-5)
+
+    def silu_mul(self, owing: bool) -> None:
+        activation.silu_mul(*self._partial("gate_up", owing))
+
+    def rope_store(self, owing: bool) -> None:
+        caches = [halves(64, 16, KV_HEADS, DIM) for _ in range(2)]
+        where = floats(8192, DIM), self.positions, self.slots
+        rope.rope_store(*self._partial("qkv", owing), None, None, 1e-5, *where, *caches, HEADS)
+
+    def embed(self) -> None:
+        embedding.embed(self.perm, self.owners, halves(VOCABULARY, HIDDEN))
+
+    def greedy(self) -> None:
+        sampling.greedy(halves(self.tokens, VOCABULARY))
+
+    def report(self) -> None:
+        sampling.report(halves(self.tokens, VOCABULARY), self.perm)
+
+    def sample(self) -> None:
+        temperature, top_p, min_p, u = (floats(self.tokens) for _ in range(4))
+        sampling.sample(halves(self.tokens, VOCABULARY), temperature, ints(self.tokens), top_p, min_p, u)
+
+    def _partial(self, name: str, owing: bool) -> tuple[Tensor, None, list[Tensor], list[int]]:
+        """y, bias, owed and where, as readers of a projection take them."""
+        bounds = BOUNDS[name]
+        y = halves(self.tokens, bounds[-1])
+        if not owing:
+            return y, None, [], []
+        h, b = floats(self.tokens, len(bounds) - 1, 16), halves(PAGES, 8, bounds[-1])
+        return y, None, [h, b, self.perm, self.tiles, self.pages, self.owners], [0, self.tile, *bounds]
+
+
+def halves(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="meta")
+
+
+def ints(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device="meta")
