@@ -152,7 +152,7 @@ def sweep(shape: Shape, deadline: float) -> Best:
 
 
 class Routing(NamedTuple):
-    """See `ops.linear.Rows`: one kind, tokens dealt to the adapters in turn, lists as long as a graph's."""
+    """See `ops.linear.Routing`: one kind, tokens dealt to the adapters in turn, lists as long as a graph's."""
 
     perm: Tensor
     tiles: Tensor

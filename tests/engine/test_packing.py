@@ -24,7 +24,7 @@ from aiolora.engine.sequence import Sequence as Answer
 from aiolora.engine.staging import Numbers, Staging, size_of
 from aiolora.engine.warm_up import blank_step
 from aiolora.lora.residency import Residency
-from aiolora.ops.linear import Rows
+from aiolora.ops.linear import Routing
 from aiolora.types import AdapterVersion, Mix, Prompt, Request, SitePages
 from tests.conftest import ModelOf
 from tests.engine.test_overlap import assert_same
@@ -73,26 +73,26 @@ class Books:
         return Scheduled(seq, start, count, True)
 
 
-def check_routing(books: Books, mixes: Sequence[Mix | None], rows: Rows) -> None:
-    """`rows` say of every token of `mixes` [T] which pages and scales it takes, and nothing of any other."""
-    assert sorted(rows.perm.tolist()) == list(range(len(mixes)))
-    assert rows.tile == TILE
-    assert rows.owners.shape == rows.perm.shape
-    assert rows.pages.shape == rows.scales.shape
-    assert rows.pages.shape[:2] == (len(rows.tiles), KINDS)
-    assert rows.pages.shape[2] % 2 == 0
+def check_routing(books: Books, mixes: Sequence[Mix | None], routing: Routing) -> None:
+    """`routing` says of every token of `mixes` [T] which pages and scales it takes, and nothing of any other."""
+    assert sorted(routing.perm.tolist()) == list(range(len(mixes)))
+    assert routing.tile == TILE
+    assert routing.owners.shape == routing.perm.shape
+    assert routing.pages.shape == routing.scales.shape
+    assert routing.pages.shape[:2] == (len(routing.tiles), KINDS)
+    assert routing.pages.shape[2] % 2 == 0
     seen: list[int] = []
     items = set()
     bare = False
-    for tile, (first, count) in enumerate(rows.tiles.tolist()):
+    for tile, (first, count) in enumerate(routing.tiles.tolist()):
         assert 0 <= count <= TILE
         if count == 0:
-            assert rows.pages[tile].eq(-1).all()
+            assert routing.pages[tile].eq(-1).all()
             continue
         assert first == len(seen)
-        tokens = rows.perm[first : first + count].tolist()
+        tokens = routing.perm[first : first + count].tolist()
         seen += tokens
-        assert rows.owners[tokens].eq(tile).all()
+        assert routing.owners[tokens].eq(tile).all()
         mix = mixes[tokens[0]]
         assert all(mixes[token] == mix for token in tokens)
         assert mix is None or not bare, "tokens without an adapter come last"
@@ -106,13 +106,13 @@ def check_routing(books: Books, mixes: Sequence[Mix | None], rows: Rows) -> None
                 if site.kind == kind
                 for page in books.residency.pages(version)[kind]
             ]
-            pages, scales = rows.pages[tile, kind].tolist(), rows.scales[tile, kind].tolist()
+            pages, scales = routing.pages[tile, kind].tolist(), routing.scales[tile, kind].tolist()
             assert list(zip(pages, scales))[: len(wanted)] == wanted
             assert set(pages[len(wanted) :]) <= {-1}
             most = max(most, len(wanted))
         items |= {(tile, pair, first, count) for pair in range(-(-most // 2))}
     assert len(seen) == len(mixes)
-    listed = [tuple(item) for item in rows.items.tolist() if item[0] >= 0]
+    listed = [tuple(item) for item in routing.items.tolist() if item[0] >= 0]
     assert len(listed) == len(set(listed))
     assert set(listed) == items
 
@@ -126,10 +126,10 @@ def test_routing_covers_every_token_once(seed: int) -> None:
     runs = [books.run(rng.choice(mixes), rng.randint(0, 9), rng.choice((1, 1, 1, 2, 30, 70))) for _ in range(12)]
     step = books.packer.pack(Batch(runs))
     of_token = [run.seq.mix for run in runs for _ in range(run.count)]
-    if step.rows is None:
+    if step.routing is None:
         assert set(of_token) == {None}
     else:
-        check_routing(books, of_token, step.rows)
+        check_routing(books, of_token, step.routing)
     flat = [(run, position) for run in runs for position in range(run.start, run.start + run.count)]
     assert step.tokens.tolist() == [run.seq.tokens[position] for run, position in flat]
     assert step.positions.tolist() == [position for _, position in flat]
@@ -160,9 +160,9 @@ def test_a_bucket_holds_whatever_mixes_its_tokens_have(seed: int) -> None:
         assert numbers[name].shape == empty[name].shape, "a bucket's sizes are fixed"
     for laid_out, step in ((numbers, runs), (empty, [])):
         step_inputs = batch_module.step_inputs(Staging("cpu").send(laid_out), in_flight.tokens, "cpu")
-        assert step_inputs.rows is not None
+        assert step_inputs.routing is not None
         padding = [None] * (size - len(step))
-        check_routing(books, [run.seq.mix for run in step] + padding, step_inputs.rows)
+        check_routing(books, [run.seq.mix for run in step] + padding, step_inputs.routing)
         assert step_inputs.slots[len(step) :].tolist() == [-1] * len(padding)
         assert step_inputs.kv_lengths.tolist() == [run.start + 1 for run in step] + [0] * len(padding)
         assert step_inputs.query_starts.tolist() == list(range(size + 1))
@@ -319,10 +319,10 @@ def test_tables_have_few_widths_however_many_adapters_a_mix_has() -> None:
     widths = []
     for counts in ((1, 1), (2, 1), (3, 1), (4, 2), (5, 1), (4, 4), (9, 1)):
         mix = books.mix(counts)
-        rows = packer.pack(Batch([books.run(mix, 0, 20)])).rows
-        assert rows is not None
-        check_routing(books, [mix] * 20, rows)
-        widths.append(rows.pages.shape[2])
+        routing = packer.pack(Batch([books.run(mix, 0, 20)])).routing
+        assert routing is not None
+        check_routing(books, [mix] * 20, routing)
+        widths.append(routing.pages.shape[2])
     assert widths == [2, 2, 4, 4, 8, 4, 16]
 
 
@@ -336,13 +336,13 @@ def test_a_blank_step_is_of_the_shapes_of_a_real_one() -> None:
         assert getattr(blank, name).shape == getattr(real, name).shape
         assert getattr(blank, name).dtype == getattr(real, name).dtype == torch.int32
     assert blank.slots.eq(-1).all()
-    assert blank.rows is not None
-    assert real.rows is not None
-    check_routing(books, [None] * 21, blank.rows)
-    assert blank.rows.pages.shape[1:] == real.rows.pages.shape[1:]
-    assert blank.rows.scales.dtype == real.rows.scales.dtype == torch.float32
-    idle = blank_step((1, 20), num_logits=2, page_size=PAGE, device="cpu", kinds=KINDS, pages=8, idle=3).rows
+    assert blank.routing is not None
+    assert real.routing is not None
+    check_routing(books, [None] * 21, blank.routing)
+    assert blank.routing.pages.shape[1:] == real.routing.pages.shape[1:]
+    assert blank.routing.scales.dtype == real.routing.scales.dtype == torch.float32
+    idle = blank_step((1, 20), num_logits=2, page_size=PAGE, device="cpu", kinds=KINDS, pages=8, idle=3).routing
     assert idle is not None
     check_routing(books, [None] * 21, idle)
-    assert [len(table) - len(other) for table, other in zip(idle[:-1], blank.rows[:-1])] == [0, 3, 3, 3, 3, 0]
-    assert blank_step((3,), num_logits=1, page_size=PAGE, device="cpu").rows is None
+    assert [len(table) - len(other) for table, other in zip(idle[:-1], blank.routing[:-1])] == [0, 3, 3, 3, 3, 0]
+    assert blank_step((3,), num_logits=1, page_size=PAGE, device="cpu").routing is None

@@ -98,9 +98,9 @@ def decode_step(runner: ModelRunner, llm: LLM) -> Step:
     answer(llm)
     runner._forward = forward
     step = seen[-1]
-    assert step.rows is not None
+    assert step.routing is not None
     assert len(step.tokens) == 5
-    assert len(step.rows.tiles) == 4  # three adapters and the base
+    assert len(step.routing.tiles) == 4  # three adapters and the base
     return step, runner._cache.layers
 
 
@@ -110,13 +110,13 @@ def test_a_decode_step_gives_the_same_whatever_adapters_the_graph_was_made_for(
     llm, runner = serve(model_of("llama"), tmp_path, compile=True)
     runner._forward = torch.compile(runner._model, fullgraph=True, dynamic=True, backend="aot_eager")
     step, cache = decode_step(runner, llm)
-    assert step.rows is not None
-    rows = step.rows
-    swapped = replace(step, rows=rows._replace(pages=rows.pages.flip(0), scales=rows.scales.flip(0)))
-    empty = replace(step, rows=rows._replace(tiles=rows.tiles * torch.tensor([1, 0], dtype=torch.int32)))
+    assert step.routing is not None
+    routing = step.routing
+    swapped = replace(step, routing=routing._replace(pages=routing.pages.flip(0), scales=routing.scales.flip(0)))
+    empty = replace(step, routing=routing._replace(tiles=routing.tiles * torch.tensor([1, 0], dtype=torch.int32)))
     seen = []
     with torch.inference_mode():
-        for inputs in (step, swapped, empty, replace(step, rows=None)):
+        for inputs in (step, swapped, empty, replace(step, routing=None)):
             _leave_sizes_open(inputs)
             seen.append(runner._forward(inputs, cache))
             torch.testing.assert_close(seen[-1], runner._model(inputs, cache), rtol=0, atol=1e-5)
@@ -135,11 +135,11 @@ def test_a_step_without_adapters_has_no_op_of_them_in_its_graph(model_of: ModelO
         return graph.forward
 
     with torch.inference_mode():
-        for inputs in (step, replace(step, rows=None)):
+        for inputs in (step, replace(step, routing=None)):
             torch.compiler.reset()
             torch.compile(runner._model, fullgraph=True, backend=count)(inputs, cache)
     with_adapters, without = arguments
-    assert with_adapters - without >= 4 + 2 * 4 * 2  # the four tensors of Rows; a and b of 4 Linears in 2 layers
+    assert with_adapters - without >= 4 + 2 * 4 * 2  # the four tensors of Routing; a and b of 4 Linears in 2 layers
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")

@@ -15,7 +15,7 @@ from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence
 from aiolora.engine.staging import Numbers, Staging
 from aiolora.models.inputs import StepInputs
-from aiolora.ops.linear import Rows, tile_of
+from aiolora.ops.linear import Routing, tile_of
 from aiolora.types import AdapterVersion, Mix
 
 
@@ -213,10 +213,10 @@ class Packer:
 
 def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) -> StepInputs:
     """The step whose fields are `tensors`, under the names that `Packer.lay_out` gives them."""
-    rows = None
+    routing = None
     if "perm" in tensors:
-        perm, tiles, items, pages, scales, owners = (tensors[name] for name in Rows._fields[:-1])
-        rows = Rows(perm, tiles, items, pages, scales, owners, tile_of(len(perm), device))
+        perm, tiles, items, pages, scales, owners = (tensors[name] for name in Routing._fields[:-1])
+        routing = Routing(perm, tiles, items, pages, scales, owners, tile_of(len(perm), device))
     return StepInputs(
         tokens=tensors["tokens"],
         previous=previous,
@@ -226,7 +226,7 @@ def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) ->
         kv_lengths=tensors["kv_lengths"],
         query_starts=tensors["query_starts"],
         logits_at=tensors.get("logits_at"),
-        rows=rows,
+        routing=routing,
     )
 
 

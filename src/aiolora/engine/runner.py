@@ -215,6 +215,6 @@ def _leave_sizes_open(inputs: StepInputs) -> None:
     from torch._dynamo.decorators import mark_unbacked  # 1 s to import
 
     step = (inputs.tokens, inputs.positions, inputs.slots, inputs.block_tables, inputs.kv_lengths, inputs.query_starts)
-    for tensor in (*step, inputs.logits_at, *(inputs.rows or ()), *(inputs.head_rows or ())):
+    for tensor in (*step, inputs.logits_at, *(inputs.routing or ())):
         if isinstance(tensor, Tensor):
             mark_unbacked(tensor, list(range(tensor.dim())))

@@ -10,7 +10,6 @@ from aiolora.models.inputs import LayerKV, StepInputs
 from aiolora.models.layers import Embedding, Linear, Norm
 from aiolora.ops.activation import gated
 from aiolora.ops.attention import attention_op, stored
-from aiolora.ops.linear import complete_op
 from aiolora.ops.norm import norm_after
 
 
@@ -72,7 +71,7 @@ class Layer(nn.Module):
         """`x` [T, H] normalised, `residual` [T, H] -> the same two for the next layer, under its norm."""
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
         q = stored(
-            self.qkv(x, step.rows),
+            self.qkv(x, step.routing),
             norms,
             self.input_norm.eps,
             cos_sin,
@@ -85,9 +84,9 @@ class Layer(nn.Module):
         seen = attention_op(
             q, kv.k, kv.v, step.block_tables, step.kv_lengths, step.query_starts, self.scale, self.window
         )
-        x, residual = norm_after(self.o(seen, step.rows), residual, self.post_norm.weight, self.post_norm.eps)
-        inner = gated(self.gate_up(x, step.rows))
-        return norm_after(self.down(inner, step.rows), residual, next_norm.weight, next_norm.eps)
+        x, residual = norm_after(self.o(seen, step.routing), residual, self.post_norm.weight, self.post_norm.eps)
+        inner = gated(self.gate_up(x, step.routing))
+        return norm_after(self.down(inner, step.routing), residual, next_norm.weight, next_norm.eps)
 
 
 class Decoder(nn.Module):
@@ -123,8 +122,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor, step: StepInputs) -> Tensor:
         """Logits [S, V] of hidden states [S, H]: float32 on the CPU, the model's dtype on a GPU."""
-        y, bias, owed, where = self.head(hidden, step.head_rows).flat
-        logits = complete_op(y, bias, owed, where) if owed or bias is not None else y
+        logits: Tensor = self.head(hidden, None).y
         return logits if logits.is_cuda else logits.float()
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:

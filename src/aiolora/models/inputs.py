@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from aiolora.ops.linear import Rows
+from aiolora.ops.linear import Routing
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,8 +20,7 @@ class StepInputs:
     kv_lengths: Tensor  # [B] int32, tokens of the sequence once this step is done; 0: padding
     query_starts: Tensor  # [B + 1] int32, where each sequence's tokens begin in [T]
     logits_at: Tensor | None  # [S] int32, positions in [T] whose logits are wanted; None: all
-    rows: Rows | None = None  # None: no adapter in this step, and nothing is spent on any
-    head_rows: Rows | None = None  # the same for the S positions, for adapters of the head
+    routing: Routing | None = None  # None: no adapter in this step, and nothing is spent on any
 
 
 class LayerKV(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from aiolora.ops import native
 from aiolora.ops.embedding import embed_op
-from aiolora.ops.linear import Partial, Rows, Site, linear
+from aiolora.ops.linear import Partial, Routing, Site, linear
 from aiolora.ops.norm import rms_norm_op
 
 
@@ -37,9 +37,9 @@ class Linear(nn.Module):
         self.site: Site | None = None
         self._whole = native.serves(dtype, torch.device(device))
 
-    def forward(self, x: Tensor, rows: Rows | None) -> Partial:
+    def forward(self, x: Tensor, routing: Routing | None) -> Partial:
         """`x` [T, K] -> the Partial of [T, N]."""
-        return linear(x, self.weight, self.bias, self.site, rows, whole=self._whole)
+        return linear(x, self.weight, self.bias, self.site, routing, whole=self._whole)
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         for name, low, high in self.slices():

@@ -30,7 +30,7 @@ def tile_of(tokens: int, device: str) -> int:
     return 16 if tokens <= 256 else 64
 
 
-class Rows(NamedTuple):
+class Routing(NamedTuple):
     """The step's routing, shared by all Linears: which tokens belong together, and where their pages are."""
 
     perm: Tensor  # [T] int32, the tokens sorted by mix, those without an adapter last
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
 class Site(NamedTuple):
     """Where the pool keeps one Linear's pages. Attached once; the addresses never change."""
 
-    kind: int  # index into the second axis of Rows.pages
+    kind: int  # index into the second axis of Routing.pages
     a: Tensor  # [S, P, 8, K]
     b: Tensor  # [P, 8, N]
     bounds: list[int]  # S + 1 ends of the slices in N
@@ -58,33 +58,33 @@ class Partial(NamedTuple):
     bias: Tensor | None = None  # [N], added after everything else
     h: Tensor | None = None  # [T, S, W * 8] float32, scaled; None: nothing is owed
     site: Site | None = None
-    rows: Rows | None = None
+    routing: Routing | None = None
 
     @property
     def flat(self) -> tuple[Tensor, Tensor | None, list[Tensor], list[int]]:
         """What every reading op begins with: y, bias, [h, b, *routing] or [], [kind, tile, *bounds] or []."""
-        if self.h is None or self.site is None or self.rows is None:
+        if self.h is None or self.site is None or self.routing is None:
             return self.y, self.bias, [], []
-        site, rows = self.site, self.rows
-        owed = [self.h, site.b, rows.perm, rows.tiles, rows.pages, rows.owners]
-        return self.y, self.bias, owed, [site.kind, rows.tile, *site.bounds]
+        site, routing = self.site, self.routing
+        owed = [self.h, site.b, routing.perm, routing.tiles, routing.pages, routing.owners]
+        return self.y, self.bias, owed, [site.kind, routing.tile, *site.bounds]
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, site: Site | None, rows: Rows | None, *, whole: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, site: Site | None, routing: Routing | None, *, whole: bool = False
 ) -> Partial:
-    """`x` [T, K] times `weight` [N, K]: the base product, and what the adapters of `rows` owe on top of it.
+    """`x` [T, K] times `weight` [N, K]: the base product, and what the adapters of `routing` owe on top of it.
 
     `whole`: one kernel does all of it and nothing is owed (CPU, where the kernels could be compiled).
     """
-    if site is None or rows is None:
+    if site is None or routing is None:
         return Partial(whole_linear_op(x, weight, [], []) if whole else product_op(x, weight), bias)
     if whole:
-        adapters = [site.a, site.b, rows.perm, rows.tiles, rows.pages, rows.scales]
+        adapters = [site.a, site.b, routing.perm, routing.tiles, routing.pages, routing.scales]
         return Partial(whole_linear_op(x, weight, adapters, [site.kind, *site.bounds]), bias)
-    routing = [rows.perm, rows.tiles, rows.items, rows.pages, rows.scales]
-    y, h = product_shrink_op(x, weight, site.a, routing, [site.kind, rows.tile])
-    return Partial(y, bias, h, site, rows)
+    tables = [routing.perm, routing.tiles, routing.items, routing.pages, routing.scales]
+    y, h = product_shrink_op(x, weight, site.a, tables, [site.kind, routing.tile])
+    return Partial(y, bias, h, site, routing)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
