@@ -131,6 +131,7 @@ class AdapterVersion(Struct, frozen=True):
     nbytes: int  # of its pages on the device
     base_model_name: str | None = None
     loaded_at: float = 0.0  # time.time()
+    additive: bool = True  # nothing but low-rank sums, which may be weighted and added to others'
 
     @property
     def label(self) -> str:
@@ -145,9 +146,23 @@ def read_again(version: AdapterVersion) -> LoRARequest:
 
 
 class Mix(Struct, frozen=True):
-    """Adapters whose deltas add up, each with a weight; one adapter is a mix of one. The base model is `None`."""
+    """Adapters whose deltas add up, each with a weight; one adapter is a mix of one. The base model is `None`.
+
+    Raises `RequestError` where one that is not additive has company or a weight.
+    """
 
     parts: tuple[tuple[AdapterVersion, float], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.parts) == 1 and self.parts[0][1] == 1:
+            return
+        whole = next((version.name for version, _ in self.parts if not version.additive), None)
+        if whole is not None:
+            raise RequestError(
+                f"lora: {whole!r} is more than a low-rank sum (DoRA, biases, whole modules, invocation tokens): "
+                "name it alone, without a weight",
+                param="lora",
+            )
 
     @property
     def key(self) -> bytes:
