@@ -1,6 +1,7 @@
 """Launches find what was compiled for the same traits, and nothing else."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from aiolora.ops.kernels import launch as module
-from aiolora.ops.kernels.launch import launch
+from aiolora.ops.kernels.launch import launch, rehearsal
 
 STREAM = 77
 
@@ -37,6 +38,7 @@ class Jitted:
         self.__name__ = "jitted"
         self.params = list(params)
         self.bound: list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any], Compiled]] = []
+        self.prepared: list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
         def bind(*args: Any, **named: Any) -> Compiled:
@@ -45,6 +47,9 @@ class Jitted:
             return compiled
 
         return bind
+
+    def warmup(self, *args: Any, grid: tuple[int, ...], **named: Any) -> None:
+        self.prepared.append((grid, args, named))
 
 
 @pytest.fixture(autouse=True)
@@ -168,3 +173,30 @@ def test_the_interpreter_binds_each_time(jitted: Jitted, monkeypatch: pytest.Mon
 def test_constexprs_come_last() -> None:
     with pytest.raises(AssertionError, match="jitted: constexprs come last"):
         launch(Jitted(Param("BLOCK", True), Param("PDL", True), Param("x")), (1,), (halves(),), BLOCK=1)
+
+
+def test_a_rehearsal_compiles_and_runs_nothing(jitted: Jitted) -> None:
+    with rehearsal():
+        call(jitted, num_warps=8, pdl=True)
+    ((grid, args, named),) = jitted.prepared
+    call(jitted, num_warps=8, pdl=True)  # in earnest
+    ((*bound, compiled),) = jitted.bound
+    assert (grid, args[1:], named) == (bound[0], bound[1][1:], bound[2])
+    with rehearsal():
+        call(jitted, num_warps=8, pdl=True)
+    assert compiled.runs == []
+    assert len(jitted.prepared) == 1
+
+
+def test_a_rehearsal_is_its_own_threads_alone(jitted: Jitted) -> None:
+    with rehearsal(), ThreadPoolExecutor() as other:
+        other.submit(call, jitted).result()
+    assert len(jitted.bound) == 1
+    assert jitted.prepared == []
+
+
+def test_a_rehearsal_that_fails_is_over(jitted: Jitted) -> None:
+    with pytest.raises(ValueError, match="no such step"), rehearsal():
+        raise ValueError("no such step")
+    call(jitted)
+    assert len(jitted.bound) == 1

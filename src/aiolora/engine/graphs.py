@@ -57,7 +57,7 @@ class StaticInputs:
 
 
 class DecodeGraphs:
-    """A graph a bucket, all in one memory pool. Engine thread only.
+    """A graph a bucket, all in one memory pool; none before `capture`. Engine thread only.
 
     A graph reads and writes fixed addresses, and no kernel in it is shaped by what it reads: grids come from the
     bucket alone. `tokens` of a step are also written to `previous`, where the next one looks for them.
@@ -73,13 +73,14 @@ class DecodeGraphs:
         *,
         max_pages: int,
     ) -> None:
-        """Captures all `buckets`: blocks for seconds, writes to no page of the KV cache."""
         self._model = model
         self._cache = cache
         self._previous = previous
         self._inputs = StaticInputs(packer, previous, buckets, max_pages=max_pages)
+        self._buckets = sorted(buckets, key=lambda bucket: (bucket.size, bucket.mixes), reverse=True)
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
-        self._capture(buckets)
+        weight = model.head.weight
+        self._logits = weight.new_empty((self._buckets[0].size, weight.shape[0]))
 
     def bucket(self, size: int, routes: Routes | None) -> Bucket | None:
         """The smallest that takes a step of `size` single tokens with these mixes."""
@@ -93,32 +94,34 @@ class DecodeGraphs:
         graph.replay()
         return outputs
 
-    def _capture(self, buckets: Sequence[Bucket]) -> None:
+    def walk_through(self) -> None:
+        """Take a step of no sequences in each bucket: what is compiled or allocated once must not be so in a graph."""
+        for bucket in self._buckets:
+            self._step(self._inputs.write(bucket, self._inputs.padding(bucket)))
+
+    def capture(self) -> None:
+        """Capture every bucket: blocks for seconds, writes to no page of the KV cache."""
         started_s, free = time.monotonic(), torch.cuda.mem_get_info()[0]
-        weight = self._model.head.weight
-        logits = weight.new_empty((max(bucket.size for bucket in buckets), weight.shape[0]))
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.inference_mode():
-            for bucket in sorted(buckets, key=lambda bucket: (bucket.size, bucket.mixes), reverse=True):
-                step = self._inputs.write(bucket, self._inputs.padding(bucket))
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    for _ in range(2):  # what is compiled or allocated once must not be so in the graph
-                        self._step(step, logits)
-                graph = torch.cuda.CUDAGraph()
-                # what other threads do to the device meanwhile, another engine's among them, is none of its business
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    outputs = self._step(step, logits)
-                self._graphs[bucket] = graph, outputs
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.walk_through()
+        for bucket in self._buckets:
+            step = self._inputs.write(bucket, self._inputs.padding(bucket))
+            graph = torch.cuda.CUDAGraph()
+            # what other threads do to the device meanwhile, another engine's among them, is none of its business
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = self._step(step)
+            self._graphs[bucket] = graph, outputs
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         seconds, used = time.monotonic() - started_s, free - torch.cuda.mem_get_info()[0]
-        _log.info("captured %d decode graphs in %.1f s: %.0f MiB", len(buckets), seconds, used / 2**20)
+        _log.info("captured %d decode graphs in %.1f s: %.0f MiB", len(self._buckets), seconds, used / 2**20)
 
-    def _step(self, step: StepInputs, logits: Tensor) -> Outputs:
-        """One step of T rows; `logits` [>= T, V] is shared by all graphs, for each would keep its own otherwise."""
+    def _step(self, step: StepInputs) -> Outputs:
+        """One step of T rows; its logits lie where those of every bucket do."""
         size = len(step.tokens)
-        out = logits[:size]
+        out = self._logits[:size]
         out.copy_(self._model.logits(self._model(step, self._cache.layers), step))
         tokens, logprobs = greedy_op(out)
         self._previous[:size].copy_(tokens)

@@ -17,6 +17,7 @@ from aiolora.engine.sequence import Sequence
 from aiolora.engine.warm_up import blank_step
 from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
+from aiolora.ops.registration import rehearsal
 from aiolora.types import Request, SamplingParams
 
 _ROWS_OF_LOGITS = 256  # of prompt positions at a time: 131 MB of float32 for a vocabulary of 128k
@@ -124,20 +125,32 @@ class ModelRunner:
 
         `kinds`: of sites that take adapters.
         """
-        params = SamplingParams(temperature=1.0, top_k=2, top_p=0.5, logprobs=1)
-        seq = Sequence(Request(id="", prompt_token_ids=(0,), params=params), 0, seed=0, number=0, max_length=2)
-        with torch.inference_mode():
-            for wished in _WARM_UP:
-                counts = [min(count, plan.max_model_len) for count in wished]
-                sizes = {"num_logits": len(counts), "page_size": plan.page_size, "pages": plan.lora_pages}
-                for number, idle in {(0, 0), (kinds, 0), (kinds, _IDLE if kinds else 0)}:
-                    inputs = blank_step(counts, device=str(self._device), kinds=number, idle=idle, **sizes)
-                    logits = self._model.logits(self._model(inputs, self._cache.layers), inputs)
-                    self._sampler.choose(logits, [seq] * len(counts), None, [-1] * len(counts))
+        graphs = None
         if plan.graph_buckets:
             max_pages = -(-plan.max_model_len // plan.page_size)
             parts = self._model, self._cache, self._packer, self._in_flight.tokens
-            self._graphs = DecodeGraphs(*parts, plan.graph_buckets, max_pages=max_pages)
+            graphs = DecodeGraphs(*parts, plan.graph_buckets, max_pages=max_pages)
+        with torch.inference_mode():
+            with rehearsal():  # compiles all side by side
+                self._walk_through(plan, kinds)
+                if graphs is not None:
+                    graphs.walk_through()
+            self._walk_through(plan, kinds)
+            if graphs is not None:
+                graphs.capture()
+        self._graphs = graphs
+
+    def _walk_through(self, plan: Plan, kinds: int) -> None:
+        """A step of each size that kernels tell apart, without adapters, with, and with many."""
+        params = SamplingParams(temperature=1.0, top_k=2, top_p=0.5, logprobs=1)
+        seq = Sequence(Request(id="", prompt_token_ids=(0,), params=params), 0, seed=0, number=0, max_length=2)
+        for wished in _WARM_UP:
+            counts = [min(count, plan.max_model_len) for count in wished]
+            sizes = {"num_logits": len(counts), "page_size": plan.page_size, "pages": plan.lora_pages}
+            for number, idle in {(0, 0), (kinds, 0), (kinds, _IDLE if kinds else 0)}:
+                inputs = blank_step(counts, device=str(self._device), kinds=number, idle=idle, **sizes)
+                logits = self._model.logits(self._model(inputs, self._cache.layers), inputs)
+                self._sampler.choose(logits, [seq] * len(counts), None, [-1] * len(counts))
 
     def _replay(self, batch: Batch, seqs: list[Sequence], rows: list[int]) -> Chosen | None:
         """The step as a graph; None, and nothing done, where none was captured for its like."""

@@ -13,6 +13,7 @@ from aiolora.engine.staging import Staging
 from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
 from aiolora.ops.linear import tile_of
+from aiolora.ops.registration import rehearsal
 
 
 def blank_step(
@@ -67,9 +68,11 @@ def activation_nbytes(model: Decoder, max_num_seqs: int, max_num_batched_tokens:
     dtype = model.embed.weight.dtype
     cache = KVCache(model.config, num_pages=1, page_size=page_size, dtype=dtype, device=device)
     before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
         step = blank_step(counts, num_logits=max_num_seqs, page_size=page_size, device=device)
+        with rehearsal():
+            model(step, cache.layers)
+        torch.cuda.reset_peak_memory_stats()
         model.logits(model(step, cache.layers), step)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before

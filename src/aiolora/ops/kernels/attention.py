@@ -129,7 +129,7 @@ def _softmax_step(acc, top, total, products, v, scale, GUARD: tl.constexpr):
     return acc, new_top, total
 
 
-@triton.jit(do_not_specialize=["window", "num_tokens"])
+@triton.jit(do_not_specialize=["window", "num_tokens", "stride_table"])
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, lengths_ptr, starts_ptr, out_ptr, parts_ptr, counters_ptr, scale, window,
     num_tokens, stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
@@ -252,7 +252,7 @@ def _tiles(starts_ptr, b, num_sequences, BLOCK_M: tl.constexpr):
     return tl.where(queries > 1, tl.cdiv(queries, BLOCK_M), 0)
 
 
-@triton.jit(do_not_specialize=["window", "num_sequences"])
+@triton.jit(do_not_specialize=["window", "num_sequences", "stride_table"])
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, lengths_ptr, starts_ptr, out_ptr, scale, window, num_sequences, stride_qt,
     stride_qh, stride_page, stride_slot, stride_head, stride_table,

@@ -1,6 +1,11 @@
 """What every launch shares: finding the compiled variant, programmatic dependent launch, sizes of the card."""
 
 import functools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +18,7 @@ PDL: bool = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_dev
 """A kernel is set up while the one before it ends, and waits before it reads (Hopper on)."""
 
 _ALIGNED = 15  # Triton compiles for addresses that are multiples of 16
+_REHEARSING: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
 
 def launch(
@@ -49,6 +55,10 @@ def launch(
     device = torch.cuda.current_device()
     key = (device, fixed, num_warps, num_stages, pdl, *traits)
     compiled = None if aligned & _ALIGNED else variants.compiled.get(key)
+    if _REHEARSING.get():
+        if compiled is None:
+            function.warmup(*args, grid=grid, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
+        return
     if compiled is None:
         made = function[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
         if not aligned & _ALIGNED:
@@ -56,6 +66,23 @@ def launch(
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
     compiled[(*grid, 1, 1)[:3]](*args, *fixed, stream=stream)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """What is launched inside is not run but compiled, side by side; all of it is ready on leaving.
+
+    What the kernels would have written stays undefined. Raises what a compilation raises.
+    """
+    if INTERPRETED:
+        yield
+        return
+    token = _REHEARSING.set(True)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        _REHEARSING.reset(token)
 
 
 class _Variants:
