@@ -6,6 +6,7 @@ W7: 512 in 128 out 128 over 128 adapters, zipf 1.0. Greedy, every answer to its 
 
 import gc
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,7 +190,25 @@ def new(ours: Ours) -> list[Row]:
     host = ours.row(session, Row("first token from host memory, beyond a resident one's", from_host - known, "ms", "3"))
     from_disk = first(fresh)
     peer = Row("first token from page cache, beyond a resident one's", from_disk - known, "ms", "20", "hidden", "137")
-    return [Row("first token of a resident adapter", known, "ms"), host, ours.row(session, peer)]
+    rows = [Row("first token of a resident adapter", known, "ms"), host, ours.row(session, peer)]
+    read, copied = zip(*(_alone(session, lora) for lora in fresh))
+    rows.append(Row("floor from host memory: its bytes to the device, nothing else", min(copied), "ms"))
+    return [*rows, Row("reading, checking and laying out alone", statistics.median(read), "ms")]
+
+
+def _alone(session: Session, lora: LoRARequest) -> tuple[float, float]:
+    """Milliseconds to bring an adapter from the page cache into host memory, and from there to the device."""
+    start = time.perf_counter()
+    weights = session.weights_of(lora)
+    read = time.perf_counter() - start
+    pages = [page for some in (*weights.a.values(), *weights.b.values()) for page in some]
+    there = [torch.empty_like(page, device="cuda") for page in pages]
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for page, place in zip(pages, there):
+        place.copy_(page, non_blocking=True)
+    torch.cuda.synchronize()
+    return read * 1e3, (time.perf_counter() - start) * 1e3
 
 
 def ranks(ours: Ours) -> list[Row]:

@@ -1,5 +1,6 @@
 """The one place where the engine's objects are made and handed to each other."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,11 +24,12 @@ from aiolora.lora.residency import Residency
 from aiolora.models.decoder import Decoder
 from aiolora.models.loading import DTYPES, load_decoder
 from aiolora.models.weights import locate
+from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.pages import PagePool
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import AdapterVersion, LoRARequest
 
-_PINNED_PAGES = 8  # of each kind, locked from the start: for four adapters of rank 16 to be loaded at once
+_PINNED_NBYTES = 4 << 30  # of host memory locked from the start, at most, and no more than a 16th of the machine's
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
     bounds = step_bounds(args, model.config, device)
     activations = activation_nbytes(model, *bounds, page_size=PAGE_SIZE) if device == "cuda" else 0
     plan = make_plan(args, model.config, layout, dtype, device, activations=activations)
+    pinned = plan.device.startswith("cuda")
+    if pinned and layout is not None:  # while the kernels are compiled: locking holds up whoever uses the GPU
+        reserve_soon(layout, dict.fromkeys(range(len(layout.kinds)), _pinned_pages(args, layout)))
     engine = _engine(args, model, layout, plan, tokenizer, read_again)
     intake = Intake(
         tokenizer,
@@ -65,16 +70,21 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
         model=args.model,
         lora_enabled=args.enable_lora,
     )
-    pinned = plan.device.startswith("cuda")
     adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_pages, args.model, pinned=pinned)
-    if pinned and layout is not None:
-        reserve_soon(layout, dict.fromkeys(range(len(layout.kinds)), _PINNED_PAGES))
 
     def load(request: LoRARequest) -> AdapterWeights:
         assert layout is not None, "Intake lets no adapter through where LoRA is off"
         return load_adapter(request, layout, adapter_limits)
 
     return Built(engine, intake, load, plan)
+
+
+def _pinned_pages(args: EngineArgs, layout: Layout) -> int:
+    """Pages of each kind to be locked for adapters that will come."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    page = sum(kind.page_nbytes(layout.dtype) for kind in layout.kinds)
+    wish = args.host_adapters * -(-args.max_lora_rank // RANKS_PER_PAGE)
+    return min(wish, min(_PINNED_NBYTES, memory // 16) // page)
 
 
 def _engine(
