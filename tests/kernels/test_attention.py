@@ -8,9 +8,16 @@ from torch import Tensor
 
 from aiolora.ops import attention as reference
 from aiolora.ops.kernels import attention as kernels
+from aiolora.ops.kernels import flash
 from tests.kernels.close import assert_near
 
 PAGE = 16
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernels alone, whatever else is installed."""
+    monkeypatch.setattr(flash, "_function", lambda device: None)
 
 
 class Step(NamedTuple):

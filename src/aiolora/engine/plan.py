@@ -12,6 +12,7 @@ from aiolora.errors import ConfigError
 from aiolora.lora.layout import Layout
 from aiolora.models.decoder import DecoderConfig
 from aiolora.ops.linear import RANKS_PER_PAGE
+from aiolora.ops.registration import has_kernels
 
 PAGE_SIZE = 16
 _CPU_SHARE = 0.25  # of the machine's memory for the KV cache, at most
@@ -81,7 +82,8 @@ def make_plan(
     adapter_pages, adapter_nbytes = _adapter_room(args, layout, device)
     on_gpu = device == "cuda"
     lora_pages = even(-(-args.max_lora_rank // RANKS_PER_PAGE)) if layout and on_gpu else 0
-    graphs = graph_buckets(max_num_seqs, args.max_loras, lora_pages) if on_gpu and not args.enforce_eager else ()
+    captured = on_gpu and not args.enforce_eager and has_kernels()
+    graphs = graph_buckets(max_num_seqs, args.max_loras, lora_pages) if captured else ()
     page = page_nbytes(config, PAGE_SIZE, dtype)
     pages_of_one = -(-config.max_positions // PAGE_SIZE)
     logits = 4 * 4 * max_num_seqs * config.vocab_size  # in float32, as often as sampling needs them

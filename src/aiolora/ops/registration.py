@@ -42,9 +42,14 @@ def define(
     return op
 
 
+def has_kernels() -> bool:
+    """Whether CUDA ops have their kernels; without Triton the references serve, which no graph can hold."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def rehearsal() -> AbstractContextManager[None]:
     """Inside, CUDA ops compile their kernels side by side and compute nothing: before the same calls in earnest."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_kernels():
         return nullcontext()
     from aiolora.ops.kernels import launch
 
@@ -56,7 +61,7 @@ def _when_called(module: str, reference: F) -> Callable[..., Any]:
 
     @functools.cache
     def found() -> Callable[..., Any]:
-        if importlib.util.find_spec("triton") is None:
+        if not has_kernels():
             return reference
         function: Callable[..., Any] = getattr(importlib.import_module(module), reference.__name__)
         return function

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from aiolora.ops.kernels import flash
 from aiolora.ops.kernels.launch import PDL, ceil_div, launch, power_of_2, processors
 
 MAX_SPLITS = 16
@@ -48,6 +49,10 @@ def attention(
         raise ValueError(f"caches of one layout are needed, not strides {k_cache.stride()} and {v_cache.stride()}")
     if not q.stride(2) == k_cache.stride(3) == block_tables.stride(1) == 1:
         raise ValueError("heads and block tables must be contiguous")
+    if num_tokens > num_sequences:
+        theirs = flash.prefill(q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window)
+        if theirs is not None:
+            return theirs
     out = q.new_empty((num_tokens, num_heads * head_dim))
     if num_tokens == 0:
         return out
