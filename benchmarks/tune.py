@@ -164,7 +164,7 @@ class Routing(NamedTuple):
 
 
 def route(tokens: int, adapters: int) -> Routing:
-    tile, groups = tile_of(tokens, "cuda"), Bucket(tokens, ADAPTERS, PAGES).tiles
+    tile, groups = tile_of(tokens, "cuda"), Bucket(tokens, tokens, ADAPTERS, PAGES).tiles
     perm: list[int] = []
     owners = [0] * tokens
     tiles: list[list[int]] = []

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from aiolora import LLM, LoRARequest, SamplingParams
 from aiolora.engine import batch as batch_module
 from aiolora.engine import warm_up as warm_up_module
 from aiolora.engine.batch import Bucket, InFlight, Packer
-from aiolora.engine.graphs import DecodeGraphs, Outputs
+from aiolora.engine.graphs import Outputs, StepGraphs
 from aiolora.engine.plan import graph_buckets
 from aiolora.engine.runner import ModelRunner
 from aiolora.engine.scheduler import Batch, Scheduled
@@ -138,21 +138,29 @@ def test_routing_covers_every_token_once(seed: int) -> None:
         assert table[: len(run.seq.pages)] == list(run.seq.pages)
 
 
+@pytest.mark.parametrize("prompts", [False, True])
 @pytest.mark.parametrize("seed", range(25))
-def test_a_bucket_holds_whatever_mixes_its_tokens_have(seed: int) -> None:
+def test_a_bucket_holds_whatever_mixes_its_tokens_have(seed: int, prompts: bool) -> None:
     books = Books(seed)
     rng = books.rng
     size, max_loras = rng.choice([(1, 4), (4, 1), (16, 3), (40, 2), (64, 8)])
-    bucket = Bucket(size, min(size, max_loras), 4)
-    mixes = [books.mix((rng.randint(1, 4), rng.randint(0, 4))) for _ in range(max_loras)]
     count = rng.randint(1, size)
-    runs = [books.run(rng.choice([*mixes, None]), rng.randint(0, 20), 1) for _ in range(count)]
-    runs[0] = books.run(mixes[0], 3, 1)
+    counts = [rng.randint(1, 9) if prompts else 1 for _ in range(count)]
+    counts[-1] += prompts
+    total = sum(counts)
+    shape = (total + rng.choice((1, 50)), rng.randint(count, total)) if prompts else (size, size)
+    bucket = Bucket(*shape, min(shape[0], max_loras), 4)
+    mixes = [books.mix((rng.randint(1, 4), rng.randint(0, 4))) for _ in range(max_loras)]
+    runs = [books.run(rng.choice([*mixes, None]), rng.randint(0, 20), number) for number in counts]
+    runs[0] = books.run(mixes[0], 3, counts[0])
     routes = books.packer.routes(Batch(runs))
-    assert bucket.fits(routes)
-    assert not bucket.fits(None)
-    assert Bucket(size).fits(None)
-    assert not Bucket(size).fits(routes)
+    assert bucket.fits(total, count, routes)
+    assert not bucket.fits(total, count, None)
+    assert Bucket(*shape).fits(total, count, None)
+    assert not Bucket(*shape).fits(total, count, routes)
+    assert not bucket.fits(shape[0] + 1, count, routes)
+    assert not bucket.fits(total, shape[1] + 1, routes)
+    assert not bucket.fits(2, 2 - (not prompts), routes), "single tokens and prompts are apart"
     in_flight = InFlight.none(1, "cpu")
     numbers = books.packer.lay_out(Batch(runs), routes, in_flight, bucket)
     empty = books.packer.lay_out(Batch(), None, in_flight, bucket)
@@ -161,18 +169,26 @@ def test_a_bucket_holds_whatever_mixes_its_tokens_have(seed: int) -> None:
     for laid_out, step in ((numbers, runs), (empty, [])):
         step_inputs = batch_module.step_inputs(Staging("cpu").send(laid_out), in_flight.tokens, "cpu")
         assert step_inputs.routing is not None
-        padding = [None] * (size - len(step))
-        check_routing(books, [run.seq.mix for run in step] + padding, step_inputs.routing)
-        assert step_inputs.slots[len(step) :].tolist() == [-1] * len(padding)
-        assert step_inputs.kv_lengths.tolist() == [run.start + 1 for run in step] + [0] * len(padding)
-        assert step_inputs.query_starts.tolist() == list(range(size + 1))
+        of_token = [run.seq.mix for run in step for _ in range(run.count)]
+        padding, idle = shape[0] - len(of_token), shape[1] - len(step)
+        check_routing(books, of_token + [None] * padding, step_inputs.routing)
+        assert step_inputs.slots[len(of_token) :].tolist() == [-1] * padding
+        assert step_inputs.kv_lengths.tolist() == [run.start + run.count for run in step] + [0] * idle
+        ends = list(accumulate(run.count for run in step))
+        if prompts:
+            assert step_inputs.query_starts.tolist() == [0, *ends] + [len(of_token)] * idle, "none but the runs' own"
+            assert step_inputs.logits_at is not None
+            assert step_inputs.logits_at.tolist() == [end - 1 for end in ends] + [0] * idle
+        else:
+            assert step_inputs.query_starts.tolist() == list(range(size + 1))
+            assert step_inputs.logits_at is None
 
 
 def test_a_mix_that_is_too_wide_fits_no_bucket() -> None:
     books = Books(0)
     routes = books.packer.routes(Batch([books.run(books.mix((2, 1), (3, 1)), 0, 1)]))
-    assert not Bucket(4, 4, 4).fits(routes)
-    assert Bucket(4, 4, 6).fits(routes)
+    assert not Bucket(4, 4, 4, 4).fits(1, 1, routes)
+    assert Bucket(4, 4, 4, 6).fits(1, 1, routes)
 
 
 def test_a_pending_token_is_a_row_of_the_step_before() -> None:
@@ -207,19 +223,23 @@ def test_fields_of_equal_shapes_lie_at_equal_addresses() -> None:
 
 def test_buckets_reach_from_one_sequence_to_the_most() -> None:
     for most in (1, 3, 5, 32, 200, 256, 300, 1000):
-        buckets = graph_buckets(most, 8, 4)
-        sizes = [bucket.size for bucket in buckets if not bucket.mixes]
-        assert sizes == [bucket.size for bucket in buckets if bucket.mixes]
+        buckets = [bucket for bucket in graph_buckets(most, 8192, 8, 4) if bucket.decodes]
+        sizes = [bucket.tokens for bucket in buckets if not bucket.mixes]
+        assert sizes == [bucket.tokens for bucket in buckets if bucket.mixes]
         assert (sizes[0], sizes[-1]) == (1, most)
         assert sizes == sorted(set(sizes))
         assert all(high - low <= 64 for low, high in pairwise(sizes))
-        assert all(bucket.mixes == 0 for bucket in graph_buckets(most, 8, 0))
+        assert all(bucket.mixes == 0 for bucket in graph_buckets(most, 8192, 8, 0))
+        prompts = [bucket for bucket in graph_buckets(most, 300, 8, 4) if not bucket.decodes]
+        assert {bucket.tokens for bucket in prompts} == {32, 64, 128, 192, 256}
+        assert all(0 < bucket.sequences <= min(most, bucket.tokens // 2) for bucket in prompts)
+        assert len(set(prompts)) == len(prompts)
 
 
-# ---- a whole engine whose decode steps are padded ----
+# ---- a whole engine whose steps are padded ----
 
 
-class EagerGraphs(DecodeGraphs):
+class EagerGraphs(StepGraphs):
     """The steps that a GPU would replay, computed at once on inputs that a moment ago were garbage."""
 
     def capture(self) -> None:
@@ -244,7 +264,15 @@ def adapters(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 def serve(folder: Path, adapters: list[LoRARequest], *, graphs: bool) -> tuple[list[Any], list[Bucket], int]:
     """Answers, the buckets of the steps that were replayed, and how many steps there were."""
-    llm = LLM(str(folder), dtype="float32", enable_lora=True, max_loras=3, max_lora_rank=24, max_num_seqs=8)
+    llm = LLM(
+        str(folder),
+        dtype="float32",
+        enable_lora=True,
+        max_loras=3,
+        max_lora_rank=24,
+        max_num_seqs=8,
+        max_num_batched_tokens=48,
+    )
     for adapter in adapters:
         llm.engine.add_lora(adapter)
     engine = llm.engine._built.engine
@@ -253,7 +281,8 @@ def serve(folder: Path, adapters: list[LoRARequest], *, graphs: bool) -> tuple[l
     runner.overlaps = graphs
     eager: EagerGraphs | None = None
     if graphs:
-        buckets = [Bucket(size, *capacity) for size in (1, 2, 4, 8) for capacity in ((0, 0), (min(size, 3), 4))]
+        shapes = [(1, 1), (2, 2), (4, 4), (8, 8), (20, 2), (64, 6), (200, 8)]
+        buckets = [Bucket(*shape, *capacity) for shape in shapes for capacity in ((0, 0), (min(shape[0], 3), 4))]
         parts = runner._model, runner._cache, runner._packer, runner._in_flight.tokens
         eager = EagerGraphs(*parts, buckets, max_pages=16)
         eager.capture()
@@ -278,9 +307,9 @@ def test_padded_steps_give_the_answers_of_steps_without_padding(model_of: ModelO
     expected, _, _ = serve(model_of("llama"), adapters, graphs=False)
     ours, replayed, steps = serve(model_of("llama"), adapters, graphs=True)
     assert_same(ours, expected)
-    assert {bucket.size for bucket in replayed} == {1, 2, 4, 8}
+    assert {bucket.tokens for bucket in replayed} == {1, 2, 4, 8, 20, 64, 200}
     assert {bucket.mixes for bucket in replayed} >= {0, 3}
-    assert steps / 2 < len(replayed) < steps - 7, "prompts, and a mix of two adapters, run as they are"
+    assert steps / 2 < len(replayed) < steps - 6, "a mix of two adapters, and parts of prompts, run as they are"
 
 
 def test_warming_up_leaves_no_trace(model_of: ModelOf, adapters: list[LoRARequest]) -> None:

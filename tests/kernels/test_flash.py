@@ -9,11 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from aiolora.engine.plan import graph_buckets
 from aiolora.ops import attention as reference
 from aiolora.ops.kernels import attention as kernels
 from aiolora.ops.kernels import flash
 from tests.kernels.close import assert_near
 from tests.kernels.test_attention import CASES, Step, step
+
+
+@pytest.fixture(autouse=True)
+def any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "LEAST", 1)
+
 
 STEPS = {name: case for name, case in CASES.items() if name != "decoding"}
 
@@ -89,6 +96,11 @@ def test_prompts_are_asked_of_it_when_it_is_there(case: str, window: int, device
 def test_the_rest_stays_with_our_own(made: Any, device: str, standing_in: list[Any]) -> None:
     kernels.attention(*made(device), 0.2, 0)
     assert standing_in == []
+
+
+def test_steps_that_graphs_take_stay_with_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert max(bucket.tokens for bucket in graph_buckets(256, 8192, 8, 8)) < flash.LEAST
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0)])

@@ -43,18 +43,27 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Fixed sizes of a step of single tokens, T = B = `size`; smaller steps are padded to it."""
+    """Fixed sizes of a step; smaller ones of its sort are padded to it. T = B: one token of each sequence."""
 
-    size: int
+    tokens: int  # T
+    sequences: int  # B
     mixes: int = 0  # distinct ones at most; 0: no adapters
     pages: int = 0  # W
 
     @property
+    def decodes(self) -> bool:
+        """Whether it is for single tokens; else for steps with prompts, too."""
+        return self.tokens == self.sequences
+
+    @property
     def tiles(self) -> int:
         """G: however the tokens are spread over the mixes and none, each but one leaves at most a tile unfilled."""
-        return min(self.size, -(-self.size // tile_of(self.size, "cuda")) + min(self.size, self.mixes + 1) - 1)
+        return min(self.tokens, -(-self.tokens // tile_of(self.tokens, "cuda")) + min(self.tokens, self.mixes + 1) - 1)
 
-    def fits(self, routes: "Routes | None") -> bool:
+    def fits(self, tokens: int, sequences: int, routes: "Routes | None") -> bool:
+        """Whether a step of these sizes and mixes can be padded to it."""
+        if tokens > self.tokens or sequences > self.sequences or self.decodes != (tokens == sequences):
+            return False
         if routes is None or not self.mixes:
             return routes is None and not self.mixes
         return routes.width <= self.pages and len(routes.pages) <= self.mixes
@@ -120,9 +129,9 @@ class Packer:
     def lay_out(
         self, batch: Batch, routes: Routes | None, in_flight: InFlight, bucket: Bucket | None = None
     ) -> Numbers:
-        """The numbers of `batch`, of its sizes or, for single tokens, of those of `bucket`: padding does nothing.
+        """The numbers of `batch`, of its sizes or of those of `bucket`: padding does nothing.
 
-        Logits are wanted where a run samples and, behind all of those, for prompt logprobs; of every token of a bucket.
+        Logits are wanted where a run samples and, behind all of those, for prompt logprobs; of every single token.
         `block_tables` comes last and is never padded: [runs, most pages of a run].
         """
         tokens, tables = array("i"), array("i")
@@ -141,11 +150,13 @@ class Packer:
             counts.append(count)
             widths.append(len(seq.pages))
             tables.extend(seq.pages)
-        size = len(tokens) if bucket is None else bucket.size
-        num_seqs = len(counts) if bucket is None else bucket.size
+        size = len(tokens) if bucket is None else bucket.tokens
+        num_seqs = len(counts) if bucket is None else bucket.sequences
         first, count_B, width_B = _int32(starts), _int32(counts), _int32(widths)
         query_starts = np.arange(num_seqs + 1, dtype=np.int32)
         query_starts[1 : len(counts) + 1] = count_B.cumsum()
+        if bucket is not None and not bucket.decodes:
+            query_starts[len(counts) + 1 :] = len(tokens)  # sequences without queries
         block_tables = np.zeros((len(counts), max(widths, default=1)), dtype=np.int32)
         block_tables[np.arange(block_tables.shape[1]) < width_B[:, None]] = _int32(tables)
         run_of_token = np.repeat(np.arange(len(counts)), count_B)
@@ -160,6 +171,8 @@ class Packer:
         }
         if bucket is None:
             numbers["logits_at"] = _int32(_logits_at(batch, query_starts))
+        elif not bucket.decodes:
+            numbers["logits_at"] = _padded(_int32(_logits_at(batch, query_starts)), num_seqs, 0)
         if routes is not None or (bucket is not None and bucket.mixes):
             numbers |= self._rows(routes or Routes([], [], []), counts, size, bucket)
         return numbers | {"block_tables": block_tables}

@@ -1,4 +1,4 @@
-"""DecodeGraphs: whole decode steps, from token ids to the likeliest tokens, each launched as one CUDA graph."""
+"""StepGraphs: whole steps, from token ids to the likeliest tokens, each launched as one CUDA graph."""
 
 import logging
 import time
@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What a decode step of T rows brings; written over by the next one."""
+    """What a step with S rows of logits brings; written over by the next one."""
 
-    logits: Tensor  # [T, V]
-    tokens: Tensor  # [T] int32, the likeliest
-    logprobs: Tensor  # [T] float32, theirs
+    logits: Tensor  # [S, V]
+    tokens: Tensor  # [S] int32, the likeliest
+    logprobs: Tensor  # [S] float32, theirs
 
 
 class StaticInputs:
@@ -37,7 +37,7 @@ class StaticInputs:
         self._packer = packer
         self._previous = previous
         device = previous.device
-        table = np.empty((max(bucket.size for bucket in buckets), max_pages), dtype=np.int32)
+        table = np.empty((max(bucket.sequences for bucket in buckets), max_pages), dtype=np.int32)
         most = max(size_of({**self.padding(bucket), "block_tables": table}) for bucket in buckets)
         self._buffer = torch.zeros(most, dtype=torch.int32, device=device)
         self._block_tables = torch.zeros(table.shape, dtype=torch.int32, device=device)
@@ -52,11 +52,11 @@ class StaticInputs:
         tensors = self._staging.send_into(self._buffer, numbers)
         table = tensors["block_tables"]
         self._block_tables[: table.shape[0], : table.shape[1]].copy_(table)
-        tensors["block_tables"] = self._block_tables[: bucket.size]
+        tensors["block_tables"] = self._block_tables[: bucket.sequences]
         return step_inputs(tensors, self._previous, str(self._previous.device))
 
 
-class DecodeGraphs:
+class StepGraphs:
     """A graph a bucket, all in one memory pool; none before `capture`. Engine thread only.
 
     A graph reads and writes fixed addresses, and no kernel in it is shaped by what it reads: grids come from the
@@ -77,15 +77,14 @@ class DecodeGraphs:
         self._cache = cache
         self._previous = previous
         self._inputs = StaticInputs(packer, previous, buckets, max_pages=max_pages)
-        self._buckets = sorted(buckets, key=lambda bucket: (bucket.size, bucket.mixes), reverse=True)
+        self._buckets = sorted(buckets, key=lambda bucket: (bucket.tokens, bucket.sequences, bucket.mixes))
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         weight = model.head.weight
-        self._logits = weight.new_empty((self._buckets[0].size, weight.shape[0]))
+        self._logits = weight.new_empty((max(bucket.sequences for bucket in buckets), weight.shape[0]))
 
-    def bucket(self, size: int, routes: Routes | None) -> Bucket | None:
-        """The smallest that takes a step of `size` single tokens with these mixes."""
-        fitting = (bucket for bucket in self._graphs if bucket.size >= size and bucket.fits(routes))
-        return min(fitting, key=lambda bucket: bucket.size, default=None)
+    def bucket(self, tokens: int, sequences: int, routes: Routes | None) -> Bucket | None:
+        """The smallest that takes such a step."""
+        return next((bucket for bucket in self._graphs if bucket.fits(tokens, sequences, routes)), None)
 
     def replay(self, bucket: Bucket, numbers: Numbers) -> Outputs:
         """Launch the step that `numbers` were laid out for."""
@@ -106,23 +105,24 @@ class DecodeGraphs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.walk_through()
-        for bucket in self._buckets:
+        for bucket in reversed(self._buckets):  # the largest first: the others find their memory in its
             step = self._inputs.write(bucket, self._inputs.padding(bucket))
             graph = torch.cuda.CUDAGraph()
             # what other threads do to the device meanwhile, another engine's among them, is none of its business
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 outputs = self._step(step)
             self._graphs[bucket] = graph, outputs
+        self._graphs = {bucket: self._graphs[bucket] for bucket in self._buckets}
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         seconds, used = time.monotonic() - started_s, free - torch.cuda.mem_get_info()[0]
-        _log.info("captured %d decode graphs in %.1f s: %.0f MiB", len(self._buckets), seconds, used / 2**20)
+        _log.info("captured %d graphs of steps in %.1f s: %.0f MiB", len(self._buckets), seconds, used / 2**20)
 
     def _step(self, step: StepInputs) -> Outputs:
-        """One step of T rows; its logits lie where those of every bucket do."""
-        size = len(step.tokens)
-        out = self._logits[:size]
-        out.copy_(self._model.logits(self._model(step, self._cache.layers), step))
+        """One step; its logits lie where those of every bucket do."""
+        hidden = self._model(step, self._cache.layers)
+        out = self._logits[: len(hidden)]
+        out.copy_(self._model.logits(hidden, step))
         tokens, logprobs = greedy_op(out)
-        self._previous[:size].copy_(tokens)
+        self._previous[: len(hidden)].copy_(tokens)
         return Outputs(out, tokens, logprobs)

@@ -1,7 +1,7 @@
 """Plan: everything that was derived from what the user said and what the machine has."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,11 @@ _CPU_KV_LIMIT = 4 << 30
 _GPU_LORA_SHARE = 0.1  # of what the weights leave free
 _GRAPHS_NBYTES = 1 << 30  # kept free for CUDA graphs
 _GRAPH_SIZES = (1, 2, 4, *range(8, 48, 8), 12, 48, 56, *range(64, 128, 16), *range(128, 256, 32))  # and every 64th
+# (tokens, sequences) of steps with prompts: the host takes longer than the device for as many, or more
+_PROMPT_SIZES = (
+    *((size, (16,)) for size in (32, 64, 128, 192)),
+    *((size, (16, min(256, size // 2))) for size in (256, 384, 512, 768)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class Plan:
     adapter_pages: int  # of each kind; 0: no adapters
     adapter_nbytes: int
     lora_pages: int  # W of a step on a GPU, unless several adapters of one token take more
-    graph_buckets: tuple[Bucket, ...]  # decode steps to be captured; none on the CPU
+    graph_buckets: tuple[Bucket, ...]  # steps to be captured; none on the CPU
 
 
 def pick_device(said: str) -> str:
@@ -83,7 +88,7 @@ def make_plan(
     on_gpu = device == "cuda"
     lora_pages = even(-(-args.max_lora_rank // RANKS_PER_PAGE)) if layout and on_gpu else 0
     captured = on_gpu and not args.enforce_eager and has_kernels()
-    graphs = graph_buckets(max_num_seqs, args.max_loras, lora_pages) if captured else ()
+    graphs = graph_buckets(max_num_seqs, budget, args.max_loras, lora_pages) if captured else ()
     page = page_nbytes(config, PAGE_SIZE, dtype)
     pages_of_one = -(-config.max_positions // PAGE_SIZE)
     logits = 4 * 4 * max_num_seqs * config.vocab_size  # in float32, as often as sampling needs them
@@ -133,12 +138,19 @@ def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple
     return pages, pages * page
 
 
-def graph_buckets(max_num_seqs: int, max_loras: int, lora_pages: int) -> tuple[Bucket, ...]:
-    """Each size without adapters and, where there are any, with as many of the largest rank as a step may have."""
+def graph_buckets(
+    max_num_seqs: int, max_num_batched_tokens: int, max_loras: int, lora_pages: int
+) -> tuple[Bucket, ...]:
+    """Each size without adapters and, where there are any, with as many of the largest rank as a step may have.
+
+    First single tokens of up to all sequences; then steps with prompts, of `max_num_batched_tokens` at most.
+    """
     sizes = sorted({*_GRAPH_SIZES, *range(256, max_num_seqs, 64), max_num_seqs})
-    sizes = [size for size in sizes if size <= max_num_seqs]
-    plain = [Bucket(size) for size in sizes]
-    return (*plain, *(Bucket(size, min(size, max_loras), lora_pages) for size in sizes if lora_pages))
+    shapes = [(size, size) for size in sizes if size <= max_num_seqs]
+    for tokens, most in _PROMPT_SIZES:
+        shapes += [(tokens, min(some, max_num_seqs)) for some in most if tokens <= max_num_batched_tokens]
+    plain = [Bucket(*shape) for shape in dict.fromkeys(shapes)]
+    return (*plain, *(replace(one, mixes=min(one.tokens, max_loras), pages=lora_pages) for one in plain if lora_pages))
 
 
 def _kv_memory(args: EngineArgs, device: str, taken: int, *, wish: int) -> int:

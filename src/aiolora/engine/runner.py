@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aiolora.engine.batch import InFlight, Packer, num_prompt_logits
-from aiolora.engine.graphs import DecodeGraphs
+from aiolora.engine.graphs import StepGraphs
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.plan import Plan
 from aiolora.engine.sampler import Chosen, Sampled, Sampler, read
@@ -98,7 +98,7 @@ class ModelRunner:
         self._cache = cache
         self._packer = packer
         self._sampler = sampler
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._in_flight = InFlight.none(max_num_seqs, str(self._device))
 
     def launch(self, batch: Batch) -> ModelFlight:
@@ -129,7 +129,7 @@ class ModelRunner:
         if plan.graph_buckets:
             max_pages = -(-plan.max_model_len // plan.page_size)
             parts = self._model, self._cache, self._packer, self._in_flight.tokens
-            graphs = DecodeGraphs(*parts, plan.graph_buckets, max_pages=max_pages)
+            graphs = StepGraphs(*parts, plan.graph_buckets, max_pages=max_pages)
         with torch.inference_mode():
             with rehearsal():  # compiles all side by side
                 self._walk_through(plan, kinds)
@@ -154,10 +154,10 @@ class ModelRunner:
 
     def _replay(self, batch: Batch, seqs: list[Sequence], rows: list[int]) -> Chosen | None:
         """The step as a graph; None, and nothing done, where none was captured for its like."""
-        if self._graphs is None or len(seqs) != len(batch.runs) or batch.num_tokens != len(seqs):
+        if self._graphs is None or not seqs or any(map(num_prompt_logits, batch.runs)):
             return None
         routes = self._packer.routes(batch)
-        bucket = self._graphs.bucket(len(seqs), routes)
+        bucket = self._graphs.bucket(batch.num_tokens, len(batch.runs), routes)
         if bucket is None:
             return None
         numbers = self._packer.lay_out(batch, routes, self._in_flight, bucket)

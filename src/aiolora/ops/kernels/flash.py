@@ -14,6 +14,8 @@ _log = logging.getLogger(__name__)
 
 _HEAD_DIMS = (64, 128, 192, 256)
 _DTYPES = (torch.bfloat16, torch.float16)
+LEAST = 1024
+"""Tokens of a step: shorter ones are CUDA graphs (engine/plan.py), where this would have to be planned ahead."""
 
 
 def prefill(
@@ -30,7 +32,7 @@ def prefill(
 
     One split of the keys: more would sum up in an order that depends on the other sequences of the step.
     """
-    if q.shape[2] not in _HEAD_DIMS or q.dtype not in _DTYPES or k_cache.dtype is not q.dtype:
+    if q.shape[0] < LEAST or q.shape[2] not in _HEAD_DIMS or q.dtype not in _DTYPES or k_cache.dtype is not q.dtype:
         return None
     function = _function(q.device)
     if function is None:
