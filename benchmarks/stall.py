@@ -1,0 +1,124 @@
+"""What loading adapters does to those who are being served: time between tokens with loads and without, in one run.
+
+    python -m benchmarks.stall --model llama-3.1-8b --rank 64 --loads 50 --out results
+
+Streams over a few resident adapters and the base run all the time; half of it is quiet, in the other half adapters
+are loaded one after another, each followed by one token of its own (so that it comes to the device, too). Halves take
+turns.
+"""
+
+import argparse
+import asyncio
+import csv
+import random
+import tempfile
+import time
+from pathlib import Path
+
+from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
+from aiolora.engine.output import Assembler
+from benchmarks.adapters import make_adapters
+from benchmarks.harness import machine
+from benchmarks.online import at
+from benchmarks.shapes import SHAPES, make_model
+
+RESIDENT = 4
+
+
+class Streams:
+    """Streams that never end, and the times at which their tokens came."""
+
+    def __init__(self, engine: AsyncLLMEngine, vocab: int, loras: list[LoRARequest | None]) -> None:
+        self.gaps: list[tuple[float, float]] = []  # (when, milliseconds since the token before)
+        self._engine = engine
+        self._vocab = vocab
+        self._tasks = [asyncio.ensure_future(self._run(number, lora)) for number, lora in enumerate(loras)]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, number: int, lora: LoRARequest | None) -> None:
+        chance = random.Random(number)
+        params = SamplingParams(temperature=0, max_tokens=self._engine.plan.max_model_len - 100, ignore_eos=True)
+        while True:
+            ids = [chance.randrange(300, self._vocab) for _ in range(64)]
+            request = await self._engine.prepare(ids, params, lora=lora)
+            last = None
+            async for burst in self._engine.run([Assembler(request, self._engine.intake.tokenizer)]):
+                now = time.perf_counter()
+                if last is not None:
+                    self.gaps.append((now, (now - last) * 1e3 / len(burst)))
+                last = now
+
+
+async def measure(args: argparse.Namespace) -> None:
+    shape = SHAPES[args.model]
+    adapters = make_adapters(args.adapters_dir, args.model, RESIDENT + args.loads, rank=args.rank)
+    resident, fresh = adapters[:RESIDENT], adapters[RESIDENT:]
+    double = 2 if args.dtype == "float32" else 1
+    engine_args = EngineArgs(
+        model=str(make_model(args.adapters_dir, args.model)),
+        load_format="dummy",
+        dtype=args.dtype,
+        max_num_seqs=2 * args.streams,
+        max_model_len=2048,
+        enable_lora=True,
+        max_loras=RESIDENT + 2,
+        max_lora_rank=args.rank,
+        max_cpu_loras=args.host,
+        lora_memory=(RESIDENT + 4) * shape.adapter_nbytes(args.rank) * double,
+        kv_cache_memory=2 * args.streams * 2048 * shape.kv_nbytes * double,
+    )
+    took: list[float] = []
+    async with AsyncLLMEngine.from_engine_args(engine_args) as engine:
+        kinds = [None, *resident]
+        streams = Streams(engine, shape.vocab, [kinds[number % len(kinds)] for number in range(args.streams)])
+        await asyncio.sleep(args.settle)
+        quiet: list[float] = []
+        loading: list[float] = []
+        for start in range(0, args.loads, args.round):
+            begun = time.perf_counter()
+            for lora in fresh[start : start + args.round]:
+                before = time.perf_counter()
+                await engine.add_lora(lora)
+                took.append((time.perf_counter() - before) * 1e3)
+                await engine.generate([300], SamplingParams(max_tokens=1), lora=lora)
+            turned = time.perf_counter()
+            await asyncio.sleep(turned - begun)
+            ended = time.perf_counter()
+            loading += [gap for when, gap in streams.gaps if begun <= when < turned]
+            quiet += [gap for when, gap in streams.gaps if turned <= when < ended]
+        await streams.stop()
+    shares = (0.5, 0.9, 0.99, 0.999)
+    rows = [(f"between tokens, p{share * 100:g}", at(quiet, share), at(loading, share)) for share in shares]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "stall.csv").open("w", newline="") as stream:
+        stream.write(f"# {machine()}, {args.model}, {args.dtype}, {args.streams} streams, rank {args.rank}\n")
+        csv.writer(stream).writerows([("name", "quiet_ms", "loading_ms"), *rows])
+    print(f"{machine()}, {args.model}, {args.streams} streams, {args.loads} loads of rank {args.rank}, "
+          f"{shape.adapter_nbytes(args.rank) / 1e6:.0f} MB each: one takes {at(took, 0.5):.0f} ms")  # fmt: skip
+    for name, without, with_ in rows:
+        print(f"{name:30} quiet {without:8.2f} ms, loading {with_:8.2f} ms, {100 * with_ / without - 100:+.1f} %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3.1-8b", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--loads", type=int, default=50)
+    parser.add_argument("--round", type=int, default=10, help="loads before a quiet while of the same length")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--host", type=int, default=32, help="adapters kept in host memory")
+    parser.add_argument("--settle", type=float, default=3.0, help="seconds before measuring")
+    parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    args.adapters_dir.mkdir(parents=True, exist_ok=True)
+    asyncio.run(measure(args))
+
+
+if __name__ == "__main__":
+    main()
