@@ -29,7 +29,7 @@ from aiolora.pages import PagePool
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import AdapterVersion, LoRARequest
 
-_PINNED_NBYTES = 4 << 30  # of host memory locked from the start, at most, and no more than a 16th of the machine's
+_PINNED_SHARE = 16  # of the machine's memory so small a part is locked from the start, at most
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _pinned_pages(args: EngineArgs, layout: Layout) -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     page = sum(kind.page_nbytes(layout.dtype) for kind in layout.kinds)
     wish = args.host_adapters * -(-args.max_lora_rank // RANKS_PER_PAGE)
-    return min(wish, min(_PINNED_NBYTES, memory // 16) // page)
+    return min(wish, memory // _PINNED_SHARE // page)
 
 
 def _engine(
