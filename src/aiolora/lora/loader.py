@@ -27,7 +27,7 @@ from aiolora.errors import (
 from aiolora.hub import fetch
 from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
 from aiolora.lora.layout import Layout
-from aiolora.lora.paging import Module, fill, reserve_soon
+from aiolora.lora.paging import Module, fill
 from aiolora.lora.tensorfile import Entry, TensorFile
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.types import AdapterVersion, LoRARequest, SitePages
@@ -76,10 +76,7 @@ def load_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> Adapte
             "adapter %r was made for %r and is served on %r", name, config.base_model_name_or_path, limits.base_model
         )
     with _open(name, folder) as file:
-        weights = _build(name, config, file, layout, limits, request)
-    if limits.pinned:
-        reserve_soon(layout, {site.kind: site.count for site in weights.version.pages})
-    return weights
+        return _build(name, config, file, layout, limits, request)
 
 
 def _build(
