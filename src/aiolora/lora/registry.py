@@ -88,10 +88,10 @@ class AdapterRegistry:
         Raises `AdapterConflictError` as `check`, and where the name is known and not to be replaced.
         """
         name = version.name
-        self.check(name, number)
         old = self._versions.get(name)
         if old is not None and not replace:
             raise _taken(old, "and is not to be replaced")
+        self.check(name, number)
         self._versions[name] = version
         self._ids[name] = number
         self._name_of_id[number] = name
