@@ -262,8 +262,8 @@ async def test_reloads_under_load_never_mix_versions(http: Client, folders: list
         shutil.copytree(folders[number % len(folders)], place, dirs_exist_ok=True)
         answer = await load(http, "live", place, load_inplace=True)
         assert answer.status_code == 200, answer.text
-        mark = len(seen)
-        await until(lambda: len(seen) > mark + 4)  # so one of four askers has asked since the reload
+        mark = len(seen) + 4
+        await until(lambda mark=mark: len(seen) > mark)  # so one of four askers has asked since the reload
     reloading = False
     await asyncio.gather(*askers)
     assert set(seen) == set(solo)

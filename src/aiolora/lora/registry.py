@@ -78,9 +78,7 @@ class AdapterRegistry:
             raise AdapterConflictError(name, f"lora_int_id={number} already stands for {owner!r}; give each its own")
         known = self._ids.get(name, number)
         if known != number:
-            raise AdapterConflictError(
-                name, f"is already loaded, with lora_int_id={known}, and is now asked for with {number}"
-            )
+            raise AdapterConflictError(name, f"was loaded with lora_int_id={known} and is now asked for with {number}")
 
     def publish(self, version: AdapterVersion, number: int, *, replace: bool) -> AdapterVersion | None:
         """From now on the name stands for `version`; returns what it stood for until now.
