@@ -126,6 +126,7 @@ class World:
         self.failures: dict[int, list[Exception]] = {}  # version id -> what its reads failed with
         self.in_memory: list[AdapterVersion] = []
         self.removed: list[AdapterVersion] = []
+        self._kept: set[tuple[str, int]] = set()  # pinned versions, by the level that they are on
         self._num_versions = 0
         self._num_requests = 0
 
@@ -303,6 +304,13 @@ class World:
         lost = [version for version in self.in_memory if not self.residency.in_host(version)]
         require(not lost, "an adapter from memory stays in host memory", lost)
         mixes = [ticket.request.mix for ticket in self.tickets.values() if ticket.open]
+        levels = {"host": self.residency._host, "device": self.residency._device}
+        kept = {
+            (level, number) for level, held in levels.items() for number in self.residency._pinned if number in held
+        }
+        evicted = [place for place in self._kept - kept if place[1] in self.residency._pinned]
+        require(not evicted, "what is pinned stays", evicted)
+        self._kept = kept
         needed = {version for mix in mixes if mix is not None for version in mix.versions}
         for version in self.removed:
             under_way = self.residency.leased(version) or version in needed or version.id in self.engine._reading
