@@ -73,10 +73,25 @@ class Environment(Struct, frozen=True):
 
     cache: Path  # AIOLORA_CACHE: where pulled models and compiled kernels are kept
     native: bool  # AIOLORA_NATIVE=0: never use the compiled CPU kernels
+    runtime_lora_updating: bool  # AIOLORA_ALLOW_RUNTIME_LORA_UPDATING=1: adapters are loaded and unloaded over HTTP
+    hub_adapters: bool  # AIOLORA_ALLOW_HUB_ADAPTERS=1: those may be fetched from the hub, too
 
     @classmethod
     def read(cls) -> "Environment":
         home = os.environ.get("AIOLORA_CACHE") or os.path.join(
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "aiolora"
         )
-        return cls(cache=Path(home), native=os.environ.get("AIOLORA_NATIVE", "1") != "0")
+        return cls(
+            cache=Path(home),
+            native=os.environ.get("AIOLORA_NATIVE", "1") != "0",
+            runtime_lora_updating=_is_on("AIOLORA_ALLOW_RUNTIME_LORA_UPDATING"),
+            hub_adapters=_is_on("AIOLORA_ALLOW_HUB_ADAPTERS"),
+        )
+
+
+def _is_on(variable: str) -> bool:
+    """Raises `ConfigError` for a value that is neither yes nor no: a switch that is spelled wrong must not be off."""
+    said = os.environ.get(variable, "").strip().lower()
+    if said not in ("", "0", "1", "false", "true"):
+        raise ConfigError(f"{variable}={said!r}: say 1 or true, 0 or false")
+    return said in ("1", "true")

@@ -174,7 +174,7 @@ class Mix(Struct, frozen=True):
         return tuple(version for version, _ in self.parts)
 
 
-class Request(Struct, frozen=True, kw_only=True):
+class Request(Struct, frozen=True, kw_only=True, weakref=True):
     """What was asked, tokenised and checked; crosses from the loop to the engine thread."""
 
     id: str

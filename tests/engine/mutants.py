@@ -420,3 +420,34 @@ def an_error_follows_an_abort(patch: pytest.MonkeyPatch) -> None:
         self._undelivered = undelivered
 
     patch.setattr(Engine, "abort", abort)
+
+
+# ---- the life of adapters ----
+
+
+@mutant
+def a_pinned_version_is_evicted_from_host_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Residency, "_stays", lambda self, number: self._host[number][0].source is None)
+
+
+@mutant
+def pins_take_no_room(patch: pytest.MonkeyPatch) -> None:
+    def fits(self: Residency[Any], versions: Collection[AdapterVersion]) -> bool:
+        return all(spare >= 0 for spare in self._spare_pages(list(versions)))
+
+    patch.setattr(Residency, "fits", fits)
+
+
+@mutant
+def a_removed_version_is_dropped_while_somebody_needs_it(patch: pytest.MonkeyPatch) -> None:
+    def sweep(self: Engine) -> None:
+        for version in list(self._going.values()):
+            if self._residency.drop(version):
+                del self._going[version.id]
+
+    patch.setattr(Engine, "_sweep", sweep)
+
+
+@mutant
+def a_removed_version_is_never_dropped(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Engine, "_sweep", lambda self: None)

@@ -17,6 +17,7 @@ from aiolora.engine.warm_up import activation_nbytes
 from aiolora.lora.layout import Layout, layout_of
 from aiolora.lora.loader import AdapterWeights, load_adapter
 from aiolora.lora.loader import Limits as AdapterLimits
+from aiolora.lora.memory import InMemory
 from aiolora.lora.paging import reserve_soon
 from aiolora.lora.pool import AdapterPool
 from aiolora.lora.registry import AdapterRegistry
@@ -39,7 +40,7 @@ class Built:
 
     engine: Engine
     intake: Intake
-    load: Callable[[LoRARequest], AdapterWeights]  # blocks; any thread
+    load: Callable[[LoRARequest | InMemory], AdapterWeights]  # blocks; any thread
     plan: Plan
 
 
@@ -73,7 +74,7 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
     )
     adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_pages, args.model, pinned=pinned)
 
-    def load(request: LoRARequest) -> AdapterWeights:
+    def load(request: LoRARequest | InMemory) -> AdapterWeights:
         assert layout is not None, "Intake lets no adapter through where LoRA is off"
         return load_adapter(request, layout, adapter_limits)
 
@@ -130,4 +131,7 @@ def _engine(
     )
     scheduler = Scheduler(limits, PagePool(plan.num_pages), residency)
     ends = Ends(eos_token_ids=tokenizer.eos_token_ids, max_model_len=plan.max_model_len)
-    return Engine(scheduler, runner, residency, pool, ends=ends, seed=args.seed, read_again=read_again)
+    room = -(-args.max_lora_rank // RANKS_PER_PAGE)
+    return Engine(
+        scheduler, runner, residency, pool, ends=ends, seed=args.seed, room_of_one=room, read_again=read_again
+    )

@@ -27,8 +27,9 @@ from aiolora.errors import (
 from aiolora.hub import fetch
 from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
 from aiolora.lora.layout import Layout
+from aiolora.lora.memory import HeldTensors, InMemory
 from aiolora.lora.paging import Module, fill
-from aiolora.lora.tensorfile import Entry, TensorFile
+from aiolora.lora.tensorfile import Entry, TensorFile, Tensors
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.types import AdapterVersion, LoRARequest, SitePages
 
@@ -63,24 +64,32 @@ class Limits:
     pinned: bool = False  # pages in page-locked memory, from where a GPU copies while it computes
 
 
-def load_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> AdapterWeights:
-    """Read, check and convert the adapter at `request.lora_path` (a folder or a hub repository). Blocks.
+def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits) -> AdapterWeights:
+    """Read, check and convert the adapter at `request.lora_path` (a folder or a hub repository), or in memory. Blocks.
 
     Raises an `AdapterError` that names the culprit; nothing is kept then.
     """
     name = request.lora_name
+    if isinstance(request, InMemory):
+        config = parse_config(name, request.config_json())
+        _warn_of_base(name, config, limits)
+        return _build(name, config, HeldTensors(request), layout, limits, request)
     folder = _locate(name, request.lora_path)
     config = parse_config(name, _read(name, folder / CONFIG, _MAX_CONFIG))
-    if config.base_model_name_or_path and not _same_base(config.base_model_name_or_path, limits.base_model):
-        logger.warning(
-            "adapter %r was made for %r and is served on %r", name, config.base_model_name_or_path, limits.base_model
-        )
+    _warn_of_base(name, config, limits)
     with _open(name, folder) as file:
         return _build(name, config, file, layout, limits, request)
 
 
+def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
+    if config.base_model_name_or_path and not _same_base(config.base_model_name_or_path, limits.base_model):
+        logger.warning(
+            "adapter %r was made for %r and is served on %r", name, config.base_model_name_or_path, limits.base_model
+        )
+
+
 def _build(
-    name: str, config: PeftConfig, file: TensorFile, layout: Layout, limits: Limits, request: LoRARequest
+    name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
 ) -> AdapterWeights:
     factors = _factors(name, config, file.entries, layout)
     ranks: dict[int, int] = {}
@@ -112,7 +121,7 @@ def _build(
         id=next(_ids),
         name=name,
         digest=_digest(file.entries, contents, scales),
-        source=request.lora_path,
+        source=None if isinstance(request, InMemory) else request.lora_path,
         rank=max(ranks.values()),
         pages=tuple(SitePages(kind, count, kind_scales[kind]) for kind, count in pages.items()),
         nbytes=layout.pages_nbytes(pages),
