@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from aiolora.engine.queues import MAX_ABSENT
 from aiolora.engine.sequence import Sequence
 from aiolora.types import Mix
 from tests.engine.test_scheduler import Desk
@@ -154,3 +155,13 @@ def test_only_the_mix_served_most_is_closed_for_one_that_is_due() -> None:
     street.run(60, lambda: None)
     assert len(street.waits[cold]) == 1
     assert len(street.waits[busy]) == 2
+
+
+def test_counters_of_mixes_that_came_once_are_forgotten_though_the_device_is_never_idle() -> None:
+    street = Street(slots=2, seats=8)
+    for number in range(3 * MAX_ABSENT):
+        if street.num_open(None) < 2:
+            street.come(None, tokens=20)
+        street.come(street.desk.adapter(number, placed=False), tokens=2)
+        street.step()
+    assert len(street.desk.scheduler._queues._served) < 1.5 * MAX_ABSENT

@@ -4,7 +4,7 @@
 """
 
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
 from itertools import takewhile
 from operator import attrgetter
@@ -28,7 +28,7 @@ class Queues:
 
     def __init__(self) -> None:
         self._queues: dict[Mix | None, deque[Sequence]] = {}
-        self._served: dict[Mix | None, int] = {}
+        self._served: defaultdict[Mix | None, int] = defaultdict(int)
         self._floor = 0  # what the mix that emptied its queue last had been charged
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class Queues:
 
     def charge(self, mix: Mix | None, count: int) -> None:
         """The device computes so many tokens for `mix`, those that it samples counted twice."""
-        self._served[mix] = self.served(mix) + count
+        self._served[mix] += count
 
     def forget(self) -> None:
         """Nobody waits or runs: all are equal again."""
@@ -84,7 +84,8 @@ class Queues:
     def _lift(self, mix: Mix | None) -> None:
         least = min(map(self.served, self._queues), default=self._floor)
         if len(self._served) > len(self._queues) + MAX_ABSENT:
-            self._served = {old: count for old, count in self._served.items() if old in self._queues or count > least}
+            for old in [old for old, count in self._served.items() if count <= least and old not in self._queues]:
+                del self._served[old]
         self._served[mix] = max(self.served(mix), least)
 
 
