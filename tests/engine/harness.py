@@ -238,7 +238,7 @@ class World:
         require(not any(self.pool.refs(page) for page in range(self.pool.num_pages)), "all pages are free or idle")
         require(self.pool.num_available == self.pool.num_pages, "all pages are available")
         require(not self.residency._leases, "no leases are left")
-        require(self.scheduler.idle and not self.scheduler._active, "nothing is active")
+        require(self.scheduler.idle and not self.scheduler._slots.active, "nothing is active")
         require(not self.runner.outstanding and not self.engine._reading, "nothing is under way")
         arriving = {version.id for version, _ in self.engine._copying}
         require(self.residency._arriving == arriving, "whoever arrives is watched", arriving)
@@ -293,7 +293,7 @@ class World:
         leases = Counter(version.id for seq in holders if seq.mix for version in seq.mix.versions)
         require(leases == self.residency._leases, "leases equal holders", f"{leases} {self.residency._leases}")
         active = Counter(seq.mix for seq in holders if seq.mix)
-        require(active == scheduler._active, "active mixes equal holders")
+        require(active == scheduler._slots.active, "active mixes equal holders")
         require(len(active) <= self.shape.limits.max_loras, "max_loras")
         flights = Counter(work.seq for flight in runner.outstanding for work in flight.works)
         size = self.shape.limits.page_size
@@ -321,7 +321,7 @@ class World:
     def _verify_places(self, holders: list[Sequence]) -> None:
         scheduler = self.scheduler
         waiting = list(scheduler.waiting())
-        for mix, queue in scheduler._queues.items():
+        for mix, queue in scheduler._queues._queues.items():
             numbers = [seq.number for seq in queue]
             require(bool(queue) and numbers == sorted(numbers), "a queue is in order of arrival", numbers)
             require(all(seq.mix == mix and seq.status is Status.WAITING for seq in queue), "a queue of one mix")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from aiolora.engine.core import Engine
+from aiolora.engine.queues import Queues, Slots
 from aiolora.engine.scheduler import Batch, Scheduler
 from aiolora.engine.sequence import Sequence, Status
 from aiolora.lora.residency import Placement, Residency
@@ -227,7 +228,7 @@ def leases_of_several_answers_are_released_twice(patch: pytest.MonkeyPatch) -> N
 
 @mutant
 def max_loras_is_not_enforced(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scheduler, "_adapters_ready", lambda self, mix: all(map(self._residency.on_device, mix.versions)))
+    patch.setattr(Slots, "admits", lambda self, seq: True)
 
 
 @mutant
@@ -323,6 +324,16 @@ def nobody_loses_patience(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant
+def a_closed_mix_lets_more_in(patch: pytest.MonkeyPatch) -> None:
+    original = Slots.admits
+
+    def admits(self: Slots, seq: Sequence) -> bool:
+        return original(self, seq) or seq.mix in self.active
+
+    patch.setattr(Slots, "admits", admits)
+
+
+@mutant
 def a_slow_read_closes_the_door(patch: pytest.MonkeyPatch) -> None:
     """This engine had it: one hanging disk, and after its patience nobody with an adapter got in."""
     original = Scheduler._admit
@@ -372,14 +383,14 @@ def preempted_forgets_its_answer(patch: pytest.MonkeyPatch) -> None:
 def preempted_ones_change_places(patch: pytest.MonkeyPatch) -> None:
     """This engine had it: two preempted in flight came back in the wrong order."""
 
-    def add(self: Scheduler, seq: Sequence) -> None:
+    def add(self: Queues, seq: Sequence) -> None:
         queue = self._queues.setdefault(seq.mix, deque())
         if queue and queue[0].number > seq.number:
             queue.appendleft(seq)
         else:
             queue.append(seq)
 
-    patch.setattr(Scheduler, "add", add)
+    patch.setattr(Queues, "add", add)
 
 
 @mutant

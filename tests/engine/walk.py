@@ -202,7 +202,7 @@ def starvation(*, max_loras: int, overlaps: bool) -> float:
             world.answer(version, "ok")
         if ticket is not None and ticket.first_delta_s is not None:
             waited_s = ticket.first_delta_s - asked_s
-            # the door closes twice at most: until its read can begin, and until what came in meanwhile has ended
+            # at most twice in turn: until its read can begin, and until what came in meanwhile has ended
             require(waited_s < 2 * PATIENCE_S + 20 * STEP_S, "a cold adapter is served in time", waited_s)
             world.drain()
             return waited_s
