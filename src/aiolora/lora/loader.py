@@ -185,7 +185,13 @@ def _factors(
         pair[match["factor"]] = entry
     if heads := [head for head in _HEADS if any(f".{head}." in f".{key}" for key in entries)]:
         raise AdapterUnsupportedError(
-            name, f"tensors of {' and '.join(heads)} are not served; retrain without them in target_modules"
+            name,
+            f"tensors of {' and '.join(heads)} are not served; retrain without them in target_modules, or save with "
+            "save_embedding_layers=False",
+        )
+    if biases := [key for key in strange if config.bias != "none" and key.endswith(".bias")]:
+        raise AdapterUnsupportedError(
+            name, f"bias={config.bias!r} trained {len(biases)} biases, which are not served; retrain with bias='none'"
         )
     if strange:
         raise AdapterUnsupportedError(
@@ -204,8 +210,9 @@ def _factors(
     if isinstance(config.target_modules, list):
         for wanted in config.target_modules:
             meant = [module for module in layout.targets if stands_for(wanted, module)]
-            if not meant:
+            if not meant and wanted.rpartition(".")[2] in _HEADS and not config.spares(wanted):
                 raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
+            # any other name that stands for nothing is of another model: PEFT passes it by
             if bare := [module for module in meant if module not in found and not config.spares(module)]:
                 raise AdapterFormatError(
                     name,
