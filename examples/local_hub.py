@@ -51,15 +51,16 @@ class LocalHub:
         self.requests.append(path)
         for name, folder in self.repositories.items():
             commit = hashlib.sha1(name.encode()).hexdigest()
-            files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+            files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
             if path in (f"/api/models/{name}", f"/api/models/{name}/revision/main"):
-                siblings = [{"rfilename": file.name} for file in files]
+                siblings = [{"rfilename": file} for file in files]
                 return _json({"id": name, "sha": commit, "siblings": siblings, "private": False, "tags": []})
             if path == f"/api/models/{name}/tree/{commit}":
-                return _json([{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": commit} for f in files])
+                sizes = {file: {"size": at.stat().st_size, "oid": commit} for file, at in files.items()}
+                return _json([{"type": "file", "path": file, **size} for file, size in sizes.items()])
             if path.startswith(f"/{name}/resolve/"):
-                file = folder / path.rsplit("/", 1)[1]
-                if file.is_file():
+                file = files.get(path.removeprefix(f"/{name}/resolve/").partition("/")[2])
+                if file is not None:
                     data = file.read_bytes()
                     headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
                     return 200, headers, data

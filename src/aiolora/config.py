@@ -1,5 +1,6 @@
 """What the user said: engine arguments (also the command line's flags) and the environment."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -73,19 +74,28 @@ class Environment(Struct, frozen=True):
 
     cache: Path  # AIOLORA_CACHE: where pulled models and compiled kernels are kept
     native: bool  # AIOLORA_NATIVE=0: never use the compiled CPU kernels
-    runtime_lora_updating: bool  # AIOLORA_ALLOW_RUNTIME_LORA_UPDATING=1: adapters are loaded and unloaded over HTTP
+    runtime_lora_updating: bool  # AIOLORA_ALLOW_RUNTIME_LORA_UPDATING=1: adapters are loaded over HTTP and resolved
     hub_adapters: bool  # AIOLORA_ALLOW_HUB_ADAPTERS=1: those may be fetched from the hub, too
+    plugins: tuple[str, ...]  # AIOLORA_PLUGINS: names, in the order in which they are asked
+    resolver_cache_dir: Path | None  # AIOLORA_LORA_RESOLVER_CACHE_DIR: the filesystem resolver's folder
+    resolver_hf_repos: tuple[str, ...]  # AIOLORA_LORA_RESOLVER_HF_REPO_LIST: all that the hub resolver may fetch
+    resolver_timeout_s: float  # AIOLORA_LORA_RESOLVER_TIMEOUT_S: for one resolver's answer
 
     @classmethod
     def read(cls) -> "Environment":
         home = os.environ.get("AIOLORA_CACHE") or os.path.join(
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "aiolora"
         )
+        folder = os.environ.get("AIOLORA_LORA_RESOLVER_CACHE_DIR")
         return cls(
             cache=Path(home),
             native=os.environ.get("AIOLORA_NATIVE", "1") != "0",
             runtime_lora_updating=_is_on("AIOLORA_ALLOW_RUNTIME_LORA_UPDATING"),
             hub_adapters=_is_on("AIOLORA_ALLOW_HUB_ADAPTERS"),
+            plugins=_listed("AIOLORA_PLUGINS"),
+            resolver_cache_dir=Path(folder).expanduser() if folder else None,
+            resolver_hf_repos=_listed("AIOLORA_LORA_RESOLVER_HF_REPO_LIST"),
+            resolver_timeout_s=_seconds("AIOLORA_LORA_RESOLVER_TIMEOUT_S", 30.0),
         )
 
 
@@ -95,3 +105,18 @@ def _is_on(variable: str) -> bool:
     if said not in ("", "0", "1", "false", "true"):
         raise ConfigError(f"{variable}={said!r}: say 1 or true, 0 or false")
     return said in ("1", "true")
+
+
+def _listed(variable: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(item.strip() for item in os.environ.get(variable, "").split(",") if item.strip()))
+
+
+def _seconds(variable: str, default: float) -> float:
+    said = os.environ.get(variable) or str(default)
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"{variable}={said!r}: give a positive number of seconds")
+    return seconds

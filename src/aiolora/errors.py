@@ -12,6 +12,7 @@ AioloraError
 │   └── UnknownModelError       no base model and no adapter of that name (HTTP 404)
 ├── AdapterError                this one adapter cannot be used (HTTP 422; carries `adapter`)
 │   ├── AdapterNotFoundError    (HTTP 404)
+│   ├── AdapterResolveError     no resolver found it, and one failed (HTTP 502)
 │   ├── AdapterConflictError    name or id already stands for something else (HTTP 400)
 │   ├── AdapterFormatError      unreadable, truncated, pickled, not finite
 │   ├── AdapterMismatchError    made for another base: unknown modules or wrong shapes
@@ -87,6 +88,10 @@ class AdapterError(AioloraError):
 
 class AdapterNotFoundError(AdapterError):
     """The path or repository does not exist, or holds no adapter."""
+
+
+class AdapterResolveError(AdapterError):
+    """No resolver found the adapter, and one of them failed or was too late; `__cause__` is the first failure."""
 
 
 class AdapterConflictError(AdapterError):

@@ -18,6 +18,7 @@ from aiolora.errors import (
     AdapterError,
     AdapterFormatError,
     AdapterNotFoundError,
+    AdapterResolveError,
     ConfigError,
     EngineDeadError,
     NonFiniteLogitsError,
@@ -205,6 +206,7 @@ async def test_what_nobody_foresaw_is_500_without_details(
     [
         (RequestError("no", param="n"), 400, "invalid_value"),
         (AdapterNotFoundError("a", "no"), 404, "adapter_not_found"),
+        (AdapterResolveError("a", "no"), 502, "adapter_not_resolved"),
         (AdapterConflictError("a", "no"), 400, "adapter_conflict"),
         (AdapterFormatError("a", "no"), 422, "adapter_unusable"),
         (AdapterChangedError("a", "no"), 422, "adapter_unusable"),

@@ -66,6 +66,8 @@ class Serving:
         self, answer_id: str, model: str, prompts: Iterable[Prompt | Messages], params: SamplingParams
     ) -> list[Assembler]:
         """A request a prompt, checked but not yet running: what a client can get wrong is raised here."""
+        if model != self.base:
+            await self.engine.resolve_lora(model)
         adapter = self.adapter(model)
         assemblers = []
         for position, prompt in enumerate(prompts):

@@ -18,7 +18,7 @@ import anyio.to_thread
 from msgspec import structs
 from torch import Tensor
 
-from aiolora.config import EngineArgs
+from aiolora.config import EngineArgs, Environment
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import AdapterStanding, Engine, Snapshot
 from aiolora.engine.intake import Intake, LoRA
@@ -28,6 +28,8 @@ from aiolora.engine.plan import Plan
 from aiolora.errors import AdapterFormatError, AioloraError, EngineDeadError, RequestError
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.memory import AnyConfig, InMemory, in_memory
+from aiolora.lora.resolvers import choose_resolvers
+from aiolora.lora.resolving import Resolving
 from aiolora.types import (
     AdapterVersion,
     LoRARequest,
@@ -72,6 +74,7 @@ class AsyncLLMEngine:
         self._loading: dict[object, asyncio.Future[AdapterVersion]] = {}
         self._reloading = asyncio.Lock()  # what was asked for later is read later
         self._questions: set[asyncio.Future[Any]] = set()  # to the engine thread, not answered
+        self._resolving: Resolving | None = None  # None: unknown names stay unknown
         self._starting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._snapshot: Snapshot | None = None
@@ -100,6 +103,12 @@ class AsyncLLMEngine:
                 self._alive()
                 return
             self._loop = asyncio.get_running_loop()
+            environment = Environment.read()
+            if environment.runtime_lora_updating and self.args.enable_lora:
+                chosen = await anyio.to_thread.run_sync(choose_resolvers, environment)
+                self._resolving = Resolving(
+                    self.args.model, chosen, self._load_resolved, timeout_s=environment.resolver_timeout_s
+                )
             self._built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
             self._snapshot = self._built.engine.snapshot()
             engine = self._built.engine
@@ -114,6 +123,8 @@ class AsyncLLMEngine:
         self._wake.set()
         for task in self._tasks:
             task.cancel()
+        if self._resolving is not None:
+            self._resolving.stop()
         for loading in self._loading.values():
             loading.cancel()
         with anyio.CancelScope(shield=True):
@@ -156,7 +167,8 @@ class AsyncLLMEngine:
     ) -> AsyncIterator[TokenOutput]:
         """Every token as it comes. Leaving the iteration (break, cancellation, aclose) aborts the request.
 
-        `lora`: a loaded adapter's name, a LoRARequest (loaded on first use), or {name: weight}.
+        `lora`: the name of an adapter that is loaded or that a resolver finds, a LoRARequest (loaded on first use), or
+        {name: weight}.
         Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
         """
         request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
@@ -272,6 +284,16 @@ class AsyncLLMEngine:
         number = self.intake.registry.number(lora)
         return await self._shared(object(), self._load(source, number, replace=load_inplace))
 
+    async def resolve_lora(self, lora_name: str) -> bool:
+        """Load the adapter that a resolver finds for a name; True: it is loaded, or was before. False: nobody knows it.
+
+        Resolvers are asked only with `AIOLORA_ALLOW_RUNTIME_LORA_UPDATING`. Raises `AdapterError`.
+        """
+        self._alive()
+        if self.intake.registry.knows(lora_name):
+            return True
+        return self._resolving is not None and await self._resolving.resolve(lora_name)
+
     async def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
         """Forget an adapter, by name or `lora_int_id`. False: it was not known.
 
@@ -327,6 +349,7 @@ class AsyncLLMEngine:
         """The version that `lora` means, loaded once however many ask at the same time."""
         registry = self.intake.registry
         if isinstance(lora, str):
+            await self.resolve_lora(lora)
             return registry.find(lora)
         known = registry.match(lora)
         if known is not None:
@@ -354,6 +377,10 @@ class AsyncLLMEngine:
             if loading.cancelled():
                 raise EngineDeadError("the engine has stopped") from self._death
             raise
+
+    async def _load_resolved(self, lora: LoRARequest) -> None:
+        if not self.intake.registry.knows(lora.lora_name):  # else somebody has loaded it while it was looked for
+            await self._version(lora)
 
     async def _load(self, source: LoRARequest | InMemory, number: int, *, replace: bool) -> AdapterVersion:
         """Read and publish."""

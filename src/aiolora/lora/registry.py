@@ -31,6 +31,10 @@ class AdapterRegistry:
         if name not in self._base_models:
             self._base_models.append(name)
 
+    def knows(self, name: str) -> bool:
+        """Whether `name` stands for an adapter, or for the base model."""
+        return name in self._versions or name in self._base_models
+
     def find(self, name: str) -> AdapterVersion:
         """The version that `name` stands for. Raises `UnknownModelError` with the nearest known names."""
         version = self._versions.get(name)
