@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _HEADS = ("lm_head", "embed_tokens")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
+FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
 _MAX_SCALE = 1e4  # alpha / r is of order 1; float32 and bfloat16 hold products with it
-_MAX_CONFIG = 1 << 20
+MAX_CONFIG = 1 << 20
 
 _ids = itertools.count(1)
 
@@ -69,13 +69,13 @@ def load_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> Adapte
     Raises an `AdapterError` that names the culprit; nothing is kept then.
     """
     name = request.lora_name
-    folder = _locate(name, request.lora_path)
-    config = parse_config(name, _read(name, folder / CONFIG, _MAX_CONFIG))
+    folder = locate(name, request.lora_path)
+    config = parse_config(name, read_file(name, folder / CONFIG, MAX_CONFIG))
     if config.base_model_name_or_path and not _same_base(config.base_model_name_or_path, limits.base_model):
         logger.warning(
             "adapter %r was made for %r and is served on %r", name, config.base_model_name_or_path, limits.base_model
         )
-    with _open(name, folder) as file:
+    with open_tensors(name, folder) as file:
         weights = _build(name, config, file, layout, limits, request)
     if limits.pinned:
         reserve_soon(layout, {site.kind: site.count for site in weights.version.pages})
@@ -125,7 +125,8 @@ def _build(
     return AdapterWeights(version, a_pages, b_pages)
 
 
-def _locate(name: str, path: str) -> Path:
+def locate(name: str, path: str) -> Path:
+    """The folder of the adapter at `path`, fetched where it is a repository. Raises `AdapterNotFoundError`."""
     folder = Path(os.path.expanduser(path))
     if not os.path.isdir(folder):  # unlike Path.is_dir it never raises, however strange the path
         try:
@@ -137,7 +138,8 @@ def _locate(name: str, path: str) -> Path:
     return folder
 
 
-def _read(name: str, file: Path, limit: int) -> bytes:
+def read_file(name: str, file: Path, limit: int) -> bytes:
+    """The whole of a file of at most `limit` bytes. Raises `AdapterFormatError`."""
     try:
         with file.open("rb") as stream:
             data = stream.read(limit + 1)
@@ -148,7 +150,8 @@ def _read(name: str, file: Path, limit: int) -> bytes:
     return data
 
 
-def _open(name: str, folder: Path) -> TensorFile:
+def open_tensors(name: str, folder: Path) -> TensorFile:
+    """The adapter's tensors, none of them read yet. Raises `AdapterFormatError`, also where there are only pickles."""
     file = folder / TENSORS
     if not file.is_file():
         pickled = next((pickle for pickle in _PICKLES if (folder / pickle).exists()), None)
@@ -167,7 +170,7 @@ def _factors(
     found: dict[str, dict[str, Entry]] = {}
     strange = []
     for key, entry in entries.items():
-        match = _FACTOR.fullmatch(key)
+        match = FACTOR.fullmatch(key)
         if match is None:
             strange.append(key)
             continue
