@@ -19,7 +19,16 @@ Loras = Sequence[LoRARequest | None]
 class Session:
     """An engine, its prompts, and what its last timed run answered."""
 
-    def __init__(self, folder: str, name: str, *, dtype: str = "bfloat16", seed: int = 0, **args: Any) -> None:
+    def __init__(
+        self,
+        folder: str,
+        name: str,
+        *,
+        dtype: str = "bfloat16",
+        seed: int = 0,
+        kv_tokens: int = 256 * 1024,
+        **args: Any,
+    ) -> None:
         shape = SHAPES[name]
         start = time.perf_counter()
         self.llm = LLM(
@@ -28,7 +37,7 @@ class Session:
             dtype=dtype,
             max_num_seqs=256,
             max_model_len=2048,
-            kv_cache_memory=256 * 1024 * shape.kv_nbytes * (2 if dtype == "float32" else 1),
+            kv_cache_memory=kv_tokens * shape.kv_nbytes * (2 if dtype == "float32" else 1),
             **args,
         )
         self.start_s = time.perf_counter() - start

@@ -11,7 +11,6 @@ from aiolora.errors import ConfigError
 from aiolora.types import check_fields
 
 Positive = Annotated[int, Meta(ge=1)]
-_TRUE = ("1", "true", "yes", "on")
 
 
 class EngineArgs(Struct, kw_only=True, frozen=True):
@@ -75,7 +74,8 @@ class Environment(Struct, frozen=True):
 
     cache: Path  # AIOLORA_CACHE: where pulled models and compiled kernels are kept
     native: bool  # AIOLORA_NATIVE=0: never use the compiled CPU kernels
-    runtime_lora_updating: bool  # AIOLORA_ALLOW_RUNTIME_LORA_UPDATING: adapters may be loaded over HTTP and resolved
+    runtime_lora_updating: bool  # AIOLORA_ALLOW_RUNTIME_LORA_UPDATING=1: adapters are loaded over HTTP and resolved
+    hub_adapters: bool  # AIOLORA_ALLOW_HUB_ADAPTERS=1: those may be fetched from the hub, too
     plugins: tuple[str, ...]  # AIOLORA_PLUGINS: names, in the order in which they are asked
     resolver_cache_dir: Path | None  # AIOLORA_LORA_RESOLVER_CACHE_DIR: the filesystem resolver's folder
     resolver_hf_repos: tuple[str, ...]  # AIOLORA_LORA_RESOLVER_HF_REPO_LIST: all that the hub resolver may fetch
@@ -90,12 +90,21 @@ class Environment(Struct, frozen=True):
         return cls(
             cache=Path(home),
             native=os.environ.get("AIOLORA_NATIVE", "1") != "0",
-            runtime_lora_updating=os.environ.get("AIOLORA_ALLOW_RUNTIME_LORA_UPDATING", "").lower() in _TRUE,
+            runtime_lora_updating=_is_on("AIOLORA_ALLOW_RUNTIME_LORA_UPDATING"),
+            hub_adapters=_is_on("AIOLORA_ALLOW_HUB_ADAPTERS"),
             plugins=_listed("AIOLORA_PLUGINS"),
             resolver_cache_dir=Path(folder).expanduser() if folder else None,
             resolver_hf_repos=_listed("AIOLORA_LORA_RESOLVER_HF_REPO_LIST"),
             resolver_timeout_s=_seconds("AIOLORA_LORA_RESOLVER_TIMEOUT_S", 30.0),
         )
+
+
+def _is_on(variable: str) -> bool:
+    """Raises `ConfigError` for a value that is neither yes nor no: a switch that is spelled wrong must not be off."""
+    said = os.environ.get(variable, "").strip().lower()
+    if said not in ("", "0", "1", "false", "true"):
+        raise ConfigError(f"{variable}={said!r}: say 1 or true, 0 or false")
+    return said in ("1", "true")
 
 
 def _listed(variable: str) -> tuple[str, ...]:

@@ -6,14 +6,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from rich.progress import Progress
+from torch import Tensor
 
 from aiolora.config import EngineArgs
 from aiolora.engine.build import Built, build
-from aiolora.engine.core import Snapshot
+from aiolora.engine.core import AdapterStanding, Snapshot
 from aiolora.engine.intake import LoRA
 from aiolora.engine.output import Assembler
 from aiolora.errors import AdapterFormatError, AioloraError, RequestError
 from aiolora.lora.loader import AdapterWeights
+from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.types import (
     AdapterVersion,
     LoRARequest,
@@ -116,16 +118,45 @@ class LLMEngine:
         """End a request; unknown ones are fine."""
         self._drop(request_id)
 
-    def add_lora(self, lora_request: LoRARequest) -> AdapterVersion:
-        """Load an adapter, or find it loaded. Raises `AdapterError`."""
-        return self._version(lora_request)
+    def add_lora(
+        self,
+        lora: LoRARequest | str,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        config: AnyConfig | None = None,
+        load_inplace: bool = False,
+    ) -> AdapterVersion:
+        """Load an adapter, or find it loaded: as `AsyncLLMEngine.add_lora`, also from memory. Raises `AdapterError`."""
+        if isinstance(lora, LoRARequest):
+            return self._version(lora)
+        source = in_memory(lora, tensors, config)
+        self._intake.parts(lora)
+        number = self._intake.registry.number(lora)
+        self._intake.registry.check(lora, number)
+        return self._publish(self._built.load(source), number, replace=load_inplace)
 
-    def remove_lora(self, lora_name: str) -> bool:
-        """Forget a name; requests under way finish. False: it was not known."""
-        version = self._intake.registry.forget(lora_name)
+    def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
+        """Forget an adapter, by name or `lora_int_id`. False: it was not known.
+
+        Requests under way finish, and what it takes is free after the last; `force`: they end with "abort".
+        """
+        name = self._intake.registry.named(lora)
+        version = self._intake.registry.forget(name) if name is not None else None
         if version is not None:
-            self._engine.drop_adapter(version)
+            self._engine.drop_adapter(version, force=force)
         return version is not None
+
+    def pin_lora(self, lora: str | int) -> None:
+        """Never evict it: as `AsyncLLMEngine.pin_lora`. Raises `UnknownModelError` and `AdapterMemoryError`."""
+        self._engine.pin_adapter(self._intake.registry.get(lora))
+
+    def unpin_lora(self, lora: str | int) -> None:
+        """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
+        self._engine.unpin_adapter(self._intake.registry.get(lora))
+
+    def lora_standing(self) -> list[AdapterStanding]:
+        """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""
+        return self._engine.standing(self._intake.registry.versions())
 
     @contextlib.contextmanager
     def read_ahead(self, loras: Iterable[LoRA]) -> Iterator[None]:
@@ -171,8 +202,14 @@ class LLMEngine:
         self._intake.parts(lora)  # refuses where LoRA is off
         ahead = self._ahead.pop(lora, None)
         weights = self._built.load(lora) if ahead is None else ahead.result()
-        registry.publish(lora, weights.version)
-        self._engine.add_adapter(weights)
+        return self._publish(weights, lora.lora_int_id, replace=lora.load_inplace)
+
+    def _publish(self, weights: AdapterWeights, number: int, *, replace: bool) -> AdapterVersion:
+        old = self._intake.registry.publish(weights.version, number, replace=replace)
+        if old is None:
+            self._engine.add_adapter(weights)
+        else:
+            self._engine.replace_adapter(old, weights)
         return weights.version
 
     def _read_again(self, version: AdapterVersion) -> None:

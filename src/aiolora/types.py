@@ -145,7 +145,7 @@ def read_again(version: AdapterVersion) -> LoRARequest:
     return LoRARequest(version.name, 1, version.source, version.base_model_name)
 
 
-class Mix(Struct, frozen=True):
+class Mix(Struct, frozen=True, cache_hash=True):
     """Adapters whose deltas add up, each with a weight; one adapter is a mix of one. The base model is `None`.
 
     Raises `RequestError` where one that is not additive has company or a weight.
@@ -174,7 +174,7 @@ class Mix(Struct, frozen=True):
         return tuple(version for version, _ in self.parts)
 
 
-class Request(Struct, frozen=True, kw_only=True):
+class Request(Struct, frozen=True, kw_only=True, weakref=True):
     """What was asked, tokenised and checked; crosses from the loop to the engine thread."""
 
     id: str

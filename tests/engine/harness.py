@@ -48,6 +48,8 @@ class Ticket:
         self.answers = [Answer(list(request.prompt_token_ids)) for _ in range(request.params.n)]
         self.max_length = min(max_model_len, len(request.prompt_token_ids) + (request.params.max_tokens or 10**9))
         self.first_delta_s: float | None = None
+        self.aborted = False  # one of its adapters was removed by force
+        self.too_large = False  # its adapters, beside those that were pinned when it came
 
     @property
     def open(self) -> bool:
@@ -123,6 +125,8 @@ class World:
         self.answer_at_once: Callable[[AdapterVersion], str | None] = lambda version: "ok"
         self.failures: dict[int, list[Exception]] = {}  # version id -> what its reads failed with
         self.in_memory: list[AdapterVersion] = []
+        self.removed: list[AdapterVersion] = []
+        self._kept: set[tuple[str, int]] = set()  # pinned versions, by the level that they are on
         self._num_versions = 0
         self._num_requests = 0
 
@@ -138,6 +142,17 @@ class World:
         if source is None:
             self.in_memory.append(version)
         return version
+
+    def remove(self, version: AdapterVersion, *, force: bool = False) -> None:
+        """Its name is gone, and its bytes from memory with it, once nobody needs them. `force`: those are aborted."""
+        if version in self.in_memory:
+            self.in_memory.remove(version)
+        self.removed.append(version)
+        if force:
+            for ticket in self.tickets.values():
+                if ticket.open and ticket.request.mix is not None and version in ticket.request.mix.versions:
+                    ticket.aborted = True
+        self.engine.drop_adapter(version, force=force)
 
     def answer(self, version: AdapterVersion, outcome: str) -> None:
         """What `read_again(version)` brought: "ok", "changed" or "error"."""
@@ -178,6 +193,10 @@ class World:
             arrival_s=self.now_s,
         )
         ticket = self.tickets[request.id] = Ticket(request, self.shape.max_model_len)
+        needs: Counter[int] = Counter()
+        for version in {*mix.versions, *self.residency._pinned.values()} if mix else ():
+            needs.update({site.kind: site.count for site in version.pages})
+        ticket.too_large = max(needs.values(), default=0) > self.shape.adapter_pages
         self.engine.add(request)
         return ticket
 
@@ -219,7 +238,7 @@ class World:
         require(not any(self.pool.refs(page) for page in range(self.pool.num_pages)), "all pages are free or idle")
         require(self.pool.num_available == self.pool.num_pages, "all pages are available")
         require(not self.residency._leases, "no leases are left")
-        require(self.scheduler.idle and not self.scheduler._active, "nothing is active")
+        require(self.scheduler.idle and not self.scheduler._slots.active, "nothing is active")
         require(not self.runner.outstanding and not self.engine._reading, "nothing is under way")
         arriving = {version.id for version, _ in self.engine._copying}
         require(self.residency._arriving == arriving, "whoever arrives is watched", arriving)
@@ -235,6 +254,10 @@ class World:
             ticket.first_delta_s = self.now_s
         if delta.token_id is not None:
             ticket.feed(delta)
+            return
+        if delta.finish_reason == "abort":
+            require(ticket.aborted, "nobody else's removal ends a request", label)
+            answer.ended = "abort"
             return
         require(delta.finish_reason == "error", "a delta without a token ends with an error", delta)
         answer.ended = "error"
@@ -255,10 +278,7 @@ class World:
             require(type(error) in kinds, "the adapter of this request failed", error)
         else:
             require(isinstance(error, AdapterMemoryError), "a known error", repr(error))
-            needs: Counter[int] = Counter()
-            for version in set(mix.versions) if mix else ():
-                needs.update({site.kind: site.count for site in version.pages})
-            require(max(needs.values()) > self.shape.adapter_pages, "too large for the room", needs)
+            require(ticket.too_large, "too large for the room", error)
 
     # -- invariants --
 
@@ -273,7 +293,7 @@ class World:
         leases = Counter(version.id for seq in holders if seq.mix for version in seq.mix.versions)
         require(leases == self.residency._leases, "leases equal holders", f"{leases} {self.residency._leases}")
         active = Counter(seq.mix for seq in holders if seq.mix)
-        require(active == scheduler._active, "active mixes equal holders")
+        require(active == scheduler._slots.active, "active mixes equal holders")
         require(len(active) <= self.shape.limits.max_loras, "max_loras")
         flights = Counter(work.seq for flight in runner.outstanding for work in flight.works)
         size = self.shape.limits.page_size
@@ -283,11 +303,25 @@ class World:
         self._verify_places(holders)
         lost = [version for version in self.in_memory if not self.residency.in_host(version)]
         require(not lost, "an adapter from memory stays in host memory", lost)
+        mixes = [ticket.request.mix for ticket in self.tickets.values() if ticket.open]
+        levels = {"host": self.residency._host, "device": self.residency._device}
+        kept = {
+            (level, number) for level, held in levels.items() for number in self.residency._pinned if number in held
+        }
+        evicted = [place for place in self._kept - kept if place[1] in self.residency._pinned]
+        require(not evicted, "what is pinned stays", evicted)
+        self._kept = kept
+        needed = {version for mix in mixes if mix is not None for version in mix.versions}
+        for version in self.removed:
+            under_way = self.residency.leased(version) or version in needed or version.id in self.engine._reading
+            held = self.residency.in_host(version) or self.residency.placed(version)
+            arriving = version.id in self.residency._arriving
+            require(under_way or arriving or not held, "what has no name and no request is free", version.label)
 
     def _verify_places(self, holders: list[Sequence]) -> None:
         scheduler = self.scheduler
         waiting = list(scheduler.waiting())
-        for mix, queue in scheduler._queues.items():
+        for mix, queue in scheduler._queues._queues.items():
             numbers = [seq.number for seq in queue]
             require(bool(queue) and numbers == sorted(numbers), "a queue is in order of arrival", numbers)
             require(all(seq.mix == mix and seq.status is Status.WAITING for seq in queue), "a queue of one mix")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from aiolora.engine.core import Engine
+from aiolora.engine.queues import Queues, Slots
 from aiolora.engine.scheduler import Batch, Scheduler
 from aiolora.engine.sequence import Sequence, Status
 from aiolora.lora.residency import Placement, Residency
@@ -227,7 +228,7 @@ def leases_of_several_answers_are_released_twice(patch: pytest.MonkeyPatch) -> N
 
 @mutant
 def max_loras_is_not_enforced(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scheduler, "_adapters_ready", lambda self, mix: all(map(self._residency.on_device, mix.versions)))
+    patch.setattr(Slots, "admits", lambda self, seq: True)
 
 
 @mutant
@@ -323,6 +324,16 @@ def nobody_loses_patience(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant
+def a_closed_mix_lets_more_in(patch: pytest.MonkeyPatch) -> None:
+    original = Slots.admits
+
+    def admits(self: Slots, seq: Sequence) -> bool:
+        return original(self, seq) or seq.mix in self.active
+
+    patch.setattr(Slots, "admits", admits)
+
+
+@mutant
 def a_slow_read_closes_the_door(patch: pytest.MonkeyPatch) -> None:
     """This engine had it: one hanging disk, and after its patience nobody with an adapter got in."""
     original = Scheduler._admit
@@ -372,14 +383,14 @@ def preempted_forgets_its_answer(patch: pytest.MonkeyPatch) -> None:
 def preempted_ones_change_places(patch: pytest.MonkeyPatch) -> None:
     """This engine had it: two preempted in flight came back in the wrong order."""
 
-    def add(self: Scheduler, seq: Sequence) -> None:
+    def add(self: Queues, seq: Sequence) -> None:
         queue = self._queues.setdefault(seq.mix, deque())
         if queue and queue[0].number > seq.number:
             queue.appendleft(seq)
         else:
             queue.append(seq)
 
-    patch.setattr(Scheduler, "add", add)
+    patch.setattr(Queues, "add", add)
 
 
 @mutant
@@ -420,3 +431,34 @@ def an_error_follows_an_abort(patch: pytest.MonkeyPatch) -> None:
         self._undelivered = undelivered
 
     patch.setattr(Engine, "abort", abort)
+
+
+# ---- the life of adapters ----
+
+
+@mutant
+def a_pinned_version_is_evicted_from_host_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Residency, "_stays", lambda self, number: self._host[number][0].source is None)
+
+
+@mutant
+def pins_take_no_room(patch: pytest.MonkeyPatch) -> None:
+    def fits(self: Residency[Any], versions: Collection[AdapterVersion]) -> bool:
+        return all(spare >= 0 for spare in self._spare_pages(list(versions)))
+
+    patch.setattr(Residency, "fits", fits)
+
+
+@mutant
+def a_removed_version_is_dropped_while_somebody_needs_it(patch: pytest.MonkeyPatch) -> None:
+    def sweep(self: Engine) -> None:
+        for version in list(self._going.values()):
+            if self._residency.drop(version):
+                del self._going[version.id]
+
+    patch.setattr(Engine, "_sweep", sweep)
+
+
+@mutant
+def a_removed_version_is_never_dropped(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Engine, "_sweep", lambda self: None)

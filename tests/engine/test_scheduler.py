@@ -14,10 +14,10 @@ PAGE = 4
 class Desk:
     """A scheduler with its books; `land` stands for the device."""
 
-    def __init__(self, *, num_pages: int = 32, **limits: Any) -> None:
+    def __init__(self, *, num_pages: int = 32, adapter_pages: int = 16, **limits: Any) -> None:
         bounds = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_loras": 8, "page_size": PAGE} | limits
         self.pool = PagePool(num_pages)
-        self.residency: Residency[None] = Residency(num_kinds=1, num_pages=16, max_host=16)
+        self.residency: Residency[None] = Residency(num_kinds=1, num_pages=adapter_pages, max_host=64)
         self.scheduler = Scheduler(SchedulerLimits(**bounds), self.pool, self.residency)
         self.now_s = 0.0
         self._arrivals = 0
@@ -29,6 +29,15 @@ class Desk:
             assert self.residency.place(version) is not None
             self.residency.landed(version)
         return Mix(((version, 1.0),))
+
+    def bring(self) -> None:
+        """Place what the next step wants, as far as there is room."""
+        spared: set[int] = set()
+        for mix in self.scheduler.wanted():
+            spared.update(version.id for version in mix.versions)
+            for version in mix.versions:
+                if not self.residency.placed(version) and self.residency.place(version, wanted=spared) is not None:
+                    self.residency.landed(version)
 
     def add(self, prompt: list[int], mix: Mix | None = None, **params: Any) -> list[Sequence]:
         """The n sequences of one request."""
@@ -94,13 +103,42 @@ def test_running_sequences_come_before_prompts_and_prompts_get_the_rest_of_the_b
     assert desk.step() == [(running, 3, 1), (last, 0, 1), (long, 5, 3)], "single tokens first"
 
 
-def test_first_come_first_served_over_base_and_adapters() -> None:
+def test_of_equals_whoever_came_first_goes_first_base_and_adapters_alike() -> None:
     desk = Desk(max_num_seqs=3)
     one, two = desk.adapter(1), desk.adapter(2)
     seqs = [desk.one([1, 2], mix) for mix in (one, None, two, one, None)]
     assert [seq for seq, _, _ in desk.step()] == seqs[:3]
+
+
+def test_the_mix_served_least_goes_first() -> None:
+    desk = Desk(max_num_seqs=3)
+    one, two = desk.adapter(1), desk.adapter(2)
+    seqs = [desk.one([1, 2], mix) for mix in (one, None, two, one, None)]
+    desk.step()
     desk.scheduler.finish(seqs[1], "stop")
-    assert [seq for seq, _, _ in desk.step()] == [seqs[0], seqs[2], seqs[3]]
+    assert [seq for seq, _, _ in desk.step()] == [seqs[0], seqs[2], seqs[4]], "adapter 1 has had a token more"
+
+
+def test_one_mix_alone_is_first_come_first_served() -> None:
+    desk = Desk(max_num_seqs=1)
+    adapter = desk.adapter(1)
+    seqs = [desk.one([1] * length, adapter) for length in (8, 1, 4)]
+    for seq in seqs:
+        assert [served for served, _, _ in desk.step()] == [seq]
+        desk.scheduler.finish(seq, "stop")
+
+
+def test_a_mix_that_comes_back_has_saved_nothing_up() -> None:
+    desk = Desk(max_num_seqs=1)
+    one, two = desk.adapter(1), desk.adapter(2)
+    before = [desk.one([1] * 8, one) for _ in range(6)]
+    for seq in before[:3]:
+        desk.step()
+        desk.scheduler.finish(seq, "stop")
+    late = [desk.one([1] * 8, two) for _ in range(3)]
+    for expected in (before[3], late[0], before[4], late[1], before[5], late[2]):
+        assert [seq for seq, _, _ in desk.step()] == [expected], "they take turns from here on"
+        desk.scheduler.finish(expected, "stop")
 
 
 def test_no_more_sequences_run_than_max_num_seqs() -> None:
@@ -226,7 +264,7 @@ def test_an_adapter_that_is_not_there_holds_up_nobody_else_at_first() -> None:
     assert list(desk.scheduler.waiting()) == [absent]
 
 
-def test_after_its_patience_an_adapter_lets_no_later_adapter_go_before_it() -> None:
+def test_after_its_patience_an_adapter_is_given_the_slot_of_another() -> None:
     desk = Desk(max_loras=1, patience_s=3)
     hot, cold = desk.adapter(1), desk.adapter(2)
     first, waiting = desk.one([1, 2], hot), desk.one([1, 2], cold)

@@ -1,10 +1,12 @@
 """Swarm walks: random operations, with random weights a seed, on a World with few pages and few slots."""
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from aiolora.engine.scheduler import SchedulerLimits
+from aiolora.errors import AdapterMemoryError
 from aiolora.types import AdapterVersion, Mix
 from tests.engine.device import EOS, VOCAB, InvariantError, require
 from tests.engine.harness import Shape, Ticket, World
@@ -58,6 +60,7 @@ class Swarm:
             self.abort: 0.7,
             self.answer: 2,
             self.publish: 0.3,
+            self.pin: 0.3,
             self.fault: 0.4,
             self.jump: 0.3,
         }
@@ -108,9 +111,19 @@ class Swarm:
             self.world.answer(self.rng.choice(reads), self.rng.choice(("ok", "ok", "ok", "changed", "error")))
 
     def publish(self) -> None:
-        """Another version under the same name; requests under way keep theirs."""
+        """Another version under the same name; requests under way keep theirs, and then it goes, or stays for long."""
         name = self.rng.choice(self.names)
-        self.current[name] = self._new_version(name)
+        old, self.current[name] = self.current[name], self._new_version(name)
+        if self.rng.random() < 0.7:
+            self.world.remove(old, force=self.rng.random() < 0.3)
+
+    def pin(self) -> None:
+        version = self.current[self.rng.choice(self.names)]
+        if self.rng.random() < 0.4:
+            self.world.engine.unpin_adapter(version)
+        else:
+            with contextlib.suppress(AdapterMemoryError):
+                self.world.engine.pin_adapter(version)
 
     def fault(self) -> None:
         """The next numbers of one sequence are NaN: its logits, or all it computes."""
@@ -189,7 +202,7 @@ def starvation(*, max_loras: int, overlaps: bool) -> float:
             world.answer(version, "ok")
         if ticket is not None and ticket.first_delta_s is not None:
             waited_s = ticket.first_delta_s - asked_s
-            # the door closes twice at most: until its read can begin, and until what came in meanwhile has ended
+            # at most twice in turn: until its read can begin, and until what came in meanwhile has ended
             require(waited_s < 2 * PATIENCE_S + 20 * STEP_S, "a cold adapter is served in time", waited_s)
             world.drain()
             return waited_s

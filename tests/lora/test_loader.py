@@ -305,13 +305,22 @@ BROKEN: dict[str, tuple[Break, type[AdapterError], tuple[str, ...]]] = {
         AdapterFormatError,
         ("target_modules names 'o_proj', but no tensor belongs to it",),
     ),
+    "a head without tensors": (
+        config(target_modules=["q_proj", "v_proj", "lm_head"]),
+        AdapterFormatError,
+        ("target_modules names 'lm_head', but no tensor belongs to it",),
+    ),
     "a tensor that is no factor": (
         put(f"{Q}.lora_C.weight", lambda t: t),
         AdapterUnsupportedError,
         ("no lora_A/lora_B", f"{Q}.lora_C.weight"),
     ),
     "another method": (config(peft_type="LOHA"), AdapterUnsupportedError, ("peft_type 'LOHA'", "only 'LORA'")),
-    "a bias": (config(bias="lora_only"), AdapterUnsupportedError, ("bias='lora_only'", "retrain with bias='none'")),
+    "a trained bias": (
+        both(put(f"{Q}.base_layer.bias", lambda t: t), config(bias="lora_only")),
+        AdapterUnsupportedError,
+        ("bias='lora_only' trained 1 biases", "retrain with bias='none'"),
+    ),
     "PiSSA with iterations": (
         config(init_lora_weights="pissa_niter_16"),
         AdapterUnsupportedError,
@@ -364,7 +373,6 @@ def test_every_byte_cut_of_a_header_and_random_damage_are_refused_or_harmless(
     [
         ({"use_dora": True}, AdapterUnsupportedError, "use_dora=True is not served; retrain with use_dora=False"),
         ({"lora_bias": True}, AdapterUnsupportedError, "lora_bias=True"),
-        ({"bias": "all"}, AdapterUnsupportedError, "bias='all'"),
         ({"modules_to_save": ["lm_head"]}, AdapterUnsupportedError, "modules_to_save=['lm_head']"),
         ({"trainable_token_indices": [3, 4]}, AdapterUnsupportedError, "trainable_token_indices="),
         ({"target_parameters": ["mlp.up_proj.weight"]}, AdapterUnsupportedError, "target_parameters="),
@@ -442,6 +450,10 @@ def test_an_empty_folder_holds_no_adapter(tmp_path: Path, refuse: Callable[..., 
         ".{0,99}" * 20 + "Z",
         "(?:x{1,50}){1,50}",
         "q_proj|" * 60,
+        "q_proj|.*.*.*.*.*Z",
+        "[|]?.?.?.?.?Z",
+        r"\|?.?.?.?.?Z",
+        "(.*a|.*b|.*c|.*d|.*e)",
     ],
 )
 def test_a_pattern_that_could_run_for_minutes_is_refused_at_once(
@@ -458,6 +470,13 @@ def test_very_many_regular_expressions_are_refused_at_once(copied: Path, refuse:
     started = time.perf_counter()
     refuse(copied, AdapterUnsupportedError, "5000 patterns are regular expressions, the limit is 64")
     assert time.perf_counter() - started < 0.5
+
+
+def test_very_many_alternatives_are_as_many_regular_expressions(
+    copied: Path, refuse: Callable[..., AdapterError]
+) -> None:
+    reconfigure(copied, rank_pattern={"|".join([".*.*.*.*Z"] * 20) + str(i): 8 for i in range(4)})
+    refuse(copied, AdapterUnsupportedError, "80 patterns are regular expressions, the limit is 64")
 
 
 @pytest.mark.parametrize("pattern", ["[a", "a)b", "a{99999999999999999999}", "(?i)q_proj", "*", "(?P<x>a)(?P<x>b)"])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from aiolora.errors import AdapterMemoryError
 from aiolora.lora.residency import Placement, Residency
 from aiolora.types import AdapterVersion, SitePages
 
@@ -107,20 +108,68 @@ def test_a_version_whose_bytes_are_on_the_way_is_neither_used_nor_evicted() -> N
     assert not residency.placed(one)
 
 
-def test_a_version_whose_name_was_removed_leaves_host_memory_and_makes_room_first() -> None:
+def test_a_dropped_version_frees_what_it_takes_unless_it_is_leased_or_on_its_way() -> None:
     one, two, three, memory = version(1), version(2), version(3), version(4, source=None)
-    residency = book(one, two, three, memory)
-    place(residency, one, two)
-    residency.lease(two)
-    for each in (two, memory):
-        residency.drop(each)
-        assert residency.in_host(each), "in use, or not to be had again"
-    residency.release(two)
-    residency.drop(two)
-    assert not residency.in_host(two)
-    assert residency.on_device(two)
+    residency = book(one, two, memory)
+    place(residency, one)
+    residency.lease(one)
+    assert residency.place(two) is not None
+    assert not residency.drop(one), "leased"
+    assert not residency.drop(two), "its bytes are on the way"
+    assert residency.in_host(one)
+    assert residency.in_host(two)
+    residency.release(one)
+    residency.landed(two)
+    for each in (one, two, memory):
+        assert residency.drop(each)
+        residency.check()
+        assert not residency.in_host(each)
+    assert not residency.resident()
+    residency.store(three, "adapter3")
     place(residency, three)
-    assert residency.resident() == [one, three]
+
+
+def test_a_pinned_version_is_evicted_from_neither_level_until_it_is_unpinned() -> None:
+    one, two, three = version(1), version(2), version(3)
+    residency = book(one, max_host=2)
+    residency.pin(one, room=1)
+    for each in (two, three):
+        residency.store(each, each.name)
+    assert residency.in_host(one)
+    assert not residency.in_host(two)
+    place(residency, one, three)
+    residency.store(two, two.name)
+    place(residency, two)
+    assert residency.resident() == [one, two]
+    residency.unpin(one)
+    residency.store(three, three.name)
+    assert not residency.in_host(one)
+    place(residency, three)
+    assert residency.resident() == [two, three]
+
+
+def test_a_pin_must_leave_room_for_others_on_both_levels() -> None:
+    one, two, three = version(1), version(2), version(3)
+    residency = book(one, two, num_pages=3, max_host=3)
+    with pytest.raises(AdapterMemoryError, match="'adapter1': cannot be pinned: it would leave 2 rank pages"):
+        residency.pin(one, room=3)
+    residency.pin(one, room=1)
+    residency.pin(one, room=1)
+    residency.pin(two, room=1)
+    with pytest.raises(AdapterMemoryError, match="max_cpu_loras=3"):
+        residency.pin(three, room=0)
+    assert residency.fits([three])
+    assert not residency.fits([three, version(4)]), "what is pinned takes room"
+
+
+def test_a_retired_version_stays_in_host_memory_until_it_is_dropped() -> None:
+    one, two = version(1), version(2)
+    residency = book(one, max_host=1)
+    residency.retire(one)
+    residency.store(two, "adapter2")
+    assert residency.in_host(one)
+    assert residency.drop(one)
+    assert not residency.in_host(one)
 
 
 def test_a_wanted_version_is_spared() -> None:

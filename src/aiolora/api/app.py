@@ -10,12 +10,14 @@ from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 
 import aiolora
+from aiolora.api.adapters import load_lora_adapter, lora_adapters, pin_lora_adapter, unload_lora_adapter
 from aiolora.api.chat import chat_completions
 from aiolora.api.completions import completions
 from aiolora.api.errors import answer_error, answer_http_error
 from aiolora.api.models import model, models
 from aiolora.api.serving import Serving
 from aiolora.api.system import health, version
+from aiolora.config import Environment
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.errors import ConfigError
 from aiolora.types import LoRARequest
@@ -30,7 +32,10 @@ def create_app(
 
     An engine that is not started is started with the app and stopped with it; one that the host has started stays the
     host's. `lora_modules` are loaded before the first request. Raises `ConfigError` where one has the base's name.
+
+    AIOLORA_ALLOW_RUNTIME_LORA_UPDATING and AIOLORA_ALLOW_HUB_ADAPTERS are read here, once.
     """
+    environment = Environment.read()
     serving = Serving(engine, served_model_name or engine.args.model)
     if any(module.lora_name == serving.base for module in lora_modules):
         raise ConfigError(f"lora_modules: {serving.base!r} is the name of the base model; choose another")
@@ -50,8 +55,22 @@ def create_app(
                 await engine.stop()
 
     return Litestar(
-        route_handlers=[chat_completions, completions, models, model, health, version],
-        dependencies={"serving": Provide(lambda: serving, use_cache=True, sync_to_thread=False)},
+        route_handlers=[
+            chat_completions,
+            completions,
+            models,
+            model,
+            load_lora_adapter,
+            unload_lora_adapter,
+            lora_adapters,
+            pin_lora_adapter,
+            health,
+            version,
+        ],
+        dependencies={
+            "serving": Provide(lambda: serving, use_cache=True, sync_to_thread=False),
+            "environment": Provide(lambda: environment, use_cache=True, sync_to_thread=False),
+        },
         exception_handlers={HTTPException: answer_http_error, Exception: answer_error},
         lifespan=[lifespan],
         openapi_config=OpenAPIConfig(title="aiolora", version=aiolora.__version__, path="/docs"),

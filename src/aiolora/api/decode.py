@@ -10,7 +10,8 @@ from aiolora.api.wire import GenerationRequest
 from aiolora.errors import RequestError
 from aiolora.types import SamplingParams
 
-T = TypeVar("T", bound=GenerationRequest)
+T = TypeVar("T")
+G = TypeVar("G", bound=GenerationRequest)
 
 _PLACE = re.compile(r" - at `(?:key` in `)?\$\.?(?P<place>[^`]*)`")
 _MISSING = re.compile(r"missing required field `(?P<field>\w+)`")
@@ -35,16 +36,21 @@ _UNSERVED: dict[str, tuple[object, ...]] = {  # field -> values that ask for not
 _SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs"}  # same name, same meaning
 
 
-def decode(shape: type[T], body: bytes) -> T:
-    """A request from its JSON. Raises `RequestError` with the field's place (`messages[0].role`) as `param`."""
+def parse(shape: type[T], body: bytes) -> T:
+    """A struct from its JSON. Raises `RequestError` with the field's place (`messages[0].role`) as `param`."""
     try:
-        request = msgspec.json.decode(body, type=shape)
+        return msgspec.json.decode(body, type=shape)
     except msgspec.ValidationError as error:
         raise RequestError(str(error), param=_place(str(error))) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedBodyError(f"the body is no valid JSON: {error}") from None
     except RecursionError:
         raise MalformedBodyError("the body is nested too deep") from None
+
+
+def decode(shape: type[G], body: bytes) -> G:
+    """A request to generate, as `parse`; what it asks for is served, or a `RequestError` says what is not."""
+    request = parse(shape, body)
     for name, value in msgspec.structs.asdict(request).items():
         if name in _UNSERVED and value not in _NOTHING and value not in _UNSERVED[name]:
             raise RequestError(f"{name} is not served; leave it out", param=name)

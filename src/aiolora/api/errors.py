@@ -42,6 +42,10 @@ class MalformedBodyError(RequestError):
     """The body is no JSON object."""
 
 
+class SwitchedOffError(RequestError):
+    """The route is there, and the operator has not switched it on."""
+
+
 class ErrorDetail(Struct, frozen=True):
     """OpenAI's error object."""
 
@@ -69,6 +73,7 @@ _TABLE: dict[type[BaseException], _Row] = {
     UnknownModelError: _Row(404, "invalid_request_error", "model_not_found"),
     PromptTooLongError: _Row(400, "invalid_request_error", "context_length_exceeded"),
     MalformedBodyError: _Row(400, "invalid_request_error", "invalid_json"),
+    SwitchedOffError: _Row(404, "invalid_request_error", "switched_off"),
     RequestError: _Row(400, "invalid_request_error", "invalid_value"),
     AdapterNotFoundError: _Row(404, "invalid_request_error", "adapter_not_found"),
     AdapterResolveError: _Row(502, "server_error", "adapter_not_resolved"),

@@ -7,23 +7,27 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from types import TracebackType
+from typing import Any, TypeVar
 
 import anyio.to_thread
 from msgspec import structs
+from torch import Tensor
 
 from aiolora.config import EngineArgs, Environment
 from aiolora.engine.build import Built, build
-from aiolora.engine.core import Engine, Snapshot
+from aiolora.engine.core import AdapterStanding, Engine, Snapshot
 from aiolora.engine.intake import Intake, LoRA
 from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
 from aiolora.errors import AdapterFormatError, AioloraError, EngineDeadError, RequestError
 from aiolora.lora.loader import AdapterWeights
+from aiolora.lora.memory import AnyConfig, InMemory, in_memory
 from aiolora.lora.resolvers import choose_resolvers
 from aiolora.lora.resolving import Resolving
 from aiolora.types import (
@@ -40,6 +44,7 @@ from aiolora.types import (
     read_again,
 )
 
+T = TypeVar("T")
 Message = Callable[[Engine], None]
 
 
@@ -66,7 +71,9 @@ class AsyncLLMEngine:
         self._mailboxes: dict[str, Mailbox] = {}  # by ticket
         self._tickets: dict[str, str] = {}  # request id -> the name the engine knows it by, never used twice
         self._num_tickets = itertools.count()
-        self._loading: dict[LoRARequest, asyncio.Future[AdapterVersion]] = {}
+        self._loading: dict[object, asyncio.Future[AdapterVersion]] = {}
+        self._reloading = asyncio.Lock()  # what was asked for later is read later
+        self._questions: set[asyncio.Future[Any]] = set()  # to the engine thread, not answered
         self._resolving: Resolving | None = None  # None: unknown names stay unknown
         self._starting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -197,13 +204,17 @@ class AsyncLLMEngine:
         self._alive()
         parts = self.intake.parts(lora)
         mix = Mix(tuple([(await self._version(part), weight) for part, weight in parts])) if parts else None
-        return self.intake.request(
+        request = self.intake.request(
             prompt,
             sampling_params,
             mix,
             request_id=request_id,
             lora_request=lora if isinstance(lora, LoRARequest) else None,
         )
+        if mix is not None:  # removed or replaced from now on, it still serves this request, be it run soon or late
+            self._post(lambda engine: engine.hold_adapters(mix))
+            weakref.finalize(request, self._post, lambda engine: engine.let_go(mix)).atexit = False
+        return request
 
     async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         """Run prepared requests side by side; each time, every token that has come, with its request's position.
@@ -250,11 +261,28 @@ class AsyncLLMEngine:
             self._abort(ticket)
             self._mailboxes[ticket].put(TokenDelta(ticket, 0, token_id=None, finish_reason="abort"))
 
-    async def add_lora(self, lora_request: LoRARequest) -> AdapterVersion:
-        """Load an adapter, or find it loaded. Raises `AdapterError`; a failed load changes nothing."""
+    async def add_lora(
+        self,
+        lora: LoRARequest | str,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        config: AnyConfig | None = None,
+        load_inplace: bool = False,
+    ) -> AdapterVersion:
+        """Load an adapter, or find it loaded. Raises `AdapterError`; a failed load changes nothing.
+
+        With a name for `lora`, from memory: `tensors` under the names that PEFT saves, on any device, and `config` as
+        in adapter_config.json, or a `peft.LoraConfig`. They are copied. `load_inplace` replaces what the name stands
+        for; requests under way finish on the old version.
+        """
         self._alive()
-        self.intake.parts(lora_request)
-        return await self._version(lora_request)
+        if isinstance(lora, LoRARequest):
+            self.intake.parts(lora)
+            return await self._version(lora)
+        source = in_memory(lora, tensors, config)
+        self.intake.parts(lora)
+        number = self.intake.registry.number(lora)
+        return await self._shared(object(), self._load(source, number, replace=load_inplace))
 
     async def resolve_lora(self, lora_name: str) -> bool:
         """Load the adapter that a resolver finds for a name; True: it is loaded, or was before. False: nobody knows it.
@@ -266,12 +294,37 @@ class AsyncLLMEngine:
             return True
         return self._resolving is not None and await self._resolving.resolve(lora_name)
 
-    async def remove_lora(self, lora_name: str) -> bool:
-        """Forget a name; requests under way finish. False: it was not known."""
-        version = self.intake.registry.forget(lora_name)
+    async def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
+        """Forget an adapter, by name or `lora_int_id`. False: it was not known.
+
+        Requests under way finish, and what it takes is free after the last; `force`: they end with "abort".
+        """
+        self._alive()
+        registry = self.intake.registry
+        name = registry.named(lora)
+        version = registry.forget(name) if name is not None else None
         if version is not None:
-            self._post(lambda engine: engine.drop_adapter(version))
+            self._post(lambda engine: engine.drop_adapter(version, force=force))
         return version is not None
+
+    async def pin_lora(self, lora: str | int) -> None:
+        """Keep an adapter, by name or `lora_int_id`, in host memory and, once it is there, on the device.
+
+        Until `unpin_lora` or `remove_lora`; a version that replaces it takes the pin over. Raises `UnknownModelError`,
+        and `AdapterMemoryError` where what is left beside all pinned ones would hold no adapter of `max_lora_rank`.
+        """
+        version = self.intake.registry.get(lora)
+        await self._ask(lambda engine: engine.pin_adapter(version))
+
+    async def unpin_lora(self, lora: str | int) -> None:
+        """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
+        version = self.intake.registry.get(lora)
+        await self._ask(lambda engine: engine.unpin_adapter(version))
+
+    async def lora_standing(self) -> list[AdapterStanding]:
+        """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""
+        versions = self.intake.registry.versions()
+        return await self._ask(lambda engine: engine.standing(versions))
 
     async def list_loras(self) -> list[AdapterVersion]:
         """Loaded adapters in the order they came."""
@@ -301,10 +354,23 @@ class AsyncLLMEngine:
         known = registry.match(lora)
         if known is not None:
             return known
-        loading = self._loading.get(lora)
+        number, replace = lora.lora_int_id, lora.load_inplace
+        return await self._shared(object() if replace else lora, self._load(lora, number, replace=replace))
+
+    async def _shared(self, key: object, load: Coroutine[Any, Any, AdapterVersion]) -> AdapterVersion:
+        """Run `load`, or wait for the one that runs under `key`: nobody's in particular, no caller can take it away."""
+        loading = self._loading.get(key)
         if loading is None:
-            loading = self._loading[lora] = asyncio.ensure_future(self._load(lora))
-            loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # who asked may have left
+            loading = self._loading[key] = asyncio.ensure_future(load)
+
+            def end(done: asyncio.Future[AdapterVersion]) -> None:
+                del self._loading[key]
+                if not done.cancelled():
+                    done.exception()  # who asked may have left
+
+            loading.add_done_callback(end)
+        else:
+            load.close()
         try:
             return await asyncio.shield(loading)
         except asyncio.CancelledError:
@@ -316,15 +382,36 @@ class AsyncLLMEngine:
         if not self.intake.registry.knows(lora.lora_name):  # else somebody has loaded it while it was looked for
             await self._version(lora)
 
-    async def _load(self, lora: LoRARequest) -> AdapterVersion:
-        """Read and publish: nobody's in particular, so that no caller who leaves takes it from the others."""
-        try:
-            weights = await anyio.to_thread.run_sync(self._parts.load, lora)
-            self.intake.registry.publish(lora, weights.version)
+    async def _load(self, source: LoRARequest | InMemory, number: int, *, replace: bool) -> AdapterVersion:
+        """Read and publish."""
+        registry = self.intake.registry
+        registry.check(source.lora_name, number)
+        async with self._reloading if replace else contextlib.nullcontext():
+            weights = await anyio.to_thread.run_sync(self._parts.load, source)
+            if isinstance(source, LoRARequest) and (known := registry.match(source)) is not None:
+                return known  # others have loaded it since then
+            old = registry.publish(weights.version, number, replace=replace)
+        if old is None:
             self._post(lambda engine: engine.add_adapter(weights))
-            return weights.version
-        finally:
-            del self._loading[lora]
+        else:
+            self._post(lambda engine: engine.replace_adapter(old, weights))
+        return weights.version
+
+    async def _ask(self, question: Callable[[Engine], T]) -> T:
+        """Let the engine thread do something between two steps; its answer, or the `AioloraError` it raises."""
+        self._alive()
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._questions.add(answer)
+        answer.add_done_callback(self._questions.discard)
+
+        def asked(engine: Engine) -> None:
+            try:
+                self._to_loop(partial(_resolve, answer, question(engine)))
+            except AioloraError as error:
+                self._to_loop(partial(_reject, answer, error))
+
+        self._post(asked)
+        return await answer
 
     def _abort(self, ticket: str, index: int | None = None) -> None:
         self._post(lambda engine: engine.abort(ticket, index))
@@ -346,6 +433,8 @@ class AsyncLLMEngine:
         self._death = self._death or error
         for mailbox in self._mailboxes.values():
             mailbox.fail(self._death)
+        for question in list(self._questions):
+            _reject(question, EngineDeadError(f"the engine has stopped: {self._death}"))
 
     # ---- below: the engine thread ----
 
@@ -394,6 +483,16 @@ class AsyncLLMEngine:
 
 def _add(engine: Engine, *, request: Request) -> None:
     engine.add(request)
+
+
+def _resolve(answer: asyncio.Future[T], result: T) -> None:
+    if not answer.done():
+        answer.set_result(result)
+
+
+def _reject(answer: asyncio.Future[Any], error: AioloraError) -> None:
+    if not answer.done():
+        answer.set_exception(error)
 
 
 def _landed(engine: Engine, *, version: AdapterVersion, weights: AdapterWeights) -> None:

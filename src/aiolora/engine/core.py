@@ -1,11 +1,13 @@
 """Engine: add, abort, step. The private core that every face holds; one thread owns it."""
 
+import logging
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from msgspec import Struct
 
@@ -14,10 +16,19 @@ from aiolora.engine.runner import Flight, Landed, Runner
 from aiolora.engine.sampler import Sampled
 from aiolora.engine.scheduler import Batch, Scheduled, Scheduler
 from aiolora.engine.sequence import Sequence
-from aiolora.errors import AdapterChangedError, AdapterMemoryError, AioloraError, NonFiniteLogitsError
+from aiolora.errors import (
+    AdapterChangedError,
+    AdapterError,
+    AdapterMemoryError,
+    AdapterNotFoundError,
+    AioloraError,
+    NonFiniteLogitsError,
+)
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.residency import Residency
 from aiolora.types import AdapterVersion, FinishReason, Mix, Request, TokenDelta
+
+logger = logging.getLogger(__name__)
 
 
 class Arrival(Protocol):
@@ -47,6 +58,17 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     steps: int
 
 
+class AdapterStanding(Struct, frozen=True, kw_only=True):
+    """Where one version is and who needs it, at one moment."""
+
+    version: AdapterVersion
+    residency: Literal["gpu", "cpu", "disk"]  # the fastest place that it is in; "gpu": the device's pages
+    pinned: bool
+    in_use: bool  # a sequence runs with it
+    requests: int  # under way with it, waiting ones too
+    draining: bool  # its name is gone, or stands for another version
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ends:
     """When every sequence ends, whatever its request says."""
@@ -58,6 +80,7 @@ class Ends:
 class Engine:
     """Requests in, token deltas out, a step at a time.
 
+    `room_of_one`: rank pages of a kind that pinned adapters leave to the others, enough for the largest.
     `read_again(version)` is called when an evicted adapter is needed: it must not block, and answers by
     `adapter_landed` or `adapter_failed` later (or at once).
     """
@@ -71,6 +94,7 @@ class Engine:
         *,
         ends: Ends,
         seed: int,
+        room_of_one: int = 0,
         read_again: Callable[[AdapterVersion], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -82,7 +106,11 @@ class Engine:
         self._random = random.Random(seed)
         self._read_again = read_again
         self._clock = clock
+        self._room = room_of_one
         self._reading: set[int] = set()
+        self._holds: Counter[int] = Counter()  # version id -> requests that were prepared with it and are alive
+        self._going: dict[int, AdapterVersion] = {}  # names are gone, somebody under way may need them
+        self._barred: set[int] = set()  # those of them that nobody may begin with any more
         self._copying: list[tuple[AdapterVersion, Arrival]] = []  # placed and not landed, oldest first
         self._stalled = False  # the last step found nothing to do and nothing has come since
         self._sequences: dict[str, list[Sequence]] = {}
@@ -107,8 +135,7 @@ class Engine:
         A mix that does not fit onto the device ends with `AdapterMemoryError`: it would wait for ever.
         """
         self._stalled = False
-        if request.mix is not None and not self._residency.fits(request.mix.versions):
-            self._refuse(request, request.mix)
+        if request.mix is not None and self._refused(request, request.mix):
             return
         seed = self._random.getrandbits(63) if request.params.seed is None else request.params.seed
         limit = self._ends.max_model_len
@@ -132,17 +159,88 @@ class Engine:
             if index is None or seq.index == index:
                 self.scheduler.finish(seq, "abort")
                 self._forget(seq)
+        self._sweep()
 
     def add_adapter(self, weights: AdapterWeights) -> None:
         """Keep a version that was just read in host memory."""
         self._stalled = False
         self._residency.store(weights.version, weights, wanted=self._wanted())
 
-    def drop_adapter(self, version: AdapterVersion) -> None:
-        """Its name was removed: free what it takes, unless somebody under way needs it."""
-        mixes = [seqs[0].mix for seqs in self._sequences.values()]
-        if not any(mix is not None and version in mix.versions for mix in mixes):
-            self._residency.drop(version)
+    def replace_adapter(self, old: AdapterVersion, weights: AdapterWeights) -> None:
+        """`add_adapter` of what the name of `old` stands for from now on; a pin goes over to it."""
+        pinned = self._residency.pinned(old)
+        self.drop_adapter(old)
+        self.add_adapter(weights)
+        if pinned:
+            try:
+                self.pin_adapter(weights.version)
+            except AdapterMemoryError as error:
+                logger.warning("%s is not pinned any more: %s", weights.version.label, error)
+
+    def drop_adapter(self, version: AdapterVersion, *, force: bool = False) -> None:
+        """Its name is gone: what it takes is free as soon as nobody under way needs it. `force`: they are aborted."""
+        self._residency.retire(version)
+        self._going[version.id] = version
+        if force:
+            self._stalled = False
+            self._barred.add(version.id)
+            for seq in [seq for seqs in self._sequences.values() for seq in seqs]:
+                if seq.mix is not None and version in seq.mix.versions:
+                    self._end(seq, "abort")
+        self._sweep()
+
+    def pin_adapter(self, version: AdapterVersion) -> None:
+        """Keep it in host memory (read again at once where it is not) and, once there, on the device.
+
+        Raises `AdapterMemoryError` where that would leave somebody else without room.
+        """
+        for mix in {seqs[0].mix for seqs in self._sequences.values()}:
+            if mix is not None and not self._residency.fits([version, *mix.versions]):
+                names = "+".join(other.name for other in mix.versions)
+                raise AdapterMemoryError(
+                    version.name,
+                    f"cannot be pinned: requests under way with {names} need its room; raise --lora-memory or wait",
+                )
+        self._residency.pin(version, room=self._room)
+        if not self._residency.in_host(version) and version.id not in self._reading:
+            self._reading.add(version.id)
+            self._read_again(version)
+
+    def unpin_adapter(self, version: AdapterVersion) -> None:
+        """It may be evicted again."""
+        self._residency.unpin(version)
+
+    def hold_adapters(self, mix: Mix) -> None:
+        """A request was prepared with `mix` and may be added any time: its adapters are not dropped before `let_go`."""
+        self._holds.update(version.id for version in mix.versions)
+
+    def let_go(self, mix: Mix) -> None:
+        """That request has ended, or will never be added."""
+        self._holds.subtract(version.id for version in mix.versions)
+        self._holds += Counter()  # without the zeros
+        self._sweep()
+
+    def standing(self, versions: Iterable[AdapterVersion]) -> list[AdapterStanding]:
+        """How it is with each of `versions`, then with those whose names are gone and that are not free yet."""
+        requests: Counter[int] = Counter()
+        for seqs in self._sequences.values():
+            if seqs[0].mix is not None:
+                requests.update({version.id for version in seqs[0].mix.versions})
+        return [
+            AdapterStanding(
+                version=version,
+                residency="gpu"
+                if self._residency.on_device(version)
+                else "cpu"
+                if self._residency.in_host(version)
+                else "disk",
+                pinned=self._residency.pinned(version),
+                requests=requests[version.id],
+                in_use=bool(self._residency.leased(version)),
+                draining=version.id in self._going,
+            )
+            for version in dict.fromkeys([*versions, *self._going.values()])
+        ]
 
     def adapter_landed(self, version: AdapterVersion, weights: AdapterWeights) -> None:
         """`read_again(version)` brought these weights, in the name of `version` if they are the same."""
@@ -159,6 +257,7 @@ class Engine:
         self._stalled = False
         self._reading.discard(version.id)
         self._residency.store(version, weights, wanted=self._wanted())
+        self._sweep()
 
     def adapter_failed(self, version: AdapterVersion, error: Exception) -> None:
         """`read_again(version)` failed: whoever waits for it fails, nobody else."""
@@ -167,6 +266,7 @@ class Engine:
         for seq in list(self.scheduler.waiting()):
             if seq.mix is not None and version in seq.mix.versions:
                 self._end(seq, "error", error)
+        self._sweep()
 
     def step(self) -> list[TokenDelta]:
         """Launch the next step, settle the one before (or this one, where the runner does not overlap).
@@ -188,6 +288,7 @@ class Engine:
         if landing is not None:
             self._steps += 1
             deltas += self._settle(landing.batch, landing.land())
+        self._sweep()
         self._stalled = launched is None and landing is None and not deltas
         return deltas
 
@@ -209,6 +310,18 @@ class Engine:
         self._look_for_landed()
         self._place()
         return self.scheduler.schedule(self._clock(), self._reading)
+
+    def _sweep(self) -> None:
+        """Drop what has no name any more and that nobody under way needs."""
+        if not self._going:
+            return
+        needed = {version.id for seqs in self._sequences.values() if seqs[0].mix for version in seqs[0].mix.versions}
+        for version in list(self._going.values()):
+            if version.id in needed or version.id in self._reading or self._holds[version.id]:
+                continue
+            if self._residency.drop(version):
+                del self._going[version.id]
+                self._barred.discard(version.id)
 
     def _look_for_landed(self) -> None:
         under_way = []
@@ -305,16 +418,28 @@ class Engine:
             return "length", None
         return None, None
 
-    def _refuse(self, request: Request, mix: Mix) -> None:
-        """End every answer of a request whose adapters are too large together."""
-        error = AdapterMemoryError(
-            "+".join(version.name for version in mix.versions),
-            "together they need more rank pages than the room for adapters has; raise --lora-memory",
-        )
+    def _refused(self, request: Request, mix: Mix) -> bool:
+        """Whether every answer was ended at once: of adapters that are too large together, or gone."""
+        name = "+".join(version.name for version in mix.versions)
+        error: AdapterError | None = None
+        barred = any(version.id in self._barred for version in mix.versions)
+        if not barred:
+            if not self._residency.fits(mix.versions):
+                error = AdapterMemoryError(
+                    name,
+                    "together they need more rank pages than the room for adapters has, beside those that are pinned; "
+                    "raise --lora-memory",
+                )
+            elif any(version.source is None and not self._residency.in_host(version) for version in mix.versions):
+                error = AdapterNotFoundError(name, "was removed, and it came from memory: load it again")
+            else:
+                return False
+        reason: FinishReason = "abort" if barred else "error"
         self._undelivered += [
-            TokenDelta(request.id, index, token_id=None, finish_reason="error", error=error)
+            TokenDelta(request.id, index, token_id=None, finish_reason=reason, error=error)
             for index in range(request.params.n)
         ]
+        return True
 
     def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
         """End `seq` without a token."""

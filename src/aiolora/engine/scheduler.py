@@ -3,12 +3,11 @@
 import heapq
 from array import array
 from bisect import insort
-from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Protocol
 
+from aiolora.engine.queues import Queues, Slots, number_of
 from aiolora.engine.sequence import Sequence, Status
 from aiolora.pages import PagePool
 from aiolora.types import AdapterVersion, FinishReason, Mix
@@ -45,7 +44,7 @@ class SchedulerLimits:
     page_size: int
     prefix_caching: bool = True
     chunked_prefill: bool = True
-    patience_s: float = 3.0  # an adapter that has waited so long stops others from going before it
+    patience_s: float = 3.0  # after so long without a slot, a mix of adapters is given that of another
 
 
 class Leases(Protocol):
@@ -58,11 +57,13 @@ class Leases(Protocol):
 
 
 class Scheduler:
-    """First come, first served, within three bounds: KV pages, tokens a step, distinct mixes of adapters.
+    """Fair among mixes of adapters, within three bounds: KV pages, tokens a step, distinct mixes (`max_loras`).
 
-    Sequences wait in a queue a mix, so that an adapter that is not on the device holds up nobody else. A head that has
-    waited `patience_s` for its adapter closes the door to later arrivals with adapters until it gets in; as every
-    running sequence ends, so does the wait. Under page pressure the latest arrival is preempted and computed again.
+    Sequences wait in a queue a mix, so that an adapter that is not on the device holds up nobody else. The mix served
+    least comes first (`Queues`); within one, and among equals, first come, first served. The first in line that finds
+    no pages is not overtaken: as every running sequence ends, so does its wait. With more mixes than `max_loras` they
+    take turns (`Slots` says how long one waits at most). Under page pressure the latest arrival is preempted and
+    computed again.
 
     Owns page and lease accounting of sequences; nobody else takes or releases. Engine thread only.
     """
@@ -72,8 +73,9 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of arrival
         self.pool = pool
         self._residency = residency
-        self._queues: dict[Mix | None, deque[Sequence]] = {}
-        self._active: Counter[Mix] = Counter()  # mixes of sequences that hold leases
+        self._queues = Queues()
+        self._slots = Slots(limits.max_loras, limits.patience_s)
+        self._now_s = 0.0  # of the step made last
         self._leaving: list[Sequence] = []  # preempted or ended, their pages held until their flights have landed
         self._promised = 0  # of those pages, how many the step being made has others wait for
         self.num_preemptions = 0
@@ -81,43 +83,45 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
+        return len(self._queues)
 
     @property
     def idle(self) -> bool:
-        return not self.running and not self._queues
+        return not self.running and not len(self._queues)
 
     def waiting(self) -> Iterator[Sequence]:
         """Every waiting sequence."""
-        for queue in self._queues.values():
-            yield from queue
+        return iter(self._queues)
 
     def add(self, seq: Sequence) -> None:
-        """Let `seq` wait, behind those of its mix that came before it; a preempted one came before some that wait."""
-        insort(self._queues.setdefault(seq.mix, deque()), seq, key=_number)
+        """Let `seq` wait for its turn."""
+        if self.idle and not self._leaving:
+            self._queues.forget()
+        self._queues.add(seq)
+        if seq.mix is not None:
+            self._slots.wait(seq.mix, seq.request.arrival_s)
 
     def wanted(self, arriving: Collection[int] = ()) -> list[Mix]:
-        """Mixes that the next steps need on the device: of running sequences, then of waiting heads by arrival.
+        """Mixes that the next steps need on the device: those that run, then those that wait, longest first.
 
         At most `max_loras` mixes: looking further ahead would evict what is about to run. `arriving`: ids of versions
         that are being read; up to as many mixes of them are passed over, so that a slow disk holds up only its own.
         """
-        mixes = dict.fromkeys(self._active)
+        mixes = list(self._slots.active)
         passed_over = 0
-        for seq in self._heads():
-            if seq.mix is None or seq.mix in mixes:
-                continue
-            if passed_over < self.limits.max_loras and any(version.id in arriving for version in seq.mix.versions):
+        for mix in self._slots.line():
+            if passed_over < self.limits.max_loras and any(version.id in arriving for version in mix.versions):
                 passed_over += 1
             elif len(mixes) < self.limits.max_loras:
-                mixes[seq.mix] = None
-        return list(mixes)
+                mixes.append(mix)
+        return mixes
 
     def schedule(self, now: float, arriving: Collection[int] = ()) -> Batch:
         """The next step. Sequences in it have their pages and leases; `num_computed` counts them as computed.
 
         `arriving`: ids of versions that are being read; who waits for one of them holds up nobody.
         """
+        self._now_s = now
         batch = Batch()
         budget = self.limits.max_num_batched_tokens
         preemptions = self.num_preemptions
@@ -178,43 +182,36 @@ class Scheduler:
         """Assert that pages and leases belong to exactly the sequences that hold them."""
         self.pool.check()
         self._residency.check()
-        assert len(self._active) <= self.limits.max_loras, "more mixes than max_loras"
-        assert self.running == sorted(self.running, key=_number), "running ones are out of order"
+        assert len(self._slots.active) <= self.limits.max_loras, "more mixes than max_loras"
+        assert self.running == sorted(self.running, key=number_of), "running ones are out of order"
         for seq in self.running:
             assert seq.holds
             assert len(seq.pages) >= -(-seq.num_computed // self.limits.page_size)
 
     def _admit(self, batch: Batch, budget: int, now: float, arriving: Collection[int]) -> None:
-        """Let waiting heads in by order of arrival."""
-        closed = False
-        heads = [(queue[0].number, queue[0]) for queue in self._queues.values()]
+        """Let waiting heads in, of the mix served least first."""
+        self._slots.turn(
+            now,
+            held_up=lambda mix: any(version.id in arriving for version in mix.versions),
+            ready=self._on_device,
+            served=self._queues.served,
+        )
+        heads = self._queues.heads()
         heapq.heapify(heads)
         while heads and budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            _, seq = heapq.heappop(heads)
-            if seq.mix is not None and (closed or not self._adapters_ready(seq.mix)):
-                if not any(version.id in arriving for version in seq.mix.versions):
-                    closed = closed or now - seq.request.arrival_s >= self.limits.patience_s
-                continue
-            if self._held_back(seq):
+            _, _, seq = heapq.heappop(heads)
+            if not (self._slots.admits(seq) and self._on_device(seq.mix)) or self._held_back(seq):
                 continue
             count = self._start(seq, budget)
             if count == 0:
                 break  # no pages or tokens for the first in line: later ones do not overtake it
             budget -= self._launch(batch, seq, count)
-            queue = self._queues[seq.mix]
-            queue.popleft()
-            if queue:
-                heapq.heappush(heads, (queue[0].number, queue[0]))
-            else:
-                del self._queues[seq.mix]
+            self._queues.remove(seq)
+            if seq.mix in self._queues:
+                heapq.heappush(heads, self._queues.rank(seq.mix))
 
-    def _heads(self) -> list[Sequence]:
-        return sorted((queue[0] for queue in self._queues.values()), key=_number)
-
-    def _adapters_ready(self, mix: Mix) -> bool:
-        if mix not in self._active and len(self._active) >= self.limits.max_loras:
-            return False
-        return all(self._residency.on_device(version) for version in mix.versions)
+    def _on_device(self, mix: Mix | None) -> bool:
+        return mix is None or all(self._residency.on_device(version) for version in mix.versions)
 
     def _held_back(self, seq: Sequence) -> bool:
         """One of n answers waits until the first has computed the prompt, then shares its pages."""
@@ -242,9 +239,9 @@ class Scheduler:
         self.num_cached_tokens += start
         seq.status = Status.RUNNING
         seq.holds = True
-        insort(self.running, seq, key=_number)
+        insort(self.running, seq, key=number_of)
         if seq.mix is not None:
-            self._active[seq.mix] += 1
+            self._slots.enter(seq.mix)
             for version in seq.mix.versions:
                 self._residency.lease(version)
         return count
@@ -307,6 +304,7 @@ class Scheduler:
         seq.num_flights += 1
         if samples:
             seq.num_pending += 1
+        self._queues.charge(seq.mix, count + samples)
         return count
 
     def _publish(self, seq: Sequence, run: Scheduled) -> None:
@@ -321,18 +319,12 @@ class Scheduler:
         seq.pages = array("i")
         seq.num_computed = seq.num_landed = 0
         if seq.mix is not None:
-            self._active[seq.mix] -= 1
-            if not self._active[seq.mix]:
-                del self._active[seq.mix]
+            if self._slots.leave(seq.mix) and seq.mix in self._queues:
+                self._slots.wait(seq.mix, self._now_s)
             for version in seq.mix.versions:
                 self._residency.release(version)
 
     def _remove_waiting(self, seq: Sequence) -> None:
-        queue = self._queues.get(seq.mix)
-        if queue and seq in queue:
-            queue.remove(seq)
-            if not queue:
-                del self._queues[seq.mix]
-
-
-_number = attrgetter("number")
+        self._queues.remove(seq)
+        if seq.mix is not None and seq.mix not in self._queues:
+            self._slots.give_up(seq.mix)

@@ -34,8 +34,9 @@ _NOT_SERVED = {
 }
 
 _PLAIN_NAME = re.compile(r"[\w.]+")
-_QUANTIFIED_GROUP = re.compile(r"\)[*+?{]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")  # `(...)?` is no repetition: it counts as a quantifier
 _QUANTIFIER = re.compile(r"(?<!\()[*+?{]+")
+_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|.", re.DOTALL)  # an escape, a set or a character
 _MAX_PATTERN, _MAX_QUANTIFIERS, _MAX_REGEXES = 256, 4, 64  # 4 quantifiers need at most 0.8 ms a module, 6 need 31
 
 
@@ -74,7 +75,9 @@ class PeftConfig(Struct, frozen=True):
             return True
         if layers is None or layers == []:
             return False
-        layer = re.match(r".*\.[^.]*\.(\d+)\.", module)
+        if isinstance(self.target_modules, list) and module in self.target_modules:
+            return False  # PEFT asks for the layer only where a name is the end of a module's
+        layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
         return layer is None or int(layer[1]) not in ([layers] if isinstance(layers, int) else layers)
 
 
@@ -98,8 +101,6 @@ def parse_config(adapter: str, data: bytes) -> PeftConfig:
     for field, way_out in _NOT_SERVED.items():
         if raw.get(field):
             raise AdapterUnsupportedError(adapter, f"{field}={raw[field]!r} is not served; {way_out}")
-    if config.bias != "none":
-        raise AdapterUnsupportedError(adapter, f"bias={config.bias!r} is not served; retrain with bias='none'")
     if config.init_lora_weights is not None and config.init_lora_weights not in _PLAIN_INITS:
         raise AdapterUnsupportedError(
             adapter,
@@ -112,9 +113,9 @@ def parse_config(adapter: str, data: bytes) -> PeftConfig:
     if isinstance(config.exclude_modules, str):
         patterns.append(config.exclude_modules)
     regexes = [pattern for pattern in patterns if not _is_plain(pattern)]
-    if len(regexes) > _MAX_REGEXES:
+    if (count := sum(_cost(pattern) for pattern in regexes)) > _MAX_REGEXES:
         raise AdapterUnsupportedError(
-            adapter, f"{len(regexes)} patterns are regular expressions, the limit is {_MAX_REGEXES}; name the modules"
+            adapter, f"{count} patterns are regular expressions, the limit is {_MAX_REGEXES}; name the modules"
         )
     for pattern in regexes:
         _check_pattern(adapter, pattern)
@@ -130,22 +131,42 @@ def _is_plain(pattern: str) -> bool:
     return len(pattern) <= _MAX_PATTERN and _PLAIN_NAME.fullmatch(pattern) is not None
 
 
+def _cost(pattern: str) -> int:
+    """How many patterns of the most quantifiers take as long."""
+    return max(1, -(-len(_QUANTIFIER.findall(pattern)) // _MAX_QUANTIFIERS))
+
+
 def _check_pattern(adapter: str, pattern: str) -> None:
-    """A pattern is a regex by PEFT's rule; refuse one that could run for minutes (nested or many quantifiers)."""
+    """A pattern is a regex by PEFT's rule; refuse one that could run for minutes (nested or many quantifiers).
+
+    Alternatives are tried one after the other, so each may have as many quantifiers as a pattern of its own.
+    """
     if (
         len(pattern) > _MAX_PATTERN
-        or _QUANTIFIED_GROUP.search(pattern)
-        or len(_QUANTIFIER.findall(pattern)) > _MAX_QUANTIFIERS
+        or _REPEATED_GROUP.search(pattern)
+        or any(len(_QUANTIFIER.findall(part)) > _MAX_QUANTIFIERS for part in _alternatives(pattern))
     ):
         raise AdapterUnsupportedError(
             adapter,
-            f"pattern {pattern[:80]!r} repeats a group, has over {_MAX_QUANTIFIERS} quantifiers or over {_MAX_PATTERN} "
-            "characters; name the modules",
+            f"pattern {pattern[:80]!r} repeats a group, has over {_MAX_QUANTIFIERS} quantifiers in an alternative or "
+            f"over {_MAX_PATTERN} characters; name the modules",
         )
     try:
         _whole(pattern)
     except (re.error, OverflowError) as error:
         raise AdapterFormatError(adapter, f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """What stands between the `|` outside of all groups."""
+    found, depth = [""], 0
+    for part in _PART.findall(pattern):
+        depth += (part == "(") - (part == ")")
+        if part == "|" and depth == 0:
+            found.append("")
+        else:
+            found[-1] += part
+    return found
 
 
 @functools.lru_cache(maxsize=4096)  # a pattern a module is usual (EVA), re's own cache holds 512

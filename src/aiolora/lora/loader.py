@@ -27,8 +27,9 @@ from aiolora.errors import (
 from aiolora.hub import fetch
 from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
 from aiolora.lora.layout import Layout
-from aiolora.lora.paging import Module, fill, reserve_soon
-from aiolora.lora.tensorfile import Entry, TensorFile
+from aiolora.lora.memory import HeldTensors, InMemory
+from aiolora.lora.paging import Module, fill
+from aiolora.lora.tensorfile import Entry, TensorFile, Tensors
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.types import AdapterVersion, LoRARequest, SitePages
 
@@ -63,27 +64,32 @@ class Limits:
     pinned: bool = False  # pages in page-locked memory, from where a GPU copies while it computes
 
 
-def load_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> AdapterWeights:
-    """Read, check and convert the adapter at `request.lora_path` (a folder or a hub repository). Blocks.
+def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits) -> AdapterWeights:
+    """Read, check and convert the adapter at `request.lora_path` (a folder or a hub repository), or in memory. Blocks.
 
     Raises an `AdapterError` that names the culprit; nothing is kept then.
     """
     name = request.lora_name
+    if isinstance(request, InMemory):
+        config = parse_config(name, request.config_json())
+        _warn_of_base(name, config, limits)
+        return _build(name, config, HeldTensors(request), layout, limits, request)
     folder = locate(name, request.lora_path)
     config = parse_config(name, read_file(name, folder / CONFIG, MAX_CONFIG))
+    _warn_of_base(name, config, limits)
+    with open_tensors(name, folder) as file:
+        return _build(name, config, file, layout, limits, request)
+
+
+def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
     if config.base_model_name_or_path and not _same_base(config.base_model_name_or_path, limits.base_model):
         logger.warning(
             "adapter %r was made for %r and is served on %r", name, config.base_model_name_or_path, limits.base_model
         )
-    with open_tensors(name, folder) as file:
-        weights = _build(name, config, file, layout, limits, request)
-    if limits.pinned:
-        reserve_soon(layout, {site.kind: site.count for site in weights.version.pages})
-    return weights
 
 
 def _build(
-    name: str, config: PeftConfig, file: TensorFile, layout: Layout, limits: Limits, request: LoRARequest
+    name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
 ) -> AdapterWeights:
     factors = _factors(name, config, file.entries, layout)
     ranks: dict[int, int] = {}
@@ -115,7 +121,7 @@ def _build(
         id=next(_ids),
         name=name,
         digest=_digest(file.entries, contents, scales),
-        source=request.lora_path,
+        source=None if isinstance(request, InMemory) else request.lora_path,
         rank=max(ranks.values()),
         pages=tuple(SitePages(kind, count, kind_scales[kind]) for kind, count in pages.items()),
         nbytes=layout.pages_nbytes(pages),
@@ -182,7 +188,13 @@ def _factors(
         pair[match["factor"]] = entry
     if heads := [head for head in _HEADS if any(f".{head}." in f".{key}" for key in entries)]:
         raise AdapterUnsupportedError(
-            name, f"tensors of {' and '.join(heads)} are not served; retrain without them in target_modules"
+            name,
+            f"tensors of {' and '.join(heads)} are not served; retrain without them in target_modules, or save with "
+            "save_embedding_layers=False",
+        )
+    if biases := [key for key in strange if config.bias != "none" and key.endswith(".bias")]:
+        raise AdapterUnsupportedError(
+            name, f"bias={config.bias!r} trained {len(biases)} biases, which are not served; retrain with bias='none'"
         )
     if strange:
         raise AdapterUnsupportedError(
@@ -201,8 +213,9 @@ def _factors(
     if isinstance(config.target_modules, list):
         for wanted in config.target_modules:
             meant = [module for module in layout.targets if stands_for(wanted, module)]
-            if not meant:
+            if not meant and wanted.rpartition(".")[2] in _HEADS and not config.spares(wanted):
                 raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
+            # any other name that stands for nothing is of another model: PEFT passes it by
             if bare := [module for module in meant if module not in found and not config.spares(module)]:
                 raise AdapterFormatError(
                     name,

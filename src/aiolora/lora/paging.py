@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aiolora.errors import AdapterFormatError
 from aiolora.lora.layout import Layout, Target
-from aiolora.lora.tensorfile import Entry, TensorFile
+from aiolora.lora.tensorfile import Entry, Tensors
 from aiolora.ops.linear import RANKS_PER_PAGE
 
 _MAX_THREADS = 8  # more wait for each other's turn in the interpreter
@@ -45,7 +45,7 @@ class Module(NamedTuple):
 
 
 def fill(
-    file: TensorFile, modules: list[Module], counts: dict[int, int], layout: Layout, *, pinned: bool
+    file: Tensors, modules: list[Module], counts: dict[int, int], layout: Layout, *, pinned: bool
 ) -> tuple[Pages, Pages, dict[Entry, str]]:
     """`counts` pages of each kind, A's [L, S, 8, K] and B's [L, 8, N], and every tensor's sha256.
 
@@ -88,7 +88,7 @@ def reserve_soon(layout: Layout, counts: Mapping[int, int]) -> None:
 class _Fill:
     """The work on one adapter that several threads share."""
 
-    def __init__(self, file: TensorFile, layout: Layout, a: dict[int, list[Bits]], b: dict[int, list[Bits]]) -> None:
+    def __init__(self, file: Tensors, layout: Layout, a: dict[int, list[Bits]], b: dict[int, list[Bits]]) -> None:
         self._file = file
         self._layout = layout
         self._a = a

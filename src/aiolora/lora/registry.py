@@ -1,6 +1,7 @@
 """AdapterRegistry: which version a name stands for. Pure Python."""
 
 import difflib
+import itertools
 
 from aiolora.errors import AdapterConflictError, UnknownModelError
 from aiolora.types import AdapterVersion, LoRARequest
@@ -15,8 +16,9 @@ class AdapterRegistry:
     def __init__(self, base_model: str) -> None:
         self._base_models = [base_model]
         self._versions: dict[str, AdapterVersion] = {}
-        self._requests: dict[str, LoRARequest] = {}
+        self._ids: dict[str, int] = {}
         self._name_of_id: dict[int, str] = {}
+        self._numbers = itertools.count(2**63 - 1, -1)  # far from those that callers count up from 1
 
     def versions(self) -> list[AdapterVersion]:
         """Every published version, oldest name first."""
@@ -43,45 +45,72 @@ class AdapterRegistry:
             raise UnknownModelError(f"the model {name!r} does not exist; {hint}")
         return version
 
+    def named(self, lora: str | int) -> str | None:
+        """The name of an adapter by its name or `lora_int_id`; None: there is none."""
+        name = self._name_of_id.get(lora) if isinstance(lora, int) else lora
+        return name if name in self._versions else None
+
+    def get(self, lora: str | int) -> AdapterVersion:
+        """As `find`, by name or `lora_int_id`."""
+        return self.find(self.named(lora) or str(lora))
+
+    def number(self, name: str) -> int:
+        """The id of `name`; one that nobody has, and that is handed out once, where it is not known."""
+        known = self._ids.get(name)
+        return known or next(number for number in self._numbers if number not in self._name_of_id)
+
     def match(self, request: LoRARequest) -> AdapterVersion | None:
         """The published version that `request` means; None: it has to be loaded first.
 
         Raises `AdapterConflictError` where the name or the id already stands for something else.
         """
-        name, number = request.lora_name, request.lora_int_id
+        name = request.lora_name
+        self.check(name, request.lora_int_id)
+        known = self._versions.get(name)
+        if known is None or request.load_inplace:
+            return None
+        if known.source != request.lora_path:
+            raise _taken(known, f"not from {request.lora_path!r}")
+        return known
+
+    def check(self, name: str, number: int) -> None:
+        """Raises `AdapterConflictError` where the name is the base model's, or name and id do not belong together."""
         if name in self._base_models:
             raise AdapterConflictError(name, "is the name of the base model; choose another")
         owner = self._name_of_id.get(number)
         if owner is not None and owner != name:
             raise AdapterConflictError(name, f"lora_int_id={number} already stands for {owner!r}; give each its own")
-        known = self._requests.get(name)
-        if known is None:
-            return None
-        if known.lora_int_id != number:
-            raise AdapterConflictError(
-                name, f"was loaded with lora_int_id={known.lora_int_id} and is now asked for with {number}"
-            )
-        if request.load_inplace:
-            return None
-        if known.lora_path != request.lora_path:
-            raise AdapterConflictError(
-                name,
-                f"is already loaded from {known.lora_path!r}, not from {request.lora_path!r}; "
-                "set load_inplace=True to replace it, or choose another name",
-            )
-        return self._versions[name]
+        known = self._ids.get(name, number)
+        if known != number:
+            raise AdapterConflictError(name, f"was loaded with lora_int_id={known} and is now asked for with {number}")
 
-    def publish(self, request: LoRARequest, version: AdapterVersion) -> None:
-        """From now on the name stands for `version`. Raises as `match`: others may have published since then."""
-        self.match(request)
-        self._versions[request.lora_name] = version
-        self._requests[request.lora_name] = request
-        self._name_of_id[request.lora_int_id] = request.lora_name
+    def publish(self, version: AdapterVersion, number: int, *, replace: bool) -> AdapterVersion | None:
+        """From now on the name stands for `version`; returns what it stood for until now.
+
+        Raises `AdapterConflictError` as `check`, and where the name is known and not to be replaced.
+        """
+        name = version.name
+        old = self._versions.get(name)
+        if old is not None and not replace:
+            raise _taken(old, "and is not to be replaced")
+        self.check(name, number)
+        self._versions[name] = version
+        self._ids[name] = number
+        self._name_of_id[number] = name
+        return old
 
     def forget(self, name: str) -> AdapterVersion | None:
         """The name stands for nothing any more; what it stood for until now, if anything."""
-        request = self._requests.pop(name, None)
-        if request is None:
+        number = self._ids.pop(name, None)
+        if number is None:
             return None
-        self._name_of_id.pop(request.lora_int_id)
+        self._name_of_id.pop(number)
         return self._versions.pop(name)
+
+
+def _taken(known: AdapterVersion, why: str) -> AdapterConflictError:
+    place = repr(known.source) if known.source is not None else "memory"
+    return AdapterConflictError(
+        known.name,
+        f"is already loaded from {place}, {why}; set load_inplace=True to replace it, or choose another name",
+    )

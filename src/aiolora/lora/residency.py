@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from aiolora.errors import AdapterMemoryError
 from aiolora.pages import PagePool
 from aiolora.types import AdapterVersion
 
@@ -25,7 +26,9 @@ class Residency(Generic[W]):
 
     A version is leased by every sequence that runs with it; a leased version is never evicted from either level. A
     placed version is on the device once its bytes have landed there; until then it is neither leased nor evicted.
-    A version without a source cannot be read again and is never evicted from host memory. Engine thread only.
+    A version without a source cannot be read again and is never evicted from host memory, only dropped. A pinned
+    version is evicted from neither level, a retired one (its name is gone, requests under way still need it) not from
+    host memory: its source may hold something else by now. Engine thread only.
     """
 
     def __init__(self, *, num_kinds: int, num_pages: int, max_host: int) -> None:
@@ -35,6 +38,8 @@ class Residency(Generic[W]):
         self._device: OrderedDict[int, tuple[AdapterVersion, dict[int, list[int]]]] = OrderedDict()
         self._arriving: set[int] = set()  # placed, their bytes still on the way
         self._leases: Counter[int] = Counter()
+        self._pinned: dict[int, AdapterVersion] = {}
+        self._retired: set[int] = set()
 
     def store(self, version: AdapterVersion, weights: W, *, wanted: Collection[int] = ()) -> None:
         """Keep `weights` in host memory, evicting the least recently used above the limit.
@@ -46,8 +51,8 @@ class Residency(Generic[W]):
         for old in list(self._host):
             if len(self._host) <= self._max_host:
                 break
-            spared = old == version.id or self._leases[old] or old in wanted
-            if not spared and self._host[old][0].source is not None:
+            spared = old == version.id or self._leases[old] or old in wanted or self._stays(old)
+            if not spared:
                 del self._host[old]
 
     def in_host(self, version: AdapterVersion) -> bool:
@@ -62,11 +67,8 @@ class Residency(Generic[W]):
         return version.id in self._device and version.id not in self._arriving
 
     def fits(self, versions: Collection[AdapterVersion]) -> bool:
-        """Whether they could be on the device together, were nothing else there."""
-        needs: Counter[int] = Counter()
-        for version in set(versions):
-            needs.update({site.kind: site.count for site in version.pages})
-        return all(count <= self._pools[kind].num_pages for kind, count in needs.items())
+        """Whether they could be on the device together, were nothing else there but what is pinned."""
+        return all(spare >= 0 for spare in self._spare_pages([*self._pinned.values(), *versions]))
 
     def resident(self) -> list[AdapterVersion]:
         """Versions on the device, least recently used first."""
@@ -86,7 +88,9 @@ class Residency(Generic[W]):
         self._host.move_to_end(version.id)
         needs = {site.kind: site.count for site in version.pages}
         victims = [
-            old for old in self._device if not self._leases[old] and old not in wanted and old not in self._arriving
+            old
+            for old in self._device
+            if not (self._leases[old] or old in wanted or old in self._arriving or old in self._pinned)
         ]
         room = {kind: self._pools[kind].num_available for kind in needs}
         chosen = []
@@ -114,16 +118,54 @@ class Residency(Generic[W]):
         """All bytes of a placed version are in its pages."""
         self._arriving.remove(version.id)
 
-    def drop(self, version: AdapterVersion) -> None:
-        """Nobody will ask for `version` soon: without leases it leaves host memory, and its pages are the next to go.
+    def pin(self, version: AdapterVersion, *, room: int) -> None:
+        """Evict `version` from neither level until `unpin` or `drop`. Pinned already: nothing.
 
-        A version without a source stays: who asks all the same could not be served.
+        Raises `AdapterMemoryError` where host memory would have room for no other version, or the device for none of
+        `room` pages a kind: whoever is not pinned must still be served, if one at a time.
         """
-        if self._leases[version.id] or version.source is None:
+        if version.id in self._pinned:
             return
+        if len(self._pinned) + 1 >= self._max_host:
+            raise AdapterMemoryError(
+                version.name,
+                f"cannot be pinned: {len(self._pinned)} are, and max_cpu_loras={self._max_host} must leave room for "
+                "one that is not; raise --max-cpu-loras or unpin another",
+            )
+        spare = self._spare_pages([*self._pinned.values(), version])
+        if min(spare, default=0) < room:
+            raise AdapterMemoryError(
+                version.name,
+                f"cannot be pinned: it would leave {max(0, min(spare, default=0))} rank pages of a kind, and one "
+                f"adapter of max_lora_rank needs {room}; raise --lora-memory or unpin another",
+            )
+        self._pinned[version.id] = version
+
+    def unpin(self, version: AdapterVersion) -> None:
+        """It may be evicted again. Not pinned: nothing."""
+        self._pinned.pop(version.id, None)
+
+    def pinned(self, version: AdapterVersion) -> bool:
+        return version.id in self._pinned
+
+    def retire(self, version: AdapterVersion) -> None:
+        """Its name is gone: it is pinned no more, and stays in host memory, if it is there, until it is dropped."""
+        self.unpin(version)
+        self._retired.add(version.id)
+
+    def drop(self, version: AdapterVersion) -> bool:
+        """Nobody will ask for `version` any more: free what it takes on both levels.
+
+        False, and nothing done, while it is leased or its bytes are on the way to the device.
+        """
+        if self._leases[version.id] or version.id in self._arriving:
+            return False
+        self.unpin(version)
+        self._retired.discard(version.id)
         self._host.pop(version.id, None)
         if version.id in self._device:
-            self._device.move_to_end(version.id, last=False)
+            self._evict(version.id)
+        return True
 
     def pages(self, version: AdapterVersion) -> dict[int, list[int]]:
         """Where a placed version lies."""
@@ -156,6 +198,18 @@ class Residency(Generic[W]):
             assert version_id in self._device, "a leased version was evicted"
             assert version_id not in self._arriving, "a version is leased before it has landed"
         assert self._arriving <= self._device.keys(), "a version was evicted before it had landed"
+
+    def _stays(self, version_id: int) -> bool:
+        """Whether what is in host memory may go only by `drop`."""
+        return version_id in self._pinned or version_id in self._retired or self._host[version_id][0].source is None
+
+    def _spare_pages(self, versions: Collection[AdapterVersion]) -> list[int]:
+        """Pages of each kind that those versions would leave, were nothing else on the device."""
+        spare = [pool.num_pages for pool in self._pools]
+        for version in set(versions):
+            for site in version.pages:
+                spare[site.kind] -= site.count
+        return spare
 
     def _evict(self, version_id: int) -> None:
         assert not self._leases[version_id], "a leased version must not be evicted"

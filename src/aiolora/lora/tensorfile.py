@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 
@@ -48,6 +48,20 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+class Tensors(Protocol):
+    """Where an adapter's tensors are read from: a `TensorFile`, or memory. Any thread may read."""
+
+    @property
+    def adapter(self) -> str: ...
+
+    @property
+    def entries(self) -> dict[str, Entry]: ...
+
+    def read(self, entry: Entry, into: memoryview) -> None:
+        """Fill the first `entry.nbytes` bytes of `into`. Raises `AdapterFormatError`."""
+        ...
 
 
 @dataclass(frozen=True)

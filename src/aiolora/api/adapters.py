@@ -1,0 +1,152 @@
+"""Adapters come and go over HTTP, where the operator allows it: load, unload, pin, and where each of them is."""
+
+import os
+from typing import Literal, TypeAlias
+
+import anyio.to_thread
+from litestar import MediaType, Response, get, post
+from litestar.di import NamedDependency
+from litestar.exceptions import NotFoundException
+from litestar.params import FromPath
+from msgspec import Struct
+
+from aiolora.api.decode import parse
+from aiolora.api.errors import HTTPRequest, SwitchedOffError
+from aiolora.api.serving import Served
+from aiolora.config import Environment
+from aiolora.engine.core import AdapterStanding
+from aiolora.errors import AdapterConflictError, AdapterMemoryError, AdapterNotFoundError, RequestError
+from aiolora.types import LoRARequest
+
+Allowed: TypeAlias = NamedDependency[Environment]  # what the operator switched on when the app was made
+
+
+class LoadAdapter(Struct, frozen=True):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str
+    lora_path: str  # a folder of the server; a hub repository where the operator allows those
+    load_inplace: bool = False
+    pinned: bool = False
+
+
+class UnloadAdapter(Struct, frozen=True):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+
+
+class AdapterCard(Struct, frozen=True, kw_only=True):
+    """One version: its name stands for it, or (draining) requests under way still run with it."""
+
+    id: str
+    digest: str
+    version: str  # NAME@DIGEST12, as in the header of a response
+    rank: int
+    bytes: int  # of its pages on the device
+    residency: Literal["gpu", "cpu", "disk"]
+    pinned: bool
+    in_use: bool
+    requests: int
+    draining: bool
+    loaded_at: int
+    object: Literal["lora_adapter"] = "lora_adapter"
+
+
+class AdapterList(Struct, frozen=True):
+    """All cards."""
+
+    data: list[AdapterCard]
+    object: Literal["list"] = "list"
+
+
+@post("/v1/load_lora_adapter", status_code=200, operation_id="load_lora_adapter", tags=["adapters"])
+async def load_lora_adapter(request: HTTPRequest, serving: Served, environment: Allowed) -> Response[str]:
+    """Read and check an adapter whole, then serve it. `load_inplace` replaces; what fails leaves the old one serving.
+
+    A new adapter that cannot be pinned as `pinned` wishes is not kept; one that replaces is kept, and 422 says so.
+    """
+    _check_switch(environment)
+    said = parse(LoadAdapter, await request.body())
+    name, engine = _filled("lora_name", said.lora_name), serving.engine
+    _filled("lora_path", said.lora_path)
+    known = engine.intake.registry.named(name) is not None
+    if known and not said.load_inplace:
+        raise AdapterConflictError(name, "is already loaded; set load_inplace to true to replace it")
+    if not environment.hub_adapters and not await anyio.to_thread.run_sync(_is_folder, said.lora_path):
+        raise AdapterNotFoundError(name, f"no adapter found at {said.lora_path!r}: it is no folder of the server")
+    number = engine.intake.registry.number(name)
+    await engine.add_lora(LoRARequest(name, number, said.lora_path, load_inplace=said.load_inplace))
+    if said.pinned:
+        try:
+            await engine.pin_lora(name)
+        except AdapterMemoryError:
+            if not known:
+                await engine.remove_lora(name)
+            raise
+    return Response(f"Success: LoRA adapter '{name}' added successfully", media_type=MediaType.TEXT)
+
+
+@post("/v1/unload_lora_adapter", status_code=200, operation_id="unload_lora_adapter", tags=["adapters"])
+async def unload_lora_adapter(request: HTTPRequest, serving: Served, environment: Allowed) -> Response[str]:
+    """Forget an adapter. Requests under way finish on it, and what it takes is free after the last."""
+    _check_switch(environment)
+    name = _filled("lora_name", parse(UnloadAdapter, await request.body()).lora_name)
+    if not await serving.engine.remove_lora(name):
+        raise AdapterNotFoundError(name, "is not loaded; GET /v1/lora_adapters lists what is")
+    return Response(f"Success: LoRA adapter '{name}' removed successfully", media_type=MediaType.TEXT)
+
+
+@get("/v1/lora_adapters", operation_id="lora_adapters", tags=["adapters"])
+async def lora_adapters(serving: Served) -> AdapterList:
+    """Where every adapter is and who needs it; at the end those without a name that requests still run with."""
+    return AdapterList([_card(standing) for standing in await serving.engine.lora_standing()])
+
+
+@post("/v1/lora_adapters/{name_and_verb:path}", status_code=200, operation_id="pin_lora_adapter", tags=["adapters"])
+async def pin_lora_adapter(name_and_verb: FromPath[str], serving: Served, environment: Allowed) -> Response[str]:
+    """`NAME/pin`: never evict it; `NAME/unpin`: it may be evicted again. A name may hold slashes."""
+    _check_switch(environment)
+    name, _, verb = name_and_verb.removeprefix("/").rpartition("/")
+    if verb not in ("pin", "unpin"):
+        raise NotFoundException
+    engine = serving.engine
+    if engine.intake.registry.named(name) is None:
+        raise AdapterNotFoundError(name, "is not loaded; GET /v1/lora_adapters lists what is")
+    await (engine.pin_lora(name) if verb == "pin" else engine.unpin_lora(name))
+    return Response(f"Success: LoRA adapter '{name}' {verb}ned successfully", media_type=MediaType.TEXT)
+
+
+def _check_switch(environment: Environment) -> None:
+    if not environment.runtime_lora_updating:
+        raise SwitchedOffError(
+            "adapters cannot be loaded, unloaded or pinned over HTTP here; the operator allows it by starting the "
+            "server with AIOLORA_ALLOW_RUNTIME_LORA_UPDATING=1"
+        )
+
+
+def _filled(field: str, value: str) -> str:
+    if not value.strip():
+        raise RequestError(f"{field} is empty", param=field)
+    return value
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(os.path.expanduser(path))
+
+
+def _card(standing: AdapterStanding) -> AdapterCard:
+    version = standing.version
+    return AdapterCard(
+        id=version.name,
+        digest=version.digest,
+        version=version.label,
+        rank=version.rank,
+        bytes=version.nbytes,
+        residency=standing.residency,
+        pinned=standing.pinned,
+        in_use=standing.in_use,
+        requests=standing.requests,
+        draining=standing.draining,
+        loaded_at=int(version.loaded_at),
+    )

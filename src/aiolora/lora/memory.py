@@ -1,0 +1,75 @@
+"""An adapter that is in memory already: tensors under PEFT's names and a config, instead of a folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aiolora.errors import AdapterFormatError, RequestError
+from aiolora.lora.tensorfile import Entry
+
+
+class Config(Protocol):
+    """A config object with PEFT's `to_dict`, as `peft.LoraConfig`."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+AnyConfig: TypeAlias = Mapping[str, object] | Config
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """What to load under `lora_name`: the tensors of an adapter_model.safetensors, the fields of its config."""
+
+    lora_name: str
+    tensors: Mapping[str, Tensor]  # on any device
+    config: AnyConfig
+    base_model_name: str | None = None
+
+    def config_json(self) -> bytes:
+        """The bytes that its adapter_config.json would have. Raises `AdapterFormatError`."""
+        try:
+            fields = dict(self.config if isinstance(self.config, Mapping) else self.config.to_dict())
+            return msgspec.json.encode(fields, enc_hook=str)
+        except Exception as error:  # whatever the caller's object does
+            raise AdapterFormatError(self.lora_name, f"config is no dict of a PEFT config: {error!r}") from None
+
+
+class HeldTensors:
+    """The face of `TensorFile` over tensors that the caller holds. Any thread may read.
+
+    `read` copies, and nothing is read twice: what the caller does to the tensors after the load changes nothing.
+    """
+
+    def __init__(self, source: InMemory) -> None:
+        """Raises `AdapterFormatError` for what is no dense tensor."""
+        self.adapter = source.lora_name
+        self.entries: dict[str, Entry] = {}
+        self._bytes: dict[str, npt.NDArray[np.uint8]] = {}
+        offset = 0
+        for name, tensor in dict(source.tensors).items():
+            try:
+                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+            except Exception as error:
+                raise AdapterFormatError(self.adapter, f"{name!r} is no dense tensor: {error!r}") from None
+            self._bytes[name] = data
+            self.entries[name] = Entry(name, tensor.dtype, tuple(tensor.shape), offset, data.nbytes)
+            offset += data.nbytes
+
+    def read(self, entry: Entry, into: memoryview) -> None:
+        """Fill the first `entry.nbytes` bytes of `into`."""
+        into[: entry.nbytes] = self._bytes[entry.name].data
+
+
+def in_memory(name: str, tensors: Mapping[str, Tensor] | None, config: AnyConfig | None) -> InMemory:
+    """What `add_lora(name, tensors=..., config=...)` means. Raises `RequestError` where one of them is missing."""
+    if not name or tensors is None or config is None:
+        raise RequestError("add_lora takes a LoRARequest, or a name with tensors= and config=", param="lora")
+    return InMemory(name, dict(tensors), config)

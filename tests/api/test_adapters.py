@@ -1,0 +1,334 @@
+"""Adapters over HTTP, row by row: who may load what, what each refusal says, and that nobody else feels any of it."""
+
+import asyncio
+import json
+import shutil
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from litestar import Litestar
+
+from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest
+from aiolora.api import create_app
+from tests.conftest import ModelOf
+from tests.tiny import make_adapter, reconfigure, rewrite
+
+PROMPT = {"prompt": [5, 6, 7, 8], "temperature": 0, "ignore_eos": True}
+Client = httpx.AsyncClient
+
+
+@pytest.fixture(scope="module")
+def folders(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [make_adapter(model_of("llama"), folder / f"a{seed}", seed=seed, strength=2.0) for seed in range(4)]
+
+
+@pytest.fixture
+def engine(model_of: ModelOf) -> AsyncLLMEngine:
+    room = {"max_loras": 2, "max_cpu_loras": 4, "max_lora_rank": 8}
+    args = EngineArgs(model=str(model_of("llama")), dtype="float32", device="cpu", enable_lora=True, **room)  # type: ignore[arg-type]
+    return AsyncLLMEngine.from_engine_args(args)
+
+
+@pytest.fixture
+async def http(engine: AsyncLLMEngine, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
+    """A server that allows it, with the adapter `a0`."""
+    monkeypatch.setenv("AIOLORA_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    app = create_app(engine, lora_modules=[LoRARequest("a0", 1, str(folders[0]))], served_model_name="base")
+    async with serving(app) as client:
+        yield client
+
+
+@asynccontextmanager
+async def serving(app: Litestar) -> AsyncIterator[Client]:
+    """On this loop, so that requests run side by side."""
+    ready, leaving = asyncio.Event(), asyncio.Event()
+
+    async def live() -> None:
+        async with app.lifespan():  # is to be left by the task that entered it, which a fixture's two ends are not
+            ready.set()
+            await leaving.wait()
+
+    life = asyncio.create_task(live())
+    life.add_done_callback(lambda _: ready.set())
+    await ready.wait()
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
+        yield client
+    leaving.set()
+    await life
+
+
+async def load(http: Client, name: str, path: Path | str, **fields: object) -> httpx.Response:
+    return await http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **fields})
+
+
+async def unload(http: Client, name: str) -> httpx.Response:
+    return await http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+
+async def complete(http: Client, model: str, max_tokens: int = 8) -> httpx.Response:
+    answer = await http.post("/v1/completions", json=PROMPT | {"model": model, "max_tokens": max_tokens})
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+async def text(http: Client, model: str, max_tokens: int = 8) -> str:
+    said: str = (await complete(http, model, max_tokens)).json()["choices"][0]["text"]
+    return said
+
+
+async def cards(http: Client) -> dict[str, dict[str, Any]]:
+    return {card["version"]: card for card in (await http.get("/v1/lora_adapters")).json()["data"]}
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    for _ in range(5000):
+        if holds():
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError("it never came to hold")
+
+
+def refusal(answer: httpx.Response) -> tuple[int, str | None, str]:
+    """Status, param and code of an error in OpenAI's shape."""
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    return answer.status_code, error["param"], error["code"]
+
+
+async def test_an_adapter_is_loaded_served_and_unloaded(http: Client, folders: list[Path]) -> None:
+    answer = await load(http, "org/a1", folders[1])
+    assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'org/a1' added successfully")
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert [card["id"] for card in (await http.get("/v1/models")).json()["data"]] == ["base", "a0", "org/a1"]
+    assert await text(http, "org/a1") != await text(http, "a0")
+    answer = await unload(http, "org/a1")
+    assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'org/a1' removed successfully")
+    assert refusal(await unload(http, "org/a1")) == (404, None, "adapter_not_found")
+    gone = await http.post("/v1/completions", json=PROMPT | {"model": "org/a1"})
+    assert refusal(gone) == (404, "model", "model_not_found")
+    assert [card["id"] for card in (await cards(http)).values()] == ["a0"]
+
+
+async def test_its_files_may_vanish_once_it_is_loaded(http: Client, folders: list[Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders[1], tmp_path / "a1"))
+    assert (await load(http, "a1", folder)).status_code == 200
+    shutil.rmtree(folder)
+    assert await text(http, "a1")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"lora_path": "x"}, (400, "lora_name", "invalid_value")),
+        ({"lora_name": "x"}, (400, "lora_path", "invalid_value")),
+        ({"lora_name": "", "lora_path": "x"}, (400, "lora_name", "invalid_value")),
+        ({"lora_name": "x", "lora_path": " "}, (400, "lora_path", "invalid_value")),
+        ({"lora_name": 5, "lora_path": "x"}, (400, "lora_name", "invalid_value")),
+        ({"lora_name": "x", "lora_path": "x", "load_inplace": "yes"}, (400, "load_inplace", "invalid_value")),
+        ({"lora_name": "base", "lora_path": "A1"}, (400, None, "adapter_conflict")),
+        ({"lora_name": "a0", "lora_path": "A0"}, (400, None, "adapter_conflict")),
+        ({"lora_name": "x", "lora_path": "/nowhere/at all"}, (404, None, "adapter_not_found")),
+        ({"lora_name": "x", "lora_path": "org/repo"}, (404, None, "adapter_not_found")),
+        ({"lora_name": "x", "lora_path": "a\0b"}, (404, None, "adapter_not_found")),
+    ],
+)
+async def test_what_cannot_be_loaded_is_refused_by_its_field(
+    http: Client, folders: list[Path], body: dict[str, object], expected: tuple[int, str | None, str]
+) -> None:
+    places = {"A0": str(folders[0]), "A1": str(folders[1])}
+    body = {key: places.get(value, value) if isinstance(value, str) else value for key, value in body.items()}
+    answer = await http.post("/v1/load_lora_adapter", json=body)
+    assert refusal(answer) == expected
+    assert "/nowhere" not in answer.text
+    assert [card["id"] for card in (await cards(http)).values()] == ["a0"]
+
+
+async def test_who_loads_a_name_twice_is_told_of_load_inplace(http: Client, folders: list[Path]) -> None:
+    assert "load_inplace" in (await load(http, "a0", folders[0])).json()["error"]["message"]
+
+
+async def test_a_body_that_is_no_json_is_refused(http: Client) -> None:
+    for route in ("load", "unload"):
+        answer = await http.post(f"/v1/{route}_lora_adapter", content=b"{")
+        assert refusal(answer) == (400, None, "invalid_json")
+
+
+# ---- broken folders ----
+
+
+def _header(folder: Path, header: bytes, length: int | None = None) -> None:
+    said = struct.pack("<Q", len(header) if length is None else length)
+    (folder / "adapter_model.safetensors").write_bytes(said + header)
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def _truncated(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+BREAKS: dict[str, Callable[[Path], object]] = {
+    "pickled": _pickled,
+    "truncated": _truncated,
+    "no tensors file": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "an empty file": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""),
+    "a huge header": lambda folder: _header(folder, b"{}", 1 << 60),
+    "a header of a list": lambda folder: _header(folder, b"[]"),
+    "a header of nesting": lambda folder: _header(folder, b"[" * 100_000),
+    "no tensors": lambda folder: rewrite(folder, lambda tensors: {}),
+    "not finite": lambda folder: rewrite(folder, lambda tensors: {k: v * torch.nan for k, v in tensors.items()}),
+    "wrong shapes": lambda folder: rewrite(folder, lambda tensors: {k: v[:, :-1] for k, v in tensors.items()}),
+    "half a pair": lambda folder: rewrite(folder, lambda t: {k: v for k, v in t.items() if "lora_A" in k}),
+    "strange tensors": lambda folder: rewrite(folder, lambda t: t | {"model.x": torch.zeros(2)}),
+    "integers": lambda folder: rewrite(folder, lambda t: {k: v.to(torch.int32) for k, v in t.items()}),
+    "a config of no JSON": lambda folder: (folder / "adapter_config.json").write_text("{"),
+    "a config of a list": lambda folder: (folder / "adapter_config.json").write_text("[1]"),
+    "another rank": lambda folder: reconfigure(folder, r=4),
+    "too large a rank": lambda folder: make_adapter_of_rank(folder, 16),
+    "no LoRA": lambda folder: reconfigure(folder, peft_type="IA3"),
+    "an endless pattern": lambda folder: reconfigure(folder, rank_pattern={"(a+)+b": 4}),
+}
+
+
+def make_adapter_of_rank(folder: Path, rank: int) -> None:
+    reconfigure(folder, r=rank)
+    rewrite(folder, lambda t: {k: torch.cat([v, v], 0 if "lora_A" in k else 1) for k, v in t.items()})
+
+
+async def test_a_stream_beside_broken_adapters_says_what_it_says_alone(
+    http: Client, folders: list[Path], tmp_path: Path
+) -> None:
+    alone = await text(http, "a0", 200)
+    canary = asyncio.create_task(text(http, "a0", 200))
+    for number, (name, spoil) in enumerate(BREAKS.items()):
+        folder = Path(shutil.copytree(folders[1], tmp_path / f"secret-place-{number}" / "x"))
+        spoil(folder)
+        answer = await load(http, f"broken {number}", folder)
+        assert refusal(answer) == (422, None, "adapter_unusable"), name
+        assert "secret-place" not in answer.text, name
+        assert f"'broken {number}'" in answer.json()["error"]["message"], name
+        if canary.done():
+            assert canary.result() == alone
+            canary = asyncio.create_task(text(http, "a0", 200))
+    assert await canary == alone
+    assert [card["id"] for card in (await cards(http)).values()] == ["a0"]
+
+
+async def test_a_folder_without_a_config_holds_no_adapter(http: Client, folders: list[Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders[1], tmp_path / "x"))
+    (folder / "adapter_config.json").unlink()
+    assert refusal(await load(http, "x", folder)) == (404, None, "adapter_not_found")
+
+
+# ---- in place ----
+
+
+async def test_reloads_under_load_never_mix_versions(http: Client, folders: list[Path], tmp_path: Path) -> None:
+    solo: dict[str, str] = {}
+    for number, folder in enumerate(folders):  # each version alone, under a name of its own
+        assert (await load(http, f"solo{number}", folder)).status_code == 200
+        answer = await complete(http, f"solo{number}", 24)
+        solo[answer.headers["x-aiolora-adapter"].split("@")[1]] = answer.json()["choices"][0]["text"]
+        await unload(http, f"solo{number}")
+    assert len(set(solo.values())) == len(folders)
+
+    place = tmp_path / "live"
+    shutil.copytree(folders[0], place)
+    assert (await load(http, "live", place)).status_code == 200
+    seen: list[str] = []
+    reloading = True
+
+    async def ask() -> None:
+        while reloading:
+            answer = await complete(http, "live", 24)
+            digest = answer.headers["x-aiolora-adapter"].split("@")[1]
+            assert answer.json()["choices"][0]["text"] == solo[digest]
+            seen.append(digest)
+
+    askers = [asyncio.create_task(ask()) for _ in range(4)]
+    for number in range(1, 21):
+        shutil.copytree(folders[number % len(folders)], place, dirs_exist_ok=True)
+        answer = await load(http, "live", place, load_inplace=True)
+        assert answer.status_code == 200, answer.text
+        mark = len(seen) + 4
+        await until(lambda mark=mark: len(seen) > mark)  # so one of four askers has asked since the reload
+    reloading = False
+    await asyncio.gather(*askers)
+    assert set(seen) == set(solo)
+    assert (await complete(http, "live", 24)).headers["x-aiolora-adapter"].split("@")[1] in solo
+    await asyncio.sleep(0.05)
+    assert [card["id"] for card in (await cards(http)).values()] == ["a0", "live"]
+
+
+async def test_a_reload_that_fails_leaves_the_old_version_serving(
+    http: Client, folders: list[Path], tmp_path: Path
+) -> None:
+    before = await complete(http, "a0")
+    folder = Path(shutil.copytree(folders[1], tmp_path / "x"))
+    _truncated(folder)
+    assert refusal(await load(http, "a0", folder, load_inplace=True))[0] == 422
+    assert refusal(await load(http, "a0", tmp_path / "none", load_inplace=True))[0] == 404
+    after = await complete(http, "a0")
+    assert after.headers["x-aiolora-adapter"] == before.headers["x-aiolora-adapter"]
+    assert after.json()["choices"] == before.json()["choices"]
+
+
+# ---- where they are, and pins ----
+
+
+async def test_the_list_says_where_an_adapter_is_and_who_needs_it(http: Client, folders: list[Path]) -> None:
+    assert (await load(http, "a1", folders[1], pinned=True)).status_code == 200
+    await text(http, "a0")
+    first, second = (await cards(http)).values()
+    assert (first["id"], first["residency"], first["pinned"]) == ("a0", "gpu", False)
+    assert (second["id"], second["residency"], second["pinned"]) == ("a1", "cpu", True)
+    assert second["version"] == f"a1@{second['digest'][:12]}"
+    assert (second["rank"], second["requests"], second["in_use"], second["draining"]) == (8, 0, False, False)
+    assert second["bytes"] > 0
+
+
+async def test_pins_are_set_and_taken_back_by_name(http: Client, folders: list[Path]) -> None:
+    assert (await load(http, "org/a1", folders[1])).status_code == 200
+    assert (await http.post("/v1/lora_adapters/org/a1/pin")).status_code == 200
+    assert [card["pinned"] for card in (await cards(http)).values()] == [False, True]
+    refused = await load(http, "a2", folders[2], pinned=True)
+    assert refusal(refused) == (422, None, "adapter_unusable")
+    assert [card["id"] for card in (await cards(http)).values()] == ["a0", "org/a1"], "it was not kept"
+    assert (await http.post("/v1/lora_adapters/org/a1/unpin")).status_code == 200
+    assert [card["pinned"] for card in (await cards(http)).values()] == [False, False]
+    assert refusal(await http.post("/v1/lora_adapters/nobody/pin")) == (404, None, "adapter_not_found")
+    assert (await http.post("/v1/lora_adapters/a0/paint")).status_code == 404
+
+
+# ---- the switch ----
+
+
+@pytest.mark.parametrize("said", [None, "0", "false", ""])
+async def test_without_the_switch_nothing_changes_and_the_way_to_switch_it_on_is_told(
+    engine: AsyncLLMEngine, folders: list[Path], monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    monkeypatch.delenv("AIOLORA_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
+    if said is not None:
+        monkeypatch.setenv("AIOLORA_ALLOW_RUNTIME_LORA_UPDATING", said)
+    app = create_app(engine, lora_modules=[LoRARequest("a0", 1, str(folders[0]))], served_model_name="base")
+    async with serving(app) as http:
+        for answer in (
+            await load(http, "a1", folders[1]),
+            await unload(http, "a0"),
+            await http.post("/v1/lora_adapters/a0/pin"),
+        ):
+            assert refusal(answer) == (404, None, "switched_off")
+            assert "AIOLORA_ALLOW_RUNTIME_LORA_UPDATING=1" in json.loads(answer.content)["error"]["message"]
+        assert [(card["id"], card["pinned"]) for card in (await cards(http)).values()] == [("a0", False)]
