@@ -199,7 +199,7 @@ async def test_whatever_goes_wrong_while_reading_again_is_the_adapters_error(
     def broken(*_: object) -> object:
         raise OSError("the disk is on fire")
 
-    monkeypatch.setattr(loader, "_open", broken)
+    monkeypatch.setattr(loader, "open_tensors", broken)
     with pytest.raises(AdapterFormatError, match="the disk is on fire"):
         await tokens(engine, lora=adapters[0])
     assert await tokens(engine)

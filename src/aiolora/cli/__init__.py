@@ -1,14 +1,14 @@
-"""The command line: serve, generate, pull, demo. Parsing is quick; torch is imported by the command that needs it."""
+"""The command line. Parsing is quick; torch is imported by the command that needs it."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from aiolora import __version__
-from aiolora.cli import demo, generate, pull, serve
+from aiolora.cli import demo, generate, inspect, pull, serve
 from aiolora.errors import AioloraError
 
-_COMMANDS = (serve, generate, pull, demo)
+_COMMANDS = (serve, generate, inspect, pull, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

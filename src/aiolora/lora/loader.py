@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _HEADS = ("lm_head", "embed_tokens")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
+FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
 _MAX_SCALE = 1e4  # alpha / r is of order 1; float32 and bfloat16 hold products with it
-_MAX_CONFIG = 1 << 20
+MAX_CONFIG = 1 << 20
 
 _ids = itertools.count(1)
 
@@ -74,10 +74,10 @@ def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits
         config = parse_config(name, request.config_json())
         _warn_of_base(name, config, limits)
         return _build(name, config, HeldTensors(request), layout, limits, request)
-    folder = _locate(name, request.lora_path)
-    config = parse_config(name, _read(name, folder / CONFIG, _MAX_CONFIG))
+    folder = locate(name, request.lora_path)
+    config = parse_config(name, read_file(name, folder / CONFIG, MAX_CONFIG))
     _warn_of_base(name, config, limits)
-    with _open(name, folder) as file:
+    with open_tensors(name, folder) as file:
         return _build(name, config, file, layout, limits, request)
 
 
@@ -131,7 +131,8 @@ def _build(
     return AdapterWeights(version, a_pages, b_pages)
 
 
-def _locate(name: str, path: str) -> Path:
+def locate(name: str, path: str) -> Path:
+    """The folder of the adapter at `path`, fetched where it is a repository. Raises `AdapterNotFoundError`."""
     folder = Path(os.path.expanduser(path))
     if not os.path.isdir(folder):  # unlike Path.is_dir it never raises, however strange the path
         try:
@@ -143,7 +144,8 @@ def _locate(name: str, path: str) -> Path:
     return folder
 
 
-def _read(name: str, file: Path, limit: int) -> bytes:
+def read_file(name: str, file: Path, limit: int) -> bytes:
+    """The whole of a file of at most `limit` bytes. Raises `AdapterFormatError`."""
     try:
         with file.open("rb") as stream:
             data = stream.read(limit + 1)
@@ -154,7 +156,8 @@ def _read(name: str, file: Path, limit: int) -> bytes:
     return data
 
 
-def _open(name: str, folder: Path) -> TensorFile:
+def open_tensors(name: str, folder: Path) -> TensorFile:
+    """The adapter's tensors, none of them read yet. Raises `AdapterFormatError`, also where there are only pickles."""
     file = folder / TENSORS
     if not file.is_file():
         pickled = next((pickle for pickle in _PICKLES if (folder / pickle).exists()), None)
@@ -173,7 +176,7 @@ def _factors(
     found: dict[str, dict[str, Entry]] = {}
     strange = []
     for key, entry in entries.items():
-        match = _FACTOR.fullmatch(key)
+        match = FACTOR.fullmatch(key)
         if match is None:
             strange.append(key)
             continue

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from aiolora.config import EngineArgs
 from aiolora.errors import ConfigError, ModelError
@@ -19,10 +19,7 @@ def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Decoder:
 
     Raises `UnsupportedModelError`, `WeightsError`, or `ConfigError` for a context longer than the model's.
     """
-    try:
-        hf = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what transformers raises of JSON
-        raise ModelError(f"{folder}/config.json cannot be read: {error}") from error
+    hf = _read_config(folder)
     if args.max_model_len is not None and args.max_model_len > hf.max_position_embeddings:
         raise ConfigError(
             f"max_model_len={args.max_model_len} is over the model's context of {hf.max_position_embeddings} tokens"
@@ -35,6 +32,23 @@ def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Decoder:
         else:
             load_weights(model, folder)
     return model.eval()
+
+
+def outline(folder: Path) -> Decoder:
+    """The decoder that the config of `folder` describes, without weights, in the dtype they are stored in.
+
+    Raises `ModelError` or `UnsupportedModelError`.
+    """
+    hf = _read_config(folder)
+    return Decoder(decoder_config(hf, max_positions=None), dtype=hf.dtype or torch.float32, device="meta")
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what transformers raises of JSON
+        raise ModelError(f"{folder}/config.json cannot be read: {error}") from error
+    return config
 
 
 def _dtype(said: str, stored: torch.dtype | None, device: str) -> torch.dtype:
