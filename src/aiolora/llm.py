@@ -9,7 +9,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from aiolora.config import EngineArgs
-from aiolora.engine.build import Built, build
+from aiolora.engine.build import READERS, Built, build
 from aiolora.engine.core import AdapterStanding, Snapshot
 from aiolora.engine.intake import LoRA
 from aiolora.engine.output import Assembler
@@ -27,8 +27,6 @@ from aiolora.types import (
     read_again,
 )
 
-_READERS = 4  # adapters read at a time; each is read by several threads
-
 
 class LLMEngine:
     """Requests in by `add_request`, outputs out by `step`. For one thread.
@@ -37,7 +35,7 @@ class LLMEngine:
     """
 
     def __init__(self, args: EngineArgs) -> None:
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="aiolora-read")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="aiolora-read")
         self._ahead: dict[LoRARequest, Future[AdapterWeights]] = {}
         self._again: dict[AdapterVersion, Future[AdapterWeights]] = {}
         self._built: Built = build(args, self._read_again)

@@ -30,7 +30,7 @@ from aiolora.pages import PagePool
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import AdapterVersion, LoRARequest
 
-_READERS = 4  # adapters read at a time, as llm.py reads them
+READERS = 4  # adapters that a blocking face reads at a time; each is read by several threads
 _PINNED_SHARE = 4  # of the machine's memory so small a part is locked from the start, at most
 
 
@@ -88,7 +88,7 @@ def _pinned_pages(args: EngineArgs, layout: Layout) -> int:
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     page = sum(kind.page_nbytes(layout.dtype) for kind in layout.kinds)
-    wish = (args.host_adapters + _READERS) * -(-args.max_lora_rank // RANKS_PER_PAGE)
+    wish = (args.host_adapters + READERS) * -(-args.max_lora_rank // RANKS_PER_PAGE)
     return min(wish, memory // _PINNED_SHARE // page)
 
 
