@@ -284,7 +284,7 @@ class Loaded:
         with torch.inference_mode():
             inputs = self.packer.pack(Batch([Scheduled(seq, start, count, True) for seq, start, count in runs]))
             inputs = replace(inputs, logits_at=torch.arange(len(inputs.tokens)))
-            logits = self.model.logits(self.model(inputs, self.cache.layers), inputs)
+            logits = self.model.logits(self.model(inputs, self.cache.layers))
         return list(logits.split([count for _, _, count in runs]))
 
 

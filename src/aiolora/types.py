@@ -116,6 +116,14 @@ class SitePages(Struct, frozen=True):
     scale: float  # on the low-rank product
 
 
+class BlockSpan(Struct, frozen=True):
+    """Blocks [low, high) of a weight's rows (`ops.blocks`) that an adapter has in the place of the base's."""
+
+    weight: int  # index in the layout: embedding, head, norms
+    low: int
+    high: int
+
+
 class AdapterVersion(Struct, frozen=True):
     """One adapter as it was read at one time: immutable, named by the digest of what it means. No tensors.
 
@@ -132,6 +140,7 @@ class AdapterVersion(Struct, frozen=True):
     base_model_name: str | None = None
     loaded_at: float = 0.0  # time.time()
     additive: bool = True  # nothing but low-rank sums, which may be weighted and added to others'
+    blocks: tuple[BlockSpan, ...] = ()  # in the order of its pages of blocks
 
     @property
     def label(self) -> str:

@@ -331,7 +331,7 @@ def test_warming_up_leaves_no_trace(model_of: ModelOf, adapters: list[LoRAReques
     runner._sampler.choose = watched  # type: ignore[method-assign]
     for layer in runner._cache.layers:
         layer.v[0].fill_(1.0)
-    runner.warm_up(replace(built.plan, lora_pages=4), kinds=4)
+    runner.warm_up(replace(built.plan, lora_pages=4), kinds=6)
     assert len(seen) == 30  # once to compile, once in earnest
     for layer in runner._cache.layers:
         assert layer.k.eq(0.25).all()

@@ -98,8 +98,23 @@ OPTIONS: dict[str, list[Any]] = {
     "bias": ["lora_only", "all"],
     "lora_bias": [True],
     "use_dora": [True],
-    "modules_to_save": [["lm_head"], ["embed_tokens"], ["up_proj"], []],
-    "trainable_token_indices": [[3, 4], {"embed_tokens": [5]}],
+    "modules_to_save": [
+        ["lm_head"],
+        ["embed_tokens"],
+        ["embed_tokens", "lm_head"],
+        ["input_layernorm", "post_attention_layernorm"],
+        ["model.norm", "layers.1.input_layernorm", "lm_head"],
+        ["q_norm"],
+        ["up_proj"],
+        [],
+    ],
+    "trainable_token_indices": [
+        [3, 4],
+        {"embed_tokens": [5]},
+        {"lm_head": [7, 3]},
+        {"embed_tokens": [9, 5], "lm_head": [8]},
+        {"embed_tokens": [9, 5], "lm_head": [9, 5]},
+    ],
     "target_parameters": [["mlp.up_proj.weight"], []],
     "alora_invocation_tokens": [list(INVOCATION)],
     "layer_replication": [[(0, 2), (1, 2)]],
@@ -117,6 +132,15 @@ OPTIONS: dict[str, list[Any]] = {
     CONVERTED: ["pissa", "pissa_niter_4", "olora", "lora_ga"],
     EMBEDDINGS: [True],
 }
+# What takes more than one option to be said, each a case as well.
+SEVERAL: list[dict[str, Any]] = [
+    {"target_modules": ["lm_head", "embed_tokens"], "r": 19, "use_rslora": True, "rank_pattern": {"lm_head": 5}},
+    {"target_modules": ["v_proj", "embed_tokens"], "ensure_weight_tying": True},
+    {"target_modules": ["v_proj", "lm_head"], "alpha_pattern": {"lm_head": 3}, "ensure_weight_tying": True},
+    {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    {"modules_to_save": ["lm_head"], "target_modules": ["k_proj", "embed_tokens"]},
+    {"modules_to_save": ["norm"], "trainable_token_indices": [5, 6], "target_modules": ["q_proj", "lm_head"]},
+]
 # What an option needs beside it to mean anything.
 _COMPANY: dict[str, dict[str, Any]] = {
     "layers_pattern": {"layers_to_transform": [1]},
@@ -155,7 +179,7 @@ def alone() -> list[Case]:
         Case(_told({name: value} | _COMPANY.get(name, {})), {name: value} | _COMPANY.get(name, {}))
         for name, values in OPTIONS.items()
         for value in values
-    ]
+    ] + [Case(_told(config), config) for config in SEVERAL]
 
 
 def together(seed: int) -> Iterator[Case]:

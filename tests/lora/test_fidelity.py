@@ -17,7 +17,7 @@ from tests.conftest import ModelOf
 from tests.lora.fidelity import ELSEWHERE, INVOCATION, OPTIONS, Case, alone, together, train
 from tests.tiny import everything, hf_logits, load_hf, prompt_ids, reported
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama", "llama tied", "mistral", "qwen2", "qwen3"]
 COMBINATIONS = 40
 TOLERANCE = 1e-4  # of the largest logit
 TABLE = Path(__file__).parents[2] / "docs" / "peft-fidelity.md"

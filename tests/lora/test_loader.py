@@ -143,6 +143,8 @@ def both(*breaks: Break) -> Break:
 
 
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+HEAD, NORM = "base_model.model.lm_head.weight", "base_model.model.model.norm.weight"
+TOKENS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 ENTRY = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 
 BROKEN: dict[str, tuple[Break, type[AdapterError], tuple[str, ...]]] = {
@@ -330,8 +332,98 @@ BROKEN: dict[str, tuple[Break, type[AdapterError], tuple[str, ...]]] = {
     "LoftQ": (config(init_lora_weights="loftq"), AdapterUnsupportedError, ("'loftq' changes the base",)),
     "a config only of a module to save": (
         config(modules_to_save=["lm_head"]),
+        AdapterFormatError,
+        ("modules_to_save names lm_head, but no tensor belongs to it",),
+    ),
+    "a config only of trained tokens": (
+        config(trainable_token_indices=[3]),
+        AdapterFormatError,
+        ("trainable_token_indices names model.embed_tokens, but no tensor belongs to it",),
+    ),
+    "trained tokens that the config does not name": (
+        put(TOKENS, lambda _: torch.zeros(1, 64)),
+        AdapterFormatError,
+        (TOKENS, "trainable_token_indices names no token of model.embed_tokens"),
+    ),
+    "fewer trained tokens than the config names": (
+        both(put(TOKENS, lambda _: torch.zeros(1, 64)), config(trainable_token_indices=[3, 4])),
+        AdapterMismatchError,
+        (TOKENS, "the shape [1, 64]", "say [2, 64]"),
+    ),
+    "a trained token twice": (
+        both(put(TOKENS, lambda _: torch.zeros(2, 64)), config(trainable_token_indices=[3, 3])),
+        AdapterFormatError,
+        ("names a token twice",),
+    ),
+    "a trained token that there is not": (
+        both(put(TOKENS, lambda _: torch.zeros(2, 64)), config(trainable_token_indices=[3, 96])),
+        AdapterMismatchError,
+        ("names [96]", "vocabulary has 96 tokens"),
+    ),
+    "NaN in a trained token": (
+        both(put(TOKENS, lambda _: torch.full((1, 64), torch.nan)), config(trainable_token_indices=[3])),
+        AdapterFormatError,
+        (TOKENS, "not finite"),
+    ),
+    "infinity in a head": (
+        both(put(HEAD, lambda _: torch.full((96, 64), torch.inf)), config(modules_to_save=["lm_head"])),
+        AdapterFormatError,
+        (HEAD, "not finite"),
+    ),
+    "a head of integers": (
+        both(put(HEAD, lambda _: torch.zeros((96, 64), dtype=torch.int8)), config(modules_to_save=["lm_head"])),
+        AdapterFormatError,
+        (HEAD, "torch.int8"),
+    ),
+    "a head of another width": (
+        both(put(HEAD, lambda _: torch.zeros(96, 48)), config(modules_to_save=["lm_head"])),
+        AdapterMismatchError,
+        (HEAD, "[96, 48]", "[96, 64]"),
+    ),
+    "a head of another vocabulary": (
+        both(put(HEAD, lambda _: torch.zeros(99, 64)), config(modules_to_save=["lm_head"])),
         AdapterUnsupportedError,
-        ("modules_to_save=['lm_head']", "retrain without"),
+        (HEAD, "a vocabulary of 99 tokens, the base model's has 96", "; serve the resized model as the base"),
+    ),
+    "a norm of another width": (
+        both(put(NORM, lambda _: torch.zeros(48)), config(modules_to_save=["model.norm"])),
+        AdapterMismatchError,
+        (NORM, "[48]", "[64]"),
+    ),
+    "a head twice": (
+        both(
+            put(HEAD, lambda _: torch.zeros(96, 64)),
+            put("lm_head.weight", lambda _: torch.zeros(96, 64)),
+            config(modules_to_save=["lm_head"]),
+        ),
+        AdapterFormatError,
+        ("the weight of lm_head a second time",),
+    ),
+    "factors of a head of another vocabulary": (
+        both(
+            put("base_model.model.lm_head.lora_A.weight", lambda _: torch.zeros(8, 64)),
+            put("base_model.model.lm_head.lora_B.weight", lambda _: torch.zeros(99, 8)),
+        ),
+        AdapterMismatchError,
+        ("lm_head has lora_A [8, 64] and lora_B [99, 8]", "[96, r]"),
+    ),
+    "factors of an embedding as a linear module has them": (
+        both(
+            put("base_model.model.model.embed_tokens.lora_A.weight", lambda _: torch.zeros(8, 96)),
+            put("base_model.model.model.embed_tokens.lora_B.weight", lambda _: torch.zeros(64, 8)),
+        ),
+        AdapterUnsupportedError,
+        ("model.embed_tokens.lora_A.weight", "no lora_A/lora_B of a linear module"),
+    ),
+    "factors and a whole weight": (
+        both(
+            put("base_model.model.lm_head.lora_A.weight", lambda _: torch.zeros(8, 64)),
+            put("base_model.model.lm_head.lora_B.weight", lambda _: torch.zeros(96, 8)),
+            put(HEAD, lambda _: torch.zeros(96, 64)),
+            config(modules_to_save=["lm_head"]),
+        ),
+        AdapterUnsupportedError,
+        ("lm_head has low-rank factors and trained tokens or a whole weight", "retrain with one of them"),
     ),
 }
 
@@ -373,19 +465,16 @@ def test_every_byte_cut_of_a_header_and_random_damage_are_refused_or_harmless(
     [
         ({"use_dora": True}, AdapterUnsupportedError, "use_dora=True is not served; retrain with use_dora=False"),
         ({"lora_bias": True}, AdapterUnsupportedError, "lora_bias=True"),
-        ({"modules_to_save": ["lm_head"]}, AdapterUnsupportedError, "modules_to_save=['lm_head']"),
-        ({"trainable_token_indices": [3, 4]}, AdapterUnsupportedError, "trainable_token_indices="),
+        (
+            {"modules_to_save": ["lm_head", "up_proj"]},
+            AdapterUnsupportedError,
+            "modules_to_save trained 2 modules whole that are no embedding, head or norm",
+        ),
         ({"target_parameters": ["mlp.up_proj.weight"]}, AdapterUnsupportedError, "target_parameters="),
         ({"alora_invocation_tokens": [5, 6]}, AdapterUnsupportedError, "alora_invocation_tokens=[5, 6]"),
         ({"layer_replication": [[0, 2], [1, 2]]}, AdapterUnsupportedError, "layer_replication="),
         ({"init_lora_weights": "pissa"}, AdapterUnsupportedError, "'pissa' changes the base model's weights"),
         ({"init_lora_weights": "olora"}, AdapterUnsupportedError, "'olora' changes the base model's weights"),
-        (
-            {"target_modules": ["q_proj", "lm_head"]},
-            AdapterUnsupportedError,
-            "tensors of lm_head are not served; retrain without",
-        ),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, AdapterUnsupportedError, "tensors of embed_tokens are"),
         ({"r": 17}, AdapterRankError, "exceeds max_lora_rank=16; start with --max-lora-rank 17"),
         ({"r": 4, "rank_pattern": {"v_proj": 30}}, AdapterRankError, "rank 30 of model.layers.0.self_attn.v_proj"),
     ],
@@ -406,7 +495,6 @@ def test_what_peft_saves_of_features_not_served_is_refused(
     ("folder", "said"),
     [
         ("examples/adapters/dora", "use_dora=True"),
-        ("tests/data/adapters/upper", "tensors of lm_head are not served; retrain without them"),
         ("tests/data/adapters/e-bias", "lora_bias=True is not served; retrain with lora_bias=False"),
     ],
 )

@@ -65,7 +65,10 @@ def _print(report: "Report", model: str | None) -> None:
         console.print(escape(f"missing: {_listed(report.coverage.missing)}"))
     if report.version is not None:
         version = report.version
-        console.print(f"rank {version.rank}, {version.nbytes:,} bytes on the device, digest {version.digest[:12]}")
+        most = "at most " if version.blocks else ""  # rows that are the base's own take none, and are not known here
+        console.print(
+            f"rank {version.rank}, {most}{version.nbytes:,} bytes on the device, digest {version.digest[:12]}"
+        )
     if report.refusal is not None:
         console.print(escape(f"refused: {report.refusal}"))
     elif model is None:

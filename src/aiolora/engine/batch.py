@@ -11,12 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aiolora.engine.own_rows import has, head_blocks, head_numbers, trunk_inputs, trunk_numbers
 from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence
 from aiolora.engine.staging import Numbers, Staging
-from aiolora.models.inputs import StepInputs
+from aiolora.lora.layout import EMBEDDING, HEAD, NO_ENDS, NORMS, Ends
+from aiolora.models.inputs import HeadInputs, StepInputs
 from aiolora.ops.linear import Routing, tile_of
-from aiolora.types import AdapterVersion, Mix
+from aiolora.types import AdapterVersion, BlockSpan, Mix
 
 
 class Placed(Protocol):
@@ -75,30 +77,75 @@ class Routes(NamedTuple):
     mix_of_run: list[int]  # -1: no adapter
     pages: list[list[list[int]]]  # of each mix and kind
     scales: list[list[list[float]]]  # one for each page
+    own: list[list[tuple[BlockSpan, list[int]]]]  # blocks of rows of each mix, and their pages
 
     @property
     def width(self) -> int:
         """W: the most pages of one kind, made even."""
         return even(max((len(pages) for mix in self.pages for pages in mix), default=0))
 
+    def have(self, kind: int) -> bool:
+        """Whether any mix has pages of `kind`; -1: there is no such kind."""
+        return kind >= 0 and any(mix[kind] for mix in self.pages)
+
 
 class Packer:
     """Lays a step's numbers out, everything from scratch each time. Engine thread only."""
 
-    def __init__(self, *, page_size: int, num_kinds: int, residency: Placed, device: str, lora_pages: int = 0) -> None:
-        """`lora_pages`: least width of the page tables, so that steps of many ranks are one shape to the kernels."""
+    def __init__(
+        self,
+        *,
+        page_size: int,
+        num_kinds: int,
+        residency: Placed,
+        device: str,
+        lora_pages: int = 0,
+        ends: Ends = NO_ENDS,
+        rows: Tensor | None = None,
+    ) -> None:
+        """`lora_pages`: least width of the page tables, so that steps of many ranks are one shape to the kernels.
+
+        `num_kinds`: of rank pages; `ends`: which of them are the embedding's and the head's. `rows`: the pool's blocks.
+        """
         self._page_size = page_size
         self._num_kinds = num_kinds
         self._residency = residency
         self._device = device
         self._lora_pages = lora_pages
+        self._ends = ends
+        self.own_rows = rows
         self._staging = Staging(device)
 
-    def pack(self, batch: Batch, in_flight: InFlight | None = None) -> StepInputs:
-        """The tensors of `batch`, all of exactly its sizes."""
+    def pack(self, batch: Batch, in_flight: InFlight | None = None, routes: Routes | None = None) -> StepInputs:
+        """The tensors of `batch`, all of exactly its sizes. `routes`: its own, where they are known already."""
         in_flight = in_flight or InFlight.none(1, self._device)
-        tensors = self._staging.send(self.lay_out(batch, self.routes(batch), in_flight))
-        return step_inputs(tensors, in_flight.tokens, self._device)
+        routes = routes or self.routes(batch)
+        numbers = self.lay_out(batch, routes, in_flight)
+        if routes is None or not self.changes_trunk(routes):
+            return step_inputs(self._staging.send(numbers), in_flight.tokens, self._device)
+        mix_of_token = np.repeat(_int32(routes.mix_of_run), [run.count for run in batch.runs])
+        tensors = self._staging.send({**numbers, **trunk_numbers(routes.own, mix_of_token)})
+        step = step_inputs(tensors, in_flight.tokens, self._device)
+        return trunk_inputs(step, tensors, self.own_rows, embeds=routes.have(self._ends.embedding))
+
+    def changes_trunk(self, routes: Routes) -> bool:
+        """Whether an adapter of the step has its share in the embedding or in norms: no graph has room for that."""
+        return routes.have(self._ends.embedding) or has(routes.own, EMBEDDING) or has(routes.own, NORMS)
+
+    def head(self, routes: Routes | None, mixes: list[int]) -> HeadInputs | None:
+        """What adapters do to the head, over positions whose mixes (in `routes`, -1: none) are given; None: nothing."""
+        if routes is None:
+            return None
+        head = self._ends.head
+        ranked = [head >= 0 and bool(pages[head]) for pages in routes.pages]
+        changed = [low_rank or has([own], HEAD) for low_rank, own in zip(ranked, routes.own)]
+        rows = _int32([mix if mix >= 0 and changed[mix] else -1 for mix in mixes])
+        if (rows < 0).all():
+            return None
+        tensors = self._staging.send(self._route(routes, rows, len(rows), None) | head_numbers(routes.own, rows))
+        return HeadInputs(
+            routing_of(tensors, self._device), low_rank=routes.have(head), own=head_blocks(tensors, self.own_rows)
+        )
 
     def routes(self, batch: Batch) -> Routes | None:
         """The mixes of `batch` in the order of their first run; None: no run has an adapter."""
@@ -113,17 +160,24 @@ class Packer:
             mix_of_run.append(number)
         if not numbers:
             return None
-        routes = Routes(mix_of_run, [], [])
+        routes = Routes(mix_of_run, [], [], [])
         for mix in numbers:
             pages: list[list[int]] = [[] for _ in range(self._num_kinds)]
             scales: list[list[float]] = [[] for _ in range(self._num_kinds)]
+            own: list[tuple[BlockSpan, list[int]]] = []
             for version, weight in mix.parts:
                 placed = self._residency.pages(version)
                 for site in version.pages:
-                    pages[site.kind] += placed[site.kind]
-                    scales[site.kind] += [site.scale * weight] * site.count
+                    if site.kind < self._num_kinds:
+                        pages[site.kind] += placed[site.kind]
+                        scales[site.kind] += [site.scale * weight] * site.count
+                first = 0
+                for span in version.blocks:
+                    own.append((span, placed[self._ends.blocks][first : first + span.high - span.low]))
+                    first += span.high - span.low
             routes.pages.append(pages)
             routes.scales.append(scales)
+            routes.own.append(own)
         return routes
 
     def lay_out(
@@ -174,15 +228,19 @@ class Packer:
         elif not bucket.decodes:
             numbers["logits_at"] = _padded(_int32(_logits_at(batch, query_starts)), num_seqs, 0)
         if routes is not None or (bucket is not None and bucket.mixes):
-            numbers |= self._rows(routes or Routes([], [], []), counts, size, bucket)
+            routes = routes or Routes([], [], [], [])
+            mix_of_token = np.repeat(_int32(routes.mix_of_run or [-1] * len(counts)), counts)
+            numbers |= self._route(routes, mix_of_token, size, bucket)
         return numbers | {"block_tables": block_tables}
 
-    def _rows(self, routes: Routes, counts: list[int], size: int, bucket: Bucket | None) -> Numbers:
-        """The routing of `size` tokens, the first of them in runs of `counts`."""
+    def _route(
+        self, routes: Routes, mixes: NDArray[np.int32], size: int, bucket: Bucket | None
+    ) -> dict[str, NDArray[Any]]:
+        """The routing of `size` tokens, the first of them of `mixes` (-1: none), the others of none."""
         tile = tile_of(size, self._device)
         bare = len(routes.pages)  # sorts last
         mix_of_token = np.full(size, bare, dtype=np.int32)
-        mix_of_token[: sum(counts)] = np.repeat([mix if mix >= 0 else bare for mix in routes.mix_of_run], counts)
+        mix_of_token[: len(mixes)] = np.where(mixes >= 0, mixes, bare)
         tiles: list[tuple[int, int]] = []
         items: list[tuple[int, int, int, int]] = []
         mix_of_tile: list[int] = []
@@ -226,10 +284,7 @@ class Packer:
 
 def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) -> StepInputs:
     """The step whose fields are `tensors`, under the names that `Packer.lay_out` gives them."""
-    routing = None
-    if "perm" in tensors:
-        perm, tiles, items, pages, scales, owners = (tensors[name] for name in Routing._fields[:-1])
-        routing = Routing(perm, tiles, items, pages, scales, owners, tile_of(len(perm), device))
+    routing = routing_of(tensors, device) if "perm" in tensors else None
     return StepInputs(
         tokens=tensors["tokens"],
         previous=previous,
@@ -241,6 +296,12 @@ def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) ->
         logits_at=tensors.get("logits_at"),
         routing=routing,
     )
+
+
+def routing_of(tensors: Mapping[str, Tensor], device: str) -> Routing:
+    """The routing whose fields are among `tensors`."""
+    perm, tiles, items, pages, scales, owners = (tensors[name] for name in Routing._fields[:-1])
+    return Routing(perm, tiles, items, pages, scales, owners, tile_of(len(perm), device))
 
 
 def logit_offsets(run: Scheduled) -> list[int]:
@@ -258,6 +319,16 @@ def num_prompt_logits(run: Scheduled) -> int:
         return 0
     # token i's logits are the prediction of token i + 1, known for i + 1 < num_prompt
     return min(run.count, max(0, seq.num_prompt - 1 - run.start))
+
+
+def mixes_of_logits(batch: Batch, routes: Routes | None) -> list[int]:
+    """The mix in `routes` of each row of logits that `batch` wants, in their order; empty where there are none."""
+    if routes is None:
+        return []
+    mixes = [mix for mix, run in zip(routes.mix_of_run, batch.runs) if run.samples]
+    for mix, run in zip(routes.mix_of_run, batch.runs):
+        mixes += [mix] * num_prompt_logits(run)
+    return mixes
 
 
 def _logits_at(batch: Batch, query_starts: NDArray[Any]) -> list[int]:

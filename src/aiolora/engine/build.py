@@ -14,7 +14,7 @@ from aiolora.engine.runner import ModelRunner
 from aiolora.engine.sampler import Sampler
 from aiolora.engine.scheduler import Scheduler, SchedulerLimits
 from aiolora.engine.warm_up import activation_nbytes
-from aiolora.lora.layout import Layout, layout_of
+from aiolora.lora.layout import NO_ENDS, Layout, layout_of
 from aiolora.lora.loader import AdapterWeights, load_adapter
 from aiolora.lora.loader import Limits as AdapterLimits
 from aiolora.lora.memory import InMemory
@@ -63,7 +63,8 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
     plan = make_plan(args, model.config, layout, dtype, device, activations=activations)
     pinned = plan.device.startswith("cuda")
     if pinned and layout is not None:  # while the kernels are compiled: locking holds up whoever uses the GPU
-        reserve_soon(layout, dict.fromkeys(range(len(layout.kinds)), _pinned_pages(args, layout)))
+        layers = [kind for kind in range(len(layout.kinds)) if not layout.is_end(kind)]
+        reserve_soon(layout, dict.fromkeys(layers, _pinned_pages(args, layout)))
     engine = _engine(args, model, layout, plan, tokenizer, read_again)
     intake = Intake(
         tokenizer,
@@ -72,7 +73,7 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
         model=args.model,
         lora_enabled=args.enable_lora,
     )
-    adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_pages, args.model, pinned=pinned)
+    adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_room, args.model, pinned=pinned)
 
     def load(request: LoRARequest | InMemory) -> AdapterWeights:
         assert layout is not None, "Intake lets no adapter through where LoRA is off"
@@ -87,7 +88,7 @@ def _pinned_pages(args: EngineArgs, layout: Layout) -> int:
     Locking holds up whoever uses the GPU, 0.6 ms a MB: 16 streams beside loads of 336 MB waited 281 ms (p99, H100).
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    page = sum(kind.page_nbytes(layout.dtype) for kind in layout.kinds)
+    page = sum(kind.page_nbytes(layout.dtype) for i, kind in enumerate(layout.kinds) if not layout.is_end(i))
     wish = (args.host_adapters + READERS) * -(-args.max_lora_rank // RANKS_PER_PAGE)
     return min(wish, memory // _PINNED_SHARE // page)
 
@@ -101,12 +102,17 @@ def _engine(
     read_again: Callable[[AdapterVersion], None],
 ) -> Engine:
     num_kinds = len(layout.kinds) if layout else 0
+    ends = [kind for kind in range(num_kinds) if layout and layout.is_end(kind)]
+    room = plan.adapter_room
     residency: Residency[AdapterWeights] = Residency(
-        num_kinds=num_kinds, num_pages=plan.adapter_pages, max_host=args.host_adapters
+        num_kinds=num_kinds - len(ends),
+        num_pages=room.layers,
+        max_host=args.host_adapters,
+        ends=[*[room.ends] * len(ends), room.blocks],
     )
     pool = None
     if layout is not None:
-        pool = AdapterPool(layout, plan.adapter_pages, plan.device)
+        pool = AdapterPool(layout, room, plan.device)
         pool.attach(model)
     dtype = model.embed.weight.dtype
     cache = KVCache(model.config, num_pages=plan.num_pages, page_size=plan.page_size, dtype=dtype, device=plan.device)
@@ -116,6 +122,8 @@ def _engine(
         residency=residency,
         device=plan.device,
         lora_pages=plan.lora_pages,
+        ends=layout.ends if layout else NO_ENDS,
+        rows=pool.rows if pool else None,
     )
     sampler = Sampler(tokenizer.eos_token_ids)
     runner = ModelRunner(model, cache, packer, sampler, max_num_seqs=plan.max_num_seqs, compiled=args.compile)
@@ -130,8 +138,8 @@ def _engine(
         chunked_prefill=args.enable_chunked_prefill,
     )
     scheduler = Scheduler(limits, PagePool(plan.num_pages), residency)
-    ends = Ends(eos_token_ids=tokenizer.eos_token_ids, max_model_len=plan.max_model_len)
-    room = -(-args.max_lora_rank // RANKS_PER_PAGE)
+    until = Ends(eos_token_ids=tokenizer.eos_token_ids, max_model_len=plan.max_model_len)
+    one = -(-args.max_lora_rank // RANKS_PER_PAGE)
     return Engine(
-        scheduler, runner, residency, pool, ends=ends, seed=args.seed, room_of_one=room, read_again=read_again
+        scheduler, runner, residency, pool, ends=until, seed=args.seed, room_of_one=one, read_again=read_again
     )

@@ -427,8 +427,8 @@ class Engine:
             if not self._residency.fits(mix.versions):
                 error = AdapterMemoryError(
                     name,
-                    "together they need more rank pages than the room for adapters has, beside those that are pinned; "
-                    "raise --lora-memory",
+                    "together they need more pages than the room for adapters has, beside those that are pinned; "
+                    "raise --lora-memory, or --lora-ends-memory where it is of embeddings, heads or norms",
                 )
             elif any(version.source is None and not self._residency.in_host(version) for version in mix.versions):
                 error = AdapterNotFoundError(name, "was removed, and it came from memory: load it again")

@@ -27,6 +27,7 @@ class Outputs:
     logits: Tensor  # [S, V]
     tokens: Tensor  # [S] int32, the likeliest
     logprobs: Tensor  # [S] float32, theirs
+    hidden: Tensor | None  # [S, H] that the logits are of, for adapters on the head; None: in a graph without adapters
 
 
 class StaticInputs:
@@ -122,7 +123,7 @@ class StepGraphs:
         """One step; its logits lie where those of every bucket do."""
         hidden = self._model(step, self._cache.layers)
         out = self._logits[: len(hidden)]
-        out.copy_(self._model.logits(hidden, step))
+        out.copy_(self._model.logits(hidden))
         tokens, logprobs = greedy_op(out)
         self._previous[: len(hidden)].copy_(tokens)
-        return Outputs(out, tokens, logprobs)
+        return Outputs(out, tokens, logprobs, hidden if step.routing is not None else None)

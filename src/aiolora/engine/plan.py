@@ -9,7 +9,7 @@ from aiolora.config import EngineArgs
 from aiolora.engine.batch import Bucket, even
 from aiolora.engine.kv_cache import page_nbytes
 from aiolora.errors import ConfigError
-from aiolora.lora.layout import Layout
+from aiolora.lora.layout import Layout, Room
 from aiolora.models.decoder import DecoderConfig
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.ops.registration import has_kernels
@@ -18,6 +18,8 @@ PAGE_SIZE = 16
 _CPU_SHARE = 0.25  # of the machine's memory for the KV cache, at most
 _CPU_KV_LIMIT = 4 << 30
 _GPU_LORA_SHARE = 0.1  # of what the weights leave free
+_GPU_ENDS_SHARE = 1 / 64  # of the same: few adapters change the embedding or the head
+_CPU_ENDS_SHARE = 1 / 16
 _GRAPHS_NBYTES = 1 << 30  # kept free for CUDA graphs
 _GRAPH_SIZES = (1, 2, 4, *range(8, 48, 8), 12, 48, 56, *range(64, 128, 16), *range(128, 256, 32))  # and every 64th
 # (tokens, sequences) of steps with prompts: the host takes longer than the device for as many, or more
@@ -38,7 +40,7 @@ class Plan:
     page_size: int
     num_pages: int
     kv_nbytes: int
-    adapter_pages: int  # of each kind; 0: no adapters
+    adapter_room: Room
     adapter_nbytes: int
     lora_pages: int  # W of a step on a GPU, unless several adapters of one token take more
     graph_buckets: tuple[Bucket, ...]  # steps to be captured; none on the CPU
@@ -84,7 +86,7 @@ def make_plan(
     Raises `ConfigError` where the wishes do not fit together or into the memory.
     """
     max_num_seqs, budget = step_bounds(args, config, device)
-    adapter_pages, adapter_nbytes = _adapter_room(args, layout, device)
+    adapter_room, adapter_nbytes = _adapter_room(args, layout, device)
     on_gpu = device == "cuda"
     lora_pages = even(-(-args.max_lora_rank // RANKS_PER_PAGE)) if layout and on_gpu else 0
     captured = on_gpu and not args.enforce_eager and has_kernels()
@@ -108,21 +110,21 @@ def make_plan(
         page_size=PAGE_SIZE,
         num_pages=num_pages,
         kv_nbytes=num_pages * page,
-        adapter_pages=adapter_pages,
+        adapter_room=adapter_room,
         adapter_nbytes=adapter_nbytes,
         lora_pages=lora_pages,
         graph_buckets=graphs,
     )
 
 
-def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple[int, int]:
-    """Rank pages of each kind, and their bytes: room for `max_loras` adapters of the largest rank, or `lora_memory`.
+def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple[Room, int]:
+    """Pages for adapters, and their bytes: room for `max_loras` adapters of the largest rank, or `lora_memory`.
 
     On a GPU as many more as host memory keeps, within a share of what is free.
     """
     if layout is None:
-        return 0, 0
-    page = sum(kind.page_nbytes(layout.dtype) for kind in layout.kinds)
+        return Room(0), 0
+    page = sum(kind.page_nbytes(layout.dtype) for i, kind in enumerate(layout.kinds) if not layout.is_end(i))
     one = -(-args.max_lora_rank // RANKS_PER_PAGE)
     pages = args.max_loras * one
     if args.lora_memory is not None:
@@ -135,7 +137,25 @@ def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple
             f"lora_memory={args.lora_memory} holds rank {pages * RANKS_PER_PAGE}, under max_lora_rank="
             f"{args.max_lora_rank}; one such adapter needs {one * page} bytes"
         )
-    return pages, pages * page
+    ends = _ends_room(args, layout, device, args.max_loras * one)
+    return Room(pages, *ends), pages * page + layout.ends_nbytes(*ends)
+
+
+def _ends_room(args: EngineArgs, layout: Layout, device: str, ranks: int) -> tuple[int, int]:
+    """(rank pages of embedding and head each, pages of blocks) of `lora_ends_memory`.
+
+    By default room for `max_loras` adapters that change all they can, `ranks` pages each, within a share of the memory
+    (on a CPU it is not taken before it is written to). Rank pages have half of it at most: blocks may take the rest.
+    """
+    most = args.max_loras * layout.most_blocks
+    memory = args.lora_ends_memory
+    if memory is None:
+        on_gpu = device == "cuda"
+        share = torch.cuda.mem_get_info()[0] * _GPU_ENDS_SHARE if on_gpu else _machine_memory() * _CPU_ENDS_SHARE
+        memory = min(int(share), layout.ends_nbytes(ranks, most))
+    page = layout.ends_nbytes(1, 0)
+    pages = min(ranks, memory // 2 // page) if page else 0
+    return pages, min(most, (memory - pages * page) // layout.block_nbytes)
 
 
 def graph_buckets(
@@ -158,5 +178,8 @@ def _kv_memory(args: EngineArgs, device: str, taken: int, *, wish: int) -> int:
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         return min(wish, max(0, int(total * args.gpu_memory_utilization) - (total - free) - taken))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(wish, int(memory * _CPU_SHARE), _CPU_KV_LIMIT)
+    return min(wish, int(_machine_memory() * _CPU_SHARE), _CPU_KV_LIMIT)
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,20 +1,20 @@
 """ModelRunner: launches a step on the device. A Flight is a step that was launched and has not landed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from aiolora.engine.batch import InFlight, Packer, num_prompt_logits
+from aiolora.engine.batch import InFlight, Packer, Routes, mixes_of_logits, num_prompt_logits
 from aiolora.engine.graphs import StepGraphs
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.plan import Plan
 from aiolora.engine.sampler import Chosen, Sampled, Sampler, read
 from aiolora.engine.scheduler import Batch
 from aiolora.engine.sequence import Sequence
-from aiolora.engine.warm_up import blank_step
+from aiolora.engine.warm_up import blank_head, blank_step
 from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
 from aiolora.ops.registration import rehearsal
@@ -106,17 +106,18 @@ class ModelRunner:
         with torch.inference_mode():
             runs = [run for run in batch.runs if run.samples]
             seqs, rows = [run.seq for run in runs], [self._in_flight.row(run) for run in runs]
-            chosen = self._replay(batch, seqs, rows)
+            routes = self._packer.routes(batch)
+            chosen = self._replay(batch, routes, seqs, rows)
             prompt: list[tuple[Chosen, list[int | None]]] = []
             if chosen is None:
-                inputs = self._packer.pack(batch, self._in_flight)
+                inputs = self._packer.pack(batch, self._in_flight, routes)
                 if self._compiled:
                     _leave_sizes_open(inputs)
                 hidden = self._forward(inputs, self._cache.layers)
                 if seqs:
-                    logits = self._model.logits(hidden[: len(seqs)], inputs)
+                    logits = self._logits(hidden[: len(seqs)], batch, routes, 0)
                     chosen = self._choose(logits, seqs, self._in_flight.tokens, rows)
-                prompt = self._prompt(batch, hidden[len(seqs) :], inputs)
+                prompt = self._prompt(batch, hidden, routes, len(seqs))
             self._in_flight.rows = {seq: row for row, seq in enumerate(seqs)}
             return self._flight(batch, chosen, prompt)
 
@@ -149,24 +150,43 @@ class ModelRunner:
             sizes = {"num_logits": len(counts), "page_size": plan.page_size, "pages": plan.lora_pages}
             for number, idle in {(0, 0), (kinds, 0), (kinds, _IDLE if kinds else 0)}:
                 inputs = blank_step(counts, device=str(self._device), kinds=number, idle=idle, **sizes)
-                logits = self._model.logits(self._model(inputs, self._cache.layers), inputs)
+                head = None
+                if number:
+                    inputs = replace(inputs, embeds=True)
+                    head = blank_head(len(counts), self._packer.own_rows, inputs, idle=idle)
+                hidden = self._model(inputs, self._cache.layers)
+                logits = self._model.amended(self._model.logits(hidden), hidden, head)
                 self._sampler.choose(logits, [seq] * len(counts), None, [-1] * len(counts))
 
-    def _replay(self, batch: Batch, seqs: list[Sequence], rows: list[int]) -> Chosen | None:
-        """The step as a graph; None, and nothing done, where none was captured for its like."""
+    def _replay(self, batch: Batch, routes: Routes | None, seqs: list[Sequence], rows: list[int]) -> Chosen | None:
+        """The step as a graph; None, and nothing done, where none was captured for its like.
+
+        A graph ends with the base's logits: what adapters do to the head comes behind it.
+        """
         if self._graphs is None or not seqs or any(map(num_prompt_logits, batch.runs)):
             return None
-        routes = self._packer.routes(batch)
+        if routes is not None and self._packer.changes_trunk(routes):
+            return None
         bucket = self._graphs.bucket(batch.num_tokens, len(batch.runs), routes)
         if bucket is None:
             return None
         numbers = self._packer.lay_out(batch, routes, self._in_flight, bucket)
-        if self._sampler.plain(seqs):
+        head = self._packer.head(routes, mixes_of_logits(batch, routes))
+        if head is None and self._sampler.plain(seqs):
             out = self._graphs.replay(bucket, numbers)
             return Chosen(out.tokens[: len(seqs)], out.logprobs[: len(seqs)], None, None)
         previous = self._in_flight.tokens.clone()  # the graph writes the likeliest over them
         out = self._graphs.replay(bucket, numbers)
-        return self._choose(out.logits[: len(seqs)], seqs, previous, rows)
+        logits = out.logits[: len(seqs)]
+        if head is not None:
+            assert out.hidden is not None, "a graph without adapters was replayed for one on the head"
+            logits = self._model.amended(logits, out.hidden[: len(seqs)], head)
+        return self._choose(logits, seqs, previous, rows)
+
+    def _logits(self, hidden: Tensor, batch: Batch, routes: Routes | None, first: int) -> Tensor:
+        """Logits of some rows that `batch` wants, adapters on the head included; `first`: which is their first."""
+        mixes = mixes_of_logits(batch, routes)[first : first + len(hidden)]
+        return self._model.amended(self._model.logits(hidden), hidden, self._packer.head(routes, mixes))
 
     def _choose(self, logits: Tensor, seqs: list[Sequence], previous: Tensor, rows: list[int]) -> Chosen:
         """Sample, and leave the tokens where the next step looks for them."""
@@ -174,8 +194,13 @@ class ModelRunner:
         self._in_flight.tokens[: len(seqs)].copy_(chosen.tokens)
         return chosen
 
-    def _prompt(self, batch: Batch, hidden: Tensor, inputs: StepInputs) -> list[tuple[Chosen, list[int | None]]]:
-        """Log-probabilities of prompt tokens, some rows of logits at a time to bound the memory."""
+    def _prompt(
+        self, batch: Batch, hidden: Tensor, routes: Routes | None, first: int
+    ) -> list[tuple[Chosen, list[int | None]]]:
+        """Log-probabilities of prompt tokens, some rows of logits at a time to bound the memory.
+
+        `first`: where the rows of prompts begin among those of `hidden`.
+        """
         following: list[int] = []
         tops: list[int | None] = []
         for run in batch.runs:
@@ -189,7 +214,8 @@ class ModelRunner:
         reported = []
         for low in range(0, len(following), _ROWS_OF_LOGITS):
             part = slice(low, low + _ROWS_OF_LOGITS)
-            logits = self._model.logits(hidden[part], inputs)
+            rows = hidden[first + low : first + min(low + _ROWS_OF_LOGITS, len(following))]
+            logits = self._logits(rows, batch, routes, first + low)
             reported.append((self._sampler.report(logits, tokens[part], tops[part]), tops[part]))
         return reported
 
@@ -228,6 +254,7 @@ def _leave_sizes_open(inputs: StepInputs) -> None:
     from torch._dynamo.decorators import mark_unbacked  # 1 s to import
 
     step = (inputs.tokens, inputs.positions, inputs.slots, inputs.block_tables, inputs.kv_lengths, inputs.query_starts)
-    for tensor in (*step, inputs.logits_at, *(inputs.routing or ())):
+    own = (*(inputs.own_embeddings or (None,))[1:], *(inputs.own_norms or (None,))[1:])  # without the pool's rows
+    for tensor in (*step, inputs.logits_at, *(inputs.routing or ()), *own):
         if isinstance(tensor, Tensor):
             mark_unbacked(tensor, list(range(tensor.dim())))

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from aiolora.engine.batch import step_inputs
+from aiolora.engine.batch import routing_of, step_inputs
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.staging import Staging
 from aiolora.models.decoder import Decoder
-from aiolora.models.inputs import StepInputs
+from aiolora.models.inputs import HeadInputs, StepInputs
+from aiolora.ops.blocks import Blocks
 from aiolora.ops.linear import tile_of
 from aiolora.ops.registration import rehearsal
 
@@ -46,18 +48,35 @@ def blank_step(
         "block_tables": zeros(len(counts), -(-max(counts) // page_size)),
     }
     if kinds:
-        tile = tile_of(size, device)
-        tiles = [(low, min(tile, size - low)) for low in range(0, size, tile)] + [(0, 0)] * idle
-        numbers |= {
-            "perm": np.arange(size, dtype=np.int32),
-            "tiles": np.array(tiles, dtype=np.int32),
-            "items": np.array([(-1, 0, 0, 0)] * (1 + idle), dtype=np.int32),
-            "pages": zeros(len(tiles), kinds, pages) - 1,
-            "scales": zeros(len(tiles), kinds, pages).astype(np.float32),
-            "owners": np.arange(size, dtype=np.int32) // tile,
-        }
+        numbers |= _routing(size, kinds, pages, idle, device)
     previous = torch.zeros(1, dtype=torch.int32, device=device)
     return step_inputs(Staging(device).send(numbers), previous, device)
+
+
+def blank_head(size: int, rows: Tensor | None, step: StepInputs, *, idle: int) -> HeadInputs:
+    """What adapters on the head launch, over `size` positions without one; of the widths of the routing of `step`."""
+    assert step.routing is not None
+    device = str(step.tokens.device)
+    _, kinds, pages = step.routing.pages.shape
+    tensors = Staging(device).send(_routing(size, kinds, pages, idle, device))
+    nobody = torch.full((1, 1), -1, dtype=torch.int32, device=device)
+    own = None if rows is None else Blocks(rows, nobody, torch.zeros(size, dtype=torch.int32, device=device))
+    return HeadInputs(routing_of(tensors, device), low_rank=True, own=own)
+
+
+def _routing(size: int, kinds: int, pages: int, idle: int, device: str) -> dict[str, NDArray[Any]]:
+    """Of tokens without an adapter, and empty tiles and items behind them."""
+    tile = tile_of(size, device)
+    tiles = [(low, min(tile, size - low)) for low in range(0, size, tile)] + [(0, 0)] * idle
+    table = (len(tiles), kinds, pages)
+    return {
+        "perm": np.arange(size, dtype=np.int32),
+        "tiles": np.array(tiles, dtype=np.int32),
+        "items": np.array([(-1, 0, 0, 0)] * (1 + idle), dtype=np.int32),
+        "pages": np.full(table, -1, dtype=np.int32),
+        "scales": np.zeros(table, dtype=np.float32),
+        "owners": np.arange(size, dtype=np.int32) // tile,
+    }
 
 
 def activation_nbytes(model: Decoder, max_num_seqs: int, max_num_batched_tokens: int, *, page_size: int) -> int:
@@ -73,7 +92,7 @@ def activation_nbytes(model: Decoder, max_num_seqs: int, max_num_batched_tokens:
         with rehearsal():
             model(step, cache.layers)
         torch.cuda.reset_peak_memory_stats()
-        model.logits(model(step, cache.layers), step)
+        model.logits(model(step, cache.layers))
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     del cache, step

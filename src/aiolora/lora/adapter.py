@@ -20,8 +20,6 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _NOT_SERVED = {
     "use_dora": "retrain with use_dora=False",
     "lora_bias": "retrain with lora_bias=False",
-    "modules_to_save": "retrain without modules_to_save",
-    "trainable_token_indices": "retrain without trainable_token_indices",
     "target_parameters": "use target_modules",
     "alora_invocation_tokens": "retrain without alora_invocation_tokens",
     "layer_replication": "serve the replicated model as the base",
@@ -55,6 +53,19 @@ class PeftConfig(Struct, frozen=True):
     alpha_pattern: dict[str, float] = {}
     bias: str = "none"
     init_lora_weights: bool | str | None = True
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    def saves(self, module: str) -> bool:
+        """Whether modules_to_save means `module`, by PEFT's rule: it ends with a name."""
+        return any(module.endswith(name) for name in self.modules_to_save or ())
+
+    def trained_tokens(self, module: str, *, embedding: bool) -> list[int] | None:
+        """The tokens that trainable_token_indices names for `module`; a mere list means those of the embedding."""
+        given = self.trainable_token_indices
+        if isinstance(given, dict):
+            return next((ids for name, ids in given.items() if module.endswith(name)), None)
+        return given if embedding else None
 
     def scale(self, module: str, rank: int) -> float:
         """Alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732), after alpha_pattern."""

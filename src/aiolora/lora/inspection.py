@@ -11,8 +11,9 @@ import msgspec
 
 from aiolora.errors import AdapterError
 from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
-from aiolora.lora.layout import Layout, layout_of
-from aiolora.lora.loader import CONFIG, FACTOR, MAX_CONFIG, Limits, load_adapter, locate, open_tensors, read_file
+from aiolora.lora.contents import factor_of, module_of
+from aiolora.lora.layout import Layout, Room, layout_of
+from aiolora.lora.loader import CONFIG, MAX_CONFIG, Limits, load_adapter, locate, open_tensors, read_file
 from aiolora.lora.tensorfile import Entry
 from aiolora.models import weights
 from aiolora.models.loading import outline
@@ -74,7 +75,8 @@ def inspect_adapter(path: str, *, model: str | None = None, max_rank: int) -> Re
                 coverage = _coverage(raw, file.entries, layout)
         parse_config(name, data)
         if layout is not None and model is not None:
-            limits = Limits(max_rank, sys.maxsize, model)  # room for adapters is the server's, and not known here
+            room = Room(sys.maxsize, sys.maxsize, sys.maxsize)  # the server's, and not known here
+            limits = Limits(max_rank, room, model)
             version = load_adapter(LoRARequest(name, 1, str(folder)), layout, limits).version
     except AdapterError as error:
         return Report(folder, raw, contents, coverage, refusal=error)
@@ -91,14 +93,14 @@ def _object(data: bytes) -> dict[str, Any]:
 def _contents(entries: Iterable[Entry]) -> tuple[Content, ...]:
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        match = FACTOR.fullmatch(entry.name)
-        module = match["module"] if match else entry.name.removeprefix("base_model.model.")
+        factor = factor_of(entry.name)
+        module = factor.module if factor else entry.name.removeprefix("base_model.model.")
         groups.setdefault(re.sub(r"^.*?\.\d+\.", "", module), []).append(entry)
     return tuple(
         Content(
             module,
             len(group),
-            tuple(sorted({entry.shape[0] for entry in group if entry.name.endswith(".lora_A.weight") and entry.shape})),
+            tuple(sorted({entry.shape[0] for entry in group if _is_a(entry) and entry.shape})),
             tuple(sorted({str(entry.dtype).removeprefix("torch.") for entry in group})),
             sum(entry.nbytes for entry in group),
         )
@@ -106,9 +108,13 @@ def _contents(entries: Iterable[Entry]) -> tuple[Content, ...]:
     )
 
 
+def _is_a(entry: Entry) -> bool:
+    factor = factor_of(entry.name)
+    return factor is not None and factor.letter == "A"
+
+
 def _coverage(raw: dict[str, Any], entries: Iterable[str], layout: Layout) -> Coverage:
-    modules = {key: match["module"] for key in entries if (match := FACTOR.fullmatch(key))}
-    placed = {key: module for key, module in modules.items() if module in layout.targets}
+    placed = {key: module for key in entries if (module := module_of(key, layout))}
     missing: list[str] = []
     try:
         config = msgspec.convert(raw, PeftConfig)

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -26,9 +26,12 @@ from aiolora.errors import (
 )
 from aiolora.hub import fetch
 from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
-from aiolora.lora.layout import Layout
+from aiolora.lora.brought import Brought, brought
+from aiolora.lora.contents import Contents, sort
+from aiolora.lora.layout import EMBED_TOKENS, LM_HEAD, Layout, Room
 from aiolora.lora.memory import HeldTensors, InMemory
 from aiolora.lora.paging import Module, fill
+from aiolora.lora.rows import Block, read_blocks, spans_of
 from aiolora.lora.tensorfile import Entry, TensorFile, Tensors
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.types import AdapterVersion, LoRARequest, SitePages
@@ -36,9 +39,8 @@ from aiolora.types import AdapterVersion, LoRARequest, SitePages
 logger = logging.getLogger(__name__)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_HEADS = ("lm_head", "embed_tokens")
+_HEADS = (LM_HEAD, EMBED_TOKENS.rpartition(".")[2])
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
-FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
 _MAX_SCALE = 1e4  # alpha / r is of order 1; float32 and bfloat16 hold products with it
 MAX_CONFIG = 1 << 20
 
@@ -52,6 +54,7 @@ class AdapterWeights:
     version: AdapterVersion
     a: dict[int, list[Tensor]]  # kind -> pages [L, S, 8, K]
     b: dict[int, list[Tensor]]  # kind -> pages [L, 8, N]
+    blocks: list[Block] = field(default_factory=list)  # in the order of the version's
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Limits:
     """What the operator allows."""
 
     max_rank: int
-    pages: int  # rank pages of each kind on the device
+    room: Room  # pages on the device
     base_model: str  # the served base, to warn of an adapter made for another name
     pinned: bool = False  # pages in page-locked memory, from where a GPU copies while it computes
 
@@ -91,7 +94,8 @@ def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
 def _build(
     name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
 ) -> AdapterWeights:
-    factors = _factors(name, config, file.entries, layout)
+    found = sort(name, file.entries.values(), layout)
+    factors = _factors(name, config, found, layout)
     ranks: dict[int, int] = {}
     scales: dict[str, float] = {}
     for module, (a, b) in factors.items():
@@ -105,30 +109,38 @@ def _build(
         scales[module] = config.scale(module, rank)
         ranks[target.kind] = max(ranks.get(target.kind, 0), rank)
     pages = {kind: -(-rank // RANKS_PER_PAGE) for kind, rank in sorted(ranks.items())}
-    if max(pages.values()) > limits.pages:
-        raise AdapterMemoryError(
-            name,
-            f"needs {max(pages.values())} rank pages of one kind, the room for adapters has {limits.pages}; "
-            "raise --lora-memory",
-        )
+    for kind, there in enumerate(layout.pages(limits.room)[:-1]):
+        if pages.get(kind, 0) > there:
+            raise AdapterMemoryError(
+                name,
+                f"needs {pages[kind]} rank pages of {layout.kinds[kind].name}, the room for adapters has {there}; "
+                f"raise {'--lora-ends-memory' if layout.is_end(kind) else '--lora-memory'}",
+            )
     kind_scales = _kind_scales(name, scales, layout)
     modules = [
         Module(*pair, layout.targets[module], scales[module] / (kind_scales[layout.targets[module].kind] or 1.0))
         for module, pair in factors.items()
     ]
+    own = brought(name, config, found, layout)
     a_pages, b_pages, contents = fill(file, modules, pages, layout, pinned=limits.pinned)
+    blocks, more = read_blocks(file, own, layout, limits.room, pinned=limits.pinned)
     version = AdapterVersion(
         id=next(_ids),
         name=name,
-        digest=_digest(file.entries, contents, scales),
+        digest=_digest(contents | more, scales, own),
         source=None if isinstance(request, InMemory) else request.lora_path,
         rank=max(ranks.values()),
-        pages=tuple(SitePages(kind, count, kind_scales[kind]) for kind, count in pages.items()),
-        nbytes=layout.pages_nbytes(pages),
+        pages=(
+            *(SitePages(kind, count, kind_scales[kind]) for kind, count in pages.items()),
+            *([SitePages(layout.ends.blocks, len(blocks), 1.0)] if blocks else []),
+        ),
+        nbytes=layout.pages_nbytes(pages) + len(blocks) * layout.block_nbytes,
         base_model_name=request.base_model_name,
         loaded_at=time.time(),
+        additive=not blocks,
+        blocks=spans_of(blocks),
     )
-    return AdapterWeights(version, a_pages, b_pages)
+    return AdapterWeights(version, a_pages, b_pages, blocks)
 
 
 def locate(name: str, path: str) -> Path:
@@ -169,32 +181,18 @@ def open_tensors(name: str, folder: Path) -> TensorFile:
     return TensorFile.open(name, file)
 
 
-def _factors(
-    name: str, config: PeftConfig, entries: dict[str, Entry], layout: Layout
-) -> dict[str, tuple[Entry, Entry]]:
-    """(A, B) of every module; every tensor must be one of them, every pair complete, every target present."""
-    found: dict[str, dict[str, Entry]] = {}
-    strange = []
-    for key, entry in entries.items():
-        match = FACTOR.fullmatch(key)
-        if match is None:
-            strange.append(key)
-            continue
-        if not entry.dtype.is_floating_point:
-            raise AdapterFormatError(name, f"{key} holds {entry.dtype}, no floats")
-        pair = found.setdefault(match["module"], {})
-        if match["factor"] in pair:
-            raise AdapterFormatError(name, f"{key} names lora_{match['factor']} of {match['module']} a second time")
-        pair[match["factor"]] = entry
-    if heads := [head for head in _HEADS if any(f".{head}." in f".{key}" for key in entries)]:
-        raise AdapterUnsupportedError(
-            name,
-            f"tensors of {' and '.join(heads)} are not served; retrain without them in target_modules, or save with "
-            "save_embedding_layers=False",
-        )
+def _factors(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> dict[str, tuple[Entry, Entry]]:
+    """(A, B) of every module; every tensor must be served, every pair complete, every target present."""
+    found, strange = contents.factors, contents.strange
     if biases := [key for key in strange if config.bias != "none" and key.endswith(".bias")]:
         raise AdapterUnsupportedError(
             name, f"bias={config.bias!r} trained {len(biases)} biases, which are not served; retrain with bias='none'"
+        )
+    if saved := [key for key in strange if config.saves(key.removesuffix(".weight"))]:
+        raise AdapterUnsupportedError(
+            name,
+            f"modules_to_save trained {len(saved)} modules whole that are no embedding, head or norm of the residual "
+            f"stream: {saved[:2]}; retrain without them in modules_to_save",
         )
     if strange:
         raise AdapterUnsupportedError(
@@ -252,13 +250,16 @@ def _kind_scales(name: str, scales: dict[str, float], layout: Layout) -> dict[in
     return kind_scales
 
 
-def _digest(entries: dict[str, Entry], contents: dict[Entry, str], scales: dict[str, float]) -> str:
-    """sha256 over every tensor's own sha256 and every module's scale: two configs with one set of tensors differ."""
+def _digest(contents: dict[Entry, str], scales: dict[str, float], own: list[Brought]) -> str:
+    """sha256 over every tensor's own, every module's scale and where rows belong: two configs of one file differ."""
     total = hashlib.sha256()
-    for key, entry in sorted(entries.items()):
-        total.update(f"{key} {entry.dtype} {list(entry.shape)} {contents[entry]}\n".encode())
+    for entry in sorted(contents):
+        total.update(f"{entry.name} {entry.dtype} {list(entry.shape)} {contents[entry]}\n".encode())
     for module in sorted(scales):
         total.update(f"{module} {scales[module]!r}\n".encode())
+    for one in own:
+        if one.tokens is not None:
+            total.update(f"{one.weight} {one.tokens.name} {list(one.rows)}\n".encode())
     return total.hexdigest()
 
 

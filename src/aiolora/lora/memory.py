@@ -64,8 +64,9 @@ class HeldTensors:
             offset += data.nbytes
 
     def read(self, entry: Entry, into: memoryview) -> None:
-        """Fill the first `entry.nbytes` bytes of `into`."""
-        into[: entry.nbytes] = self._bytes[entry.name].data
+        """Fill the first `entry.nbytes` bytes of `into` from `entry.offset` on, a whole tensor or a part of it."""
+        first = entry.offset - self.entries[entry.name].offset
+        into[: entry.nbytes] = self._bytes[entry.name][first : first + entry.nbytes].data
 
 
 def in_memory(name: str, tensors: Mapping[str, Tensor] | None, config: AnyConfig | None) -> InMemory:

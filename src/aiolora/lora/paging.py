@@ -122,16 +122,25 @@ class _Fill:
         self._file.read(entry, buffer.data)
         raw = buffer[: entry.nbytes]
         contents[entry] = hashlib.sha256(raw.data).hexdigest()
-        integer, unsigned, infinity = _BITS[dtype]
-        bits: Bits = raw.view(integer) if entry.dtype == dtype else _converted(raw, entry.dtype, dtype)
-        # below zero the sign bit is set: the largest unsigned number is then the negative furthest from zero, or NaN
-        if bits.max() >= infinity or int(bits.view(unsigned).max()) >= infinity + (1 << 8 * bits.itemsize - 1):
-            raise AdapterFormatError(
-                self._file.adapter, f"{entry.name} ({entry.dtype}) holds values that are not finite floats in {dtype}"
-            )
+        bits = finite(self._file.adapter, entry, raw, dtype)
         if ratio != 1:
             bits = _converted(raw, entry.dtype, dtype, ratio)
         return bits.reshape(entry.shape)
+
+
+def finite(adapter: str, entry: Entry, raw: npt.NDArray[np.uint8], dtype: torch.dtype) -> Bits:
+    """Bytes of `entry` as floats [n] in `dtype`, no copy where that is how they are stored.
+
+    Raises `AdapterFormatError` for values that are not finite in it.
+    """
+    integer, unsigned, infinity = _BITS[dtype]
+    bits: Bits = raw.view(integer) if entry.dtype == dtype else _converted(raw, entry.dtype, dtype)
+    # below zero the sign bit is set: the largest unsigned number is then the negative furthest from zero, or NaN
+    if bits.max() >= infinity or int(bits.view(unsigned).max()) >= infinity + (1 << 8 * bits.itemsize - 1):
+        raise AdapterFormatError(
+            adapter, f"{entry.name} ({entry.dtype}) holds values that are not finite floats in {dtype}"
+        )
+    return bits
 
 
 def _put(target: Bits, part: Bits) -> None:

@@ -1,7 +1,7 @@
 """Residency: the book of where each adapter version is - on disk, in host memory, in device pages. Pure Python."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -31,8 +31,10 @@ class Residency(Generic[W]):
     host memory: its source may hold something else by now. Engine thread only.
     """
 
-    def __init__(self, *, num_kinds: int, num_pages: int, max_host: int) -> None:
-        self._pools = [PagePool(num_pages) for _ in range(num_kinds)]
+    def __init__(self, *, num_kinds: int, num_pages: int, max_host: int, ends: Sequence[int] = ()) -> None:
+        """`num_pages` of each of the kinds that every adapter may need; `ends`: how many of each further kind."""
+        self._pools = [PagePool(count) for count in (*[num_pages] * num_kinds, *ends)]
+        self._num_kinds = num_kinds
         self._max_host = max_host
         self._host: OrderedDict[int, tuple[AdapterVersion, W]] = OrderedDict()
         self._device: OrderedDict[int, tuple[AdapterVersion, dict[int, list[int]]]] = OrderedDict()
@@ -133,11 +135,18 @@ class Residency(Generic[W]):
                 "one that is not; raise --max-cpu-loras or unpin another",
             )
         spare = self._spare_pages([*self._pinned.values(), version])
-        if min(spare, default=0) < room:
+        least = min(spare[: self._num_kinds], default=0)
+        if least < room:
             raise AdapterMemoryError(
                 version.name,
-                f"cannot be pinned: it would leave {max(0, min(spare, default=0))} rank pages of a kind, and one "
+                f"cannot be pinned: it would leave {max(0, least)} rank pages of a kind, and one "
                 f"adapter of max_lora_rank needs {room}; raise --lora-memory or unpin another",
+            )
+        if min(spare[self._num_kinds :], default=0) < 0:
+            raise AdapterMemoryError(
+                version.name,
+                "cannot be pinned beside the others: there is no room for all their embeddings, heads or norms; raise "
+                "--lora-ends-memory or unpin another",
             )
         self._pinned[version.id] = version
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aiolora.models.inputs import LayerKV, StepInputs
+from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
 from aiolora.models.layers import Embedding, Linear, Norm
 from aiolora.ops.activation import gated
 from aiolora.ops.attention import attention_op, stored
+from aiolora.ops.blocks import OwnNorms, own_logits_op, own_norm_op
+from aiolora.ops.linear import complete_op, shrink_op
 from aiolora.ops.norm import norm_after
 
 
@@ -42,6 +44,7 @@ class Layer(nn.Module):
     def __init__(self, config: DecoderConfig, index: int, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         name, hidden, kv = f"model.layers.{index}", config.hidden_size, config.num_kv_heads * config.head_dim
+        self.index = index
         heads = config.num_heads * config.head_dim
         attn, mlp = f"{name}.self_attn", f"{name}.mlp"
 
@@ -85,8 +88,10 @@ class Layer(nn.Module):
             q, kv.k, kv.v, step.block_tables, step.kv_lengths, step.query_starts, self.scale, self.window
         )
         x, residual = norm_after(self.o(seen, step.routing), residual, self.post_norm.weight, self.post_norm.eps)
+        x = own_norm(step.own_norms, x, residual, 2 * self.index + 1, self.post_norm)
         inner = gated(self.gate_up(x, step.routing))
-        return norm_after(self.down(inner, step.routing), residual, next_norm.weight, next_norm.eps)
+        x, residual = norm_after(self.down(inner, step.routing), residual, next_norm.weight, next_norm.eps)
+        return own_norm(step.own_norms, x, residual, 2 * self.index + 2, next_norm), residual
 
 
 class Decoder(nn.Module):
@@ -112,18 +117,32 @@ class Decoder(nn.Module):
 
     def forward(self, step: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
         """Hidden states [S, H] at `step.logits_at`, behind the last norm; keys and values go into `kv`."""
-        residual = self.embed(step.tokens, step.previous)
+        embeds = step.routing if step.embeds else None
+        residual = self.embed(step.tokens, step.previous, embeds, step.own_embeddings)
         layers: Iterable[Layer] = self.layers  # type: ignore[assignment]
         norms = [layer.input_norm for layer in layers] + [self.norm]
-        x: Tensor = norms[0](residual)
+        x: Tensor = own_norm(step.own_norms, norms[0](residual), residual, 0, norms[0])
         for layer, layer_kv, next_norm in zip(layers, kv, norms[1:]):
             x, residual = layer(x, residual, step, layer_kv, self.cos_sin, next_norm)
         return x if step.logits_at is None else x[step.logits_at]
 
-    def logits(self, hidden: Tensor, step: StepInputs) -> Tensor:
-        """Logits [S, V] of hidden states [S, H]: float32 on the CPU, the model's dtype on a GPU."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The base's logits [S, V] of hidden states [S, H]: float32 on the CPU, the model's dtype on a GPU."""
         logits: Tensor = self.head(hidden, None).y
         return logits if logits.is_cuda else logits.float()
+
+    def amended(self, logits: Tensor, hidden: Tensor, adapters: HeadInputs | None) -> Tensor:
+        """`logits` [S, V] of `hidden` [S, H] with what adapters do to the head; may write to `logits`."""
+        if adapters is None:
+            return logits
+        perm, tiles, items, pages, scales, owners, tile = adapters.routing
+        if adapters.own is not None:
+            own_logits_op(logits, hidden, *adapters.own, perm, tiles, tile)
+        if self.head.site is None or not adapters.low_rank:
+            return logits
+        kind, a, b, bounds = self.head.site
+        h = shrink_op(hidden, a, [perm, tiles, items, pages, scales], [kind, tile])
+        return complete_op(logits, None, [h, b, perm, tiles, pages, owners], [kind, tile, *bounds])
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a checkpoint, the view of a parameter that it fills) of every tensor."""
@@ -137,6 +156,19 @@ class Decoder(nn.Module):
             for module in layer.children():
                 if isinstance(module, Linear):
                     yield index, module
+
+    def norms(self) -> Iterator[Norm]:
+        """Those on the residual stream, in the order of `ops.blocks.OwnNorms`."""
+        layers: Iterable[Layer] = self.layers  # type: ignore[assignment]
+        for layer in layers:
+            yield layer.input_norm
+            yield layer.post_norm
+        yield self.norm
+
+
+def own_norm(own: OwnNorms | None, x: Tensor, residual: Tensor, number: int, norm: Norm) -> Tensor:
+    """`x` [T, H], which is `norm` of `residual`, by the norms of those adapters that have their own."""
+    return x if own is None else own_norm_op(x, residual, norm.weight, *own, number, norm.eps)
 
 
 def _cos_sin(config: DecoderConfig) -> Tensor:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from aiolora.ops.blocks import Blocks, OwnNorms
 from aiolora.ops.linear import Routing
 
 
@@ -21,6 +22,17 @@ class StepInputs:
     query_starts: Tensor  # [B + 1] int32, where each sequence's tokens begin in [T]
     logits_at: Tensor | None  # [S] int32, positions in [T] whose logits are wanted; None: all
     routing: Routing | None = None  # None: no adapter in this step, and nothing is spent on any
+    embeds: bool = False  # whether an adapter of this step has a low-rank share in the embedding
+    own_embeddings: Blocks | None = None  # None: no adapter of this step has rows of its own there
+    own_norms: OwnNorms | None = None
+
+
+class HeadInputs(NamedTuple):
+    """What adapters do to the head, over some of the positions that `StepInputs.logits_at` names."""
+
+    routing: Routing  # over those positions: who has no adapter on the head is without one
+    low_rank: bool  # whether any has a low-rank share in it
+    own: Blocks | None  # None: none has rows of its own there
 
 
 class LayerKV(NamedTuple):

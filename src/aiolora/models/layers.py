@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from aiolora.ops import native
-from aiolora.ops.embedding import embed_op
-from aiolora.ops.linear import Partial, Routing, Site, linear
+from aiolora.ops.blocks import Blocks
+from aiolora.ops.embedding import embed_op, embed_own_op, embed_shrink_op
+from aiolora.ops.linear import Partial, Routing, Site, complete_op, linear
 from aiolora.ops.norm import rms_norm_op
 
 
@@ -62,10 +63,22 @@ class Embedding(nn.Module):
         super().__init__()
         self.name = name
         self.weight = _parameter((vocab, hidden), dtype, device)
+        self.site: Site | None = None
 
-    def forward(self, tokens: Tensor, previous: Tensor) -> Tensor:
-        """`tokens` [T], of which negative ones stand for `previous` [P]: see `ops.embedding`."""
-        return embed_op(tokens, previous, self.weight)
+    def forward(self, tokens: Tensor, previous: Tensor, routing: Routing | None, own: Blocks | None) -> Tensor:
+        """`tokens` [T], of which negative ones stand for `previous` [P]: see `ops.embedding`.
+
+        `routing`: None where no adapter has a low-rank share in it.
+        """
+        x = embed_op(tokens, previous, self.weight)
+        if own is not None:
+            x = embed_own_op(x, tokens, previous, *own)
+        if self.site is None or routing is None:
+            return x
+        kind, a, b, bounds = self.site
+        _, _, _, pages, scales, owners, tile = routing
+        h = embed_shrink_op(tokens, previous, a, pages, scales, owners, kind)
+        return complete_op(x, None, [h, b, routing.perm, routing.tiles, pages, owners], [kind, tile, *bounds])
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         yield f"{self.name}.weight", self.weight

@@ -1,0 +1,123 @@
+"""Which rows of the base's embedding, head and norms an adapter brings, by its config and its tensors.
+
+PEFT's meaning: a weight in `modules_to_save` replaces the base's; one that was kept below factors or trained tokens is
+the base's, which the file overwrites, and with a tied head that is one tensor for both ends. Trained tokens of an
+embedding are the tied head's too, unless it has its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aiolora.errors import AdapterFormatError, AdapterMismatchError, AdapterUnsupportedError
+from aiolora.lora.adapter import PeftConfig
+from aiolora.lora.contents import Contents
+from aiolora.lora.layout import EMBED_TOKENS, LM_HEAD, NORMS, Layout, Weight
+from aiolora.lora.tensorfile import Entry
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What an adapter brings of one weight of the base."""
+
+    weight: int  # index in the layout
+    whole: Mapping[int, Entry] = field(default_factory=dict)  # first row -> rows that follow each other, one or many
+    rows: Sequence[int] = ()  # where those of `tokens` belong, over those of `whole`
+    tokens: Entry | None = None  # [n, H]
+
+
+def brought(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> list[Brought]:
+    """Of each weight of which it brings anything.
+
+    Raises `AdapterFormatError` for what is missing or malformed, `AdapterMismatchError` for shapes of another base and
+    `AdapterUnsupportedError` for what PEFT cannot run itself.
+    """
+    _check_named(name, config, contents, layout)
+    found = []
+    for index, weight in enumerate(layout.weights):
+        whole: dict[int, Entry] = {}
+        tokens, ids = None, list[int]()
+        for module, first in weight.rows.items():
+            entry = contents.trained.get(module, contents.kept.get(module)) or _shared(config, contents, layout, module)
+            if entry is not None:
+                _check_shape(name, config, entry, weight, one=index == NORMS)
+                whole[first] = entry
+            if index != NORMS:
+                tokens, ids = _tokens(name, config, contents, layout, module, weight)
+            if module in contents.factors and (module in contents.tokens or config.saves(module)):
+                raise AdapterUnsupportedError(
+                    name,
+                    f"{module} has low-rank factors and trained tokens or a whole weight, which PEFT does not train "
+                    "together; retrain with one of them",
+                )
+        if whole or tokens is not None:
+            found.append(Brought(index, whole, ids, tokens))
+    return found
+
+
+def _shared(config: PeftConfig, contents: Contents, layout: Layout, module: str) -> Entry | None:
+    """The base's weight that the other end of a tied model has in the file, if `module` is an end."""
+    other = {EMBED_TOKENS: LM_HEAD, LM_HEAD: EMBED_TOKENS}.get(module) if layout.tied else None
+    if other is None:
+        return None
+    kept = contents.kept.get(other)
+    return contents.trained.get(other) if kept is None and not config.saves(other) else kept
+
+
+def _tokens(
+    name: str, config: PeftConfig, contents: Contents, layout: Layout, module: str, weight: Weight
+) -> tuple[Entry | None, list[int]]:
+    """The rows of trained tokens of `module`, and where they belong."""
+    source = EMBED_TOKENS if layout.tied and module == LM_HEAD and LM_HEAD not in contents.tokens else module
+    entry = contents.tokens.get(source)
+    if entry is None or (source != module and module in contents.trained):
+        return None, []
+    ids = config.trained_tokens(source, embedding=source == EMBED_TOKENS)
+    vocabulary, width = weight.base.shape
+    if ids is None:
+        raise AdapterFormatError(name, f"{entry.name} is there, and trainable_token_indices names no token of {source}")
+    if entry.shape != (len(ids), width):
+        raise AdapterMismatchError(
+            name,
+            f"{entry.name} has the shape {list(entry.shape)}, trainable_token_indices and the base model say "
+            f"{[len(ids), width]}; it was made for {config.base_model_name_or_path!r}",
+        )
+    if bad := [token for token in ids if not 0 <= token < vocabulary]:
+        raise AdapterMismatchError(
+            name, f"trainable_token_indices names {bad[:3]}, the base model's vocabulary has {vocabulary} tokens"
+        )
+    if len(set(ids)) < len(ids):
+        raise AdapterFormatError(name, "trainable_token_indices names a token twice")
+    return entry, ids
+
+
+def _check_named(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> None:
+    """What the config says was trained must be there."""
+    for weight in layout.weights:
+        for module in weight.rows:
+            if config.saves(module) and module not in contents.trained:
+                raise AdapterFormatError(name, f"modules_to_save names {module}, but no tensor belongs to it")
+    ends = [module for module in (EMBED_TOKENS, LM_HEAD) if any(module in weight.rows for weight in layout.weights)]
+    named = [end for end in ends if config.trained_tokens(end, embedding=end == EMBED_TOKENS)]
+    if layout.tied and EMBED_TOKENS in contents.tokens:
+        named = []  # the tied head's are saved only where they differ
+    for module in named:
+        if module not in contents.tokens:
+            raise AdapterFormatError(name, f"trainable_token_indices names {module}, but no tensor belongs to it")
+
+
+def _check_shape(name: str, config: PeftConfig, entry: Entry, weight: Weight, *, one: bool) -> None:
+    vocabulary, width = weight.base.shape
+    wanted = (width,) if one else (vocabulary, width)
+    if entry.shape == wanted:
+        return
+    if not one and len(entry.shape) == 2 and entry.shape[1] == width:
+        raise AdapterUnsupportedError(
+            name,
+            f"{entry.name} is of a vocabulary of {entry.shape[0]} tokens, the base model's has {vocabulary}; "
+            "serve the resized model as the base, or retrain without adding tokens",
+        )
+    raise AdapterMismatchError(
+        name,
+        f"{entry.name} has the shape {list(entry.shape)}, the base model's is {list(wanted)}; it was made for "
+        f"{config.base_model_name_or_path!r}",
+    )
