@@ -73,7 +73,8 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
         model=args.model,
         lora_enabled=args.enable_lora,
     )
-    adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_room, args.model, pinned=pinned)
+    full_ends = args.max_loras * -(-args.max_lora_rank // RANKS_PER_PAGE)
+    adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_room, args.model, full_ends, pinned)
 
     def load(request: LoRARequest | InMemory) -> AdapterWeights:
         assert layout is not None, "Intake lets no adapter through where LoRA is off"

@@ -23,6 +23,7 @@ class Brought:
     whole: Mapping[int, Entry] = field(default_factory=dict)  # first row -> rows that follow each other, one or many
     rows: Sequence[int] = ()  # where those of `tokens` belong, over those of `whole`
     tokens: Entry | None = None  # [n, H]
+    closed: Mapping[int, str] = field(default_factory=dict)  # first rows of modules that take no adapters
 
 
 def brought(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> list[Brought]:
@@ -38,11 +39,11 @@ def brought(name: str, config: PeftConfig, contents: Contents, layout: Layout) -
         tokens, ids = None, list[int]()
         for module, first in weight.rows.items():
             entry = contents.trained.get(module, contents.kept.get(module)) or _shared(config, contents, layout, module)
+            if index != NORMS:
+                tokens, ids = _tokens(name, config, contents, layout, module, weight)
             if entry is not None:
                 _check_shape(name, config, entry, weight, one=index == NORMS)
                 whole[first] = entry
-            if index != NORMS:
-                tokens, ids = _tokens(name, config, contents, layout, module, weight)
             if module in contents.factors and (module in contents.tokens or config.saves(module)):
                 raise AdapterUnsupportedError(
                     name,
@@ -50,7 +51,8 @@ def brought(name: str, config: PeftConfig, contents: Contents, layout: Layout) -
                     "together; retrain with one of them",
                 )
         if whole or tokens is not None:
-            found.append(Brought(index, whole, ids, tokens))
+            closed = {first: module for module, first in weight.rows.items() if module not in weight.taken}
+            found.append(Brought(index, whole, ids, tokens, closed))
     return found
 
 

@@ -53,6 +53,7 @@ class Weight(NamedTuple):
     """A weight of the base of which an adapter may bring rows, or all of it."""
 
     rows: dict[str, int]  # checkpoint name of a module -> which row is its first
+    taken: frozenset[str]  # of those modules: who may be changed
     base: Tensor  # [R, H], on the device; meta where only the base's config was read
 
     @property
@@ -113,7 +114,7 @@ class Layout:
     @property
     def most_blocks(self) -> int:
         """Pages of blocks of an adapter that brings every row that it may."""
-        return sum(weight.blocks for weight in self.weights if weight.rows)
+        return sum(weight.blocks for weight in self.weights if weight.taken)
 
     def kind_of(self, layer: int, linear: Linear) -> int:
         """Index of the kind of a Linear in `layer`."""
@@ -150,14 +151,15 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
         if taken(name):
             targets[name] = Target(len(kinds), 0, 0, inputs, outputs)
             kinds[name] = Kind(name, 1, inputs, (0, outputs))
+
+    def weight(rows: dict[str, int], base: Tensor) -> Weight:
+        return Weight(rows, frozenset(filter(taken, rows)), base)
+
     norms = list(model.norms())
     weights = (
-        Weight({EMBED_TOKENS: 0} if taken(EMBED_TOKENS) else {}, model.embed.weight),
-        Weight({LM_HEAD: 0} if taken(LM_HEAD) else {}, model.head.weight),
-        Weight(
-            {norm.name: row for row, norm in enumerate(norms) if taken(norm.name)},
-            torch.stack([norm.weight for norm in norms]),
-        ),
+        weight({EMBED_TOKENS: 0}, model.embed.weight),
+        weight({LM_HEAD: 0}, model.head.weight),
+        weight({norm.name: row for row, norm in enumerate(norms)}, torch.stack([norm.weight for norm in norms])),
     )
     return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head)
 

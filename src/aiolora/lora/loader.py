@@ -12,6 +12,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -64,6 +65,7 @@ class Limits:
     max_rank: int
     room: Room  # pages on the device
     base_model: str  # the served base, to warn of an adapter made for another name
+    full_ends: int = 0  # rank pages of embedding and head that there are where --lora-ends-memory is large enough
     pinned: bool = False  # pages in page-locked memory, from where a GPU copies while it computes
 
 
@@ -111,10 +113,11 @@ def _build(
     pages = {kind: -(-rank // RANKS_PER_PAGE) for kind, rank in sorted(ranks.items())}
     for kind, there in enumerate(layout.pages(limits.room)[:-1]):
         if pages.get(kind, 0) > there:
+            half = layout.ends_nbytes(pages[kind], 0)
             raise AdapterMemoryError(
                 name,
                 f"needs {pages[kind]} rank pages of {layout.kinds[kind].name}, the room for adapters has {there}; "
-                f"raise {'--lora-ends-memory' if layout.is_end(kind) else '--lora-memory'}",
+                + (f"start with --lora-ends-memory {2 * half}" if layout.is_end(kind) else "raise --lora-memory"),
             )
     kind_scales = _kind_scales(name, scales, layout)
     modules = [
@@ -123,7 +126,8 @@ def _build(
     ]
     own = brought(name, config, found, layout)
     a_pages, b_pages, contents = fill(file, modules, pages, layout, pinned=limits.pinned)
-    blocks, more = read_blocks(file, own, layout, limits.room, pinned=limits.pinned)
+    enough = partial(layout.ends_nbytes, limits.full_ends)
+    blocks, more = read_blocks(file, own, layout, limits.room.blocks, enough, pinned=limits.pinned)
     version = AdapterVersion(
         id=next(_ids),
         name=name,

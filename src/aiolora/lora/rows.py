@@ -5,16 +5,16 @@ nothing but the base's rows are left out, so they cost nothing.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aiolora.errors import AdapterMemoryError
+from aiolora.errors import AdapterMemoryError, AdapterMismatchError
 from aiolora.lora.brought import Brought
-from aiolora.lora.layout import Layout, Room, Weight
+from aiolora.lora.layout import Layout, Weight
 from aiolora.lora.paging import finite
 from aiolora.lora.tensorfile import Entry, Tensors
 from aiolora.ops.blocks import ROWS_PER_BLOCK
@@ -34,24 +34,37 @@ class Block:
 
 
 def read_blocks(
-    file: Tensors, brought: Sequence[Brought], layout: Layout, room: Room, *, pinned: bool
+    file: Tensors,
+    brought: Sequence[Brought],
+    layout: Layout,
+    room: int,
+    enough: Callable[[int], int],
+    *,
+    pinned: bool,
 ) -> tuple[list[Block], dict[Entry, str]]:
     """The blocks that differ from the base, in the order of weights and numbers; every tensor's sha256.
 
-    Raises `AdapterFormatError` for values that are not finite in the base's dtype, and `AdapterMemoryError` as soon as
-    there are more blocks than the device has room for.
+    Raises `AdapterFormatError` for values that are not finite in the base's dtype, `AdapterMismatchError` for rows of a
+    module that takes no adapters, and `AdapterMemoryError` as soon as there are more blocks than the device has `room`
+    for; `enough(blocks)` is the memory that has it.
     """
     blocks: list[Block] = []
     contents: dict[Entry, str] = {}
 
     def check_room(count: int) -> None:
-        if count > room.blocks:
+        if count > room:
             most = sum(map(_most_blocks, brought))
             raise AdapterMemoryError(
                 file.adapter,
                 f"brings {count} or more blocks of {ROWS_PER_BLOCK} rows of the embedding, the head or the norms, "
-                f"{layout.block_nbytes} bytes each; there is room for {room.blocks}; start with "
-                f"--lora-ends-memory {layout.ends_nbytes(room.ends, most)}",
+                f"{layout.block_nbytes} bytes each; there is room for {room}; start with "
+                f"--lora-ends-memory {enough(most)}",
+            )
+
+    def check_open(one: Brought, first: int) -> None:
+        if first in one.closed:
+            raise AdapterMismatchError(
+                file.adapter, f"changes {one.closed[first]}, which takes no adapters (--lora-target-modules)"
             )
 
     for one in brought:
@@ -60,10 +73,12 @@ def read_blocks(
             digest = hashlib.sha256()
             for row, values in _pieces(file, entry, first, own.weight, digest):
                 if not own.base_has(row, values):
+                    check_open(one, first)
                     own.put(row, values)
                     check_room(len(blocks) + len(own.blocks))
             contents[entry] = digest.hexdigest()
         if one.tokens is not None:
+            check_open(one, 0)
             digest = hashlib.sha256()
             for start, values in _pieces(file, one.tokens, 0, own.weight, digest):
                 for row, value in zip(one.rows[start:], values):
