@@ -141,6 +141,7 @@ class AdapterVersion(Struct, frozen=True):
     loaded_at: float = 0.0  # time.time()
     additive: bool = True  # nothing but low-rank sums, which may be weighted and added to others'
     blocks: tuple[BlockSpan, ...] = ()  # in the order of its pages of blocks
+    vocabulary: int = 0  # token ids that it knows, the first so many; 0: those of the base
 
     @property
     def label(self) -> str:
@@ -177,6 +178,11 @@ class Mix(Struct, frozen=True, cache_hash=True):
     def key(self) -> bytes:
         """What the KV of this mix depends on: contents and weights, never names."""
         return sha256(repr([(version.digest, weight) for version, weight in self.parts]).encode()).digest()
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that its requests may use; 0: those of the base."""
+        return self.parts[0][0].vocabulary  # an adapter with its own is named alone
 
     @property
     def versions(self) -> tuple[AdapterVersion, ...]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from aiolora import LLM, LoRARequest, RequestOutput, SamplingParams
-from aiolora.errors import AdapterMemoryError, AdapterMismatchError, RequestError
+from aiolora.errors import AdapterMemoryError, AdapterMismatchError, AdapterUnsupportedError, RequestError
 from aiolora.types import Prompt
 from tests.lora.fidelity import train
 from tests.tiny import hf_logits, kernels, load_hf, load_peft, make_model, prompt_ids, reconfigure
@@ -201,3 +201,82 @@ def test_only_the_modules_that_the_operator_named_are_changed(trained: Trained) 
     for name in ("low rank on the embedding", "an embedding of its own"):
         (output,) = llm.generate([5, 7], PARAMS, lora_request=trained.loras[name], use_tqdm=False)
         trained.check(output, name)
+
+
+# ---- a vocabulary of its own ----
+
+RESIZED: dict[str, tuple[int, dict[str, Any]]] = {
+    "added and not trained": (391, {"r": 8}),
+    "added and trained": (391, {"trainable_token_indices": [290, 390, 3]}),
+    "added and the embedding saved": (391, {"modules_to_save": ["embed_tokens"]}),
+    "added and both ends saved": (300, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "cut": (270, {"r": 8}),
+    "cut and both ends saved": (200, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+}
+
+
+@pytest.fixture(scope="module")
+def resized(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[LoRARequest, PeftModel]]:
+    root, made = tmp_path_factory.mktemp("resized"), {}
+    for number, (name, (size, config)) in enumerate(RESIZED.items()):
+        base = load_hf(trained.base)
+        torch.manual_seed(number)
+        base.resize_token_embeddings(size, mean_resizing=False)
+        with torch.no_grad():
+            base.get_input_embeddings().weight[VOCABULARY:].normal_(std=0.1)
+        peft = train(base, config, root / str(number), seed=number)
+        made[name] = LoRARequest(name, 50 + number, str(root / str(number))), peft
+    return made
+
+
+def test_each_knows_its_own_tokens_in_one_batch_with_those_who_do_not(
+    trained: Trained, resized: dict[str, tuple[LoRARequest, PeftModel]], compiled: bool
+) -> None:
+    others = [None, "plain", "low rank on both", "a head of its own"]
+    llm = trained.serve(max_loras=12, max_num_batched_tokens=40, max_num_seqs=12)
+    names = [*RESIZED, *others] * 2
+    prompts: list[Prompt] = []
+    for number, name in enumerate(names):
+        size = RESIZED[name][0] if name in RESIZED else VOCABULARY
+        prompts.append([size - 1, *prompt_ids(number, 1 + 5 * number % 30, size), size - 1])
+    loras = [resized[name][0] if name in RESIZED else trained.loras[name] if name else None for name in names]
+    sizes = {version.name: version.vocabulary for version in map(llm.engine.add_lora, filter(None, loras))}
+    assert sizes == {name: RESIZED[name][0] if name in RESIZED else 0 for name in names if name}
+    for output, name in zip(llm.generate(prompts, PARAMS, lora_request=loras, use_tqdm=False), names):
+        if name in RESIZED:
+            assert error(output, resized[name][1]) < TOLERANCE, name
+        else:
+            trained.check(output, name)
+
+
+def test_a_token_is_nobodys_who_does_not_know_it(
+    trained: Trained, resized: dict[str, tuple[LoRARequest, PeftModel]]
+) -> None:
+    llm = trained.serve("plain")
+    for name in ("added and trained", "cut"):
+        llm.engine.add_lora(resized[name][0])
+    greedy = SamplingParams(temperature=0, max_tokens=3)
+    for mix, unknown in ((None, 290), ("plain", 290), ("cut", 270), ("added and trained", 391)):
+        with pytest.raises(RequestError, match=f"token id {unknown} is not in the vocabulary of {unknown}"):
+            llm.generate([5, unknown], greedy, lora_request=mix, use_tqdm=False)
+        with pytest.raises(RequestError, match="logit_bias"):
+            llm.generate([5], SamplingParams(logit_bias={unknown: 1.0}), lora_request=mix, use_tqdm=False)
+        llm.generate([5, unknown - 1], greedy, lora_request=mix, use_tqdm=False)
+    wish = SamplingParams(temperature=0, max_tokens=2, logit_bias={390: 1e4}, ignore_eos=True)
+    prompts: list[Prompt] = [[5], [6], [7]]
+    params = [greedy, wish, greedy]
+    _, output, _ = llm.generate(prompts, params, lora_request=[None, "added and trained", "cut"], use_tqdm=False)
+    assert output.outputs[0].token_ids == [390, 390]
+    hot = SamplingParams(temperature=100.0, max_tokens=60, ignore_eos=True, n=4, seed=1)
+    for mix, size in ((None, 290), ("cut", 270)):
+        others: list[Any] = [mix, "added and trained"]
+        output, _ = llm.generate([[5], [6]], hot, lora_request=others, use_tqdm=False)
+        assert max(token for answer in output.outputs for token in answer.token_ids) < size
+
+
+def test_low_rank_factors_over_a_resized_vocabulary_are_refused(trained: Trained, tmp_path: Path) -> None:
+    base = load_hf(trained.base)
+    base.resize_token_embeddings(300, mean_resizing=False)
+    train(base, {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}, tmp_path / "a", seed=0)
+    with pytest.raises(AdapterUnsupportedError, match=r"over a resized vocabulary of 300.*retrain with"):
+        trained.serve().engine.add_lora(LoRARequest("a", 1, str(tmp_path / "a")))

@@ -78,6 +78,7 @@ class Routes(NamedTuple):
     pages: list[list[list[int]]]  # of each mix and kind
     scales: list[list[list[float]]]  # one for each page
     own: list[list[tuple[BlockSpan, list[int]]]]  # blocks of rows of each mix, and their pages
+    vocabularies: list[int]  # of each mix; 0: the base's
 
     @property
     def width(self) -> int:
@@ -138,13 +139,24 @@ class Packer:
             return None
         head = self._ends.head
         ranked = [head >= 0 and bool(pages[head]) for pages in routes.pages]
-        changed = [low_rank or has([own], HEAD) for low_rank, own in zip(ranked, routes.own)]
+        changed = [
+            low_rank or has([own], HEAD) or vocabulary > 0
+            for low_rank, own, vocabulary in zip(ranked, routes.own, routes.vocabularies)
+        ]
         rows = _int32([mix if mix >= 0 and changed[mix] else -1 for mix in mixes])
         if (rows < 0).all():
             return None
-        tensors = self._staging.send(self._route(routes, rows, len(rows), None) | head_numbers(routes.own, rows))
+        numbers = self._route(routes, rows, len(rows), None) | head_numbers(routes.own, rows)
+        widest = max(routes.vocabularies)
+        if widest:
+            numbers["vocabularies"] = _int32([*routes.vocabularies, 0])[rows]  # -1: the last
+        tensors = self._staging.send(numbers)
         return HeadInputs(
-            routing_of(tensors, self._device), low_rank=routes.have(head), own=head_blocks(tensors, self.own_rows)
+            routing_of(tensors, self._device),
+            low_rank=routes.have(head),
+            own=head_blocks(tensors, self.own_rows),
+            vocabularies=tensors.get("vocabularies"),
+            widest=widest,
         )
 
     def routes(self, batch: Batch) -> Routes | None:
@@ -160,7 +172,7 @@ class Packer:
             mix_of_run.append(number)
         if not numbers:
             return None
-        routes = Routes(mix_of_run, [], [], [])
+        routes = Routes(mix_of_run, [], [], [], [])
         for mix in numbers:
             pages: list[list[int]] = [[] for _ in range(self._num_kinds)]
             scales: list[list[float]] = [[] for _ in range(self._num_kinds)]
@@ -178,6 +190,7 @@ class Packer:
             routes.pages.append(pages)
             routes.scales.append(scales)
             routes.own.append(own)
+            routes.vocabularies.append(mix.vocabulary)
         return routes
 
     def lay_out(
@@ -228,7 +241,7 @@ class Packer:
         elif not bucket.decodes:
             numbers["logits_at"] = _padded(_int32(_logits_at(batch, query_starts)), num_seqs, 0)
         if routes is not None or (bucket is not None and bucket.mixes):
-            routes = routes or Routes([], [], [], [])
+            routes = routes or Routes([], [], [], [], [])
             mix_of_token = np.repeat(_int32(routes.mix_of_run or [-1] * len(counts)), counts)
             numbers |= self._route(routes, mix_of_token, size, bucket)
         return numbers | {"block_tables": block_tables}

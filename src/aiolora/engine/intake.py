@@ -47,7 +47,7 @@ class Intake:
         """Tokenise and check. Raises `RequestError` naming the field, the value and the limit."""
         text, ids = self._tokens(prompt)
         params = params or SamplingParams()
-        self._check(ids, params)
+        self._check(ids, params, (mix and mix.vocabulary) or self.limits.vocab_size)
         return Request(
             id=request_id or f"req-{uuid.uuid4().hex}",
             prompt_token_ids=tuple(ids),
@@ -113,8 +113,8 @@ class Intake:
                 "(max_model_len) can hold; shorten it"
             )
 
-    def _check(self, ids: list[int], params: SamplingParams) -> None:
-        vocab, longest = self.limits.vocab_size, self.limits.max_model_len
+    def _check(self, ids: list[int], params: SamplingParams, vocab: int) -> None:
+        longest = self.limits.max_model_len
         if not ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         for field, values in (

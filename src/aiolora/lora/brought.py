@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from aiolora.errors import AdapterFormatError, AdapterMismatchError, AdapterUnsupportedError
 from aiolora.lora.adapter import PeftConfig
 from aiolora.lora.contents import Contents
-from aiolora.lora.layout import EMBED_TOKENS, LM_HEAD, NORMS, Layout, Weight
+from aiolora.lora.layout import EMBED_TOKENS, EMBEDDING, LM_HEAD, NORMS, Layout
 from aiolora.lora.tensorfile import Entry
 
 
@@ -26,23 +26,26 @@ class Brought:
     closed: Mapping[int, str] = field(default_factory=dict)  # first rows of modules that take no adapters
 
 
-def brought(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> list[Brought]:
-    """Of each weight of which it brings anything.
+def brought(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> tuple[int, list[Brought]]:
+    """The size of its vocabulary (0: the base's), and what it brings of each weight of which it brings anything.
 
     Raises `AdapterFormatError` for what is missing or malformed, `AdapterMismatchError` for shapes of another base and
     `AdapterUnsupportedError` for what PEFT cannot run itself.
     """
     _check_named(name, config, contents, layout)
+    own_vocabulary = _vocabulary(name, config, contents, layout)
+    vocabulary = own_vocabulary or len(layout.weights[EMBEDDING].base)
     found = []
     for index, weight in enumerate(layout.weights):
         whole: dict[int, Entry] = {}
         tokens, ids = None, list[int]()
         for module, first in weight.rows.items():
-            entry = contents.trained.get(module, contents.kept.get(module)) or _shared(config, contents, layout, module)
+            entry = _whole(config, contents, layout, module)
             if index != NORMS:
-                tokens, ids = _tokens(name, config, contents, layout, module, weight)
+                tokens, ids = _tokens(name, config, contents, layout, module, vocabulary)
             if entry is not None:
-                _check_shape(name, config, entry, weight, one=index == NORMS)
+                width = weight.base.shape[1]
+                _check_shape(name, config, entry, (width,) if index == NORMS else (vocabulary, width))
                 whole[first] = entry
             if module in contents.factors and (module in contents.tokens or config.saves(module)):
                 raise AdapterUnsupportedError(
@@ -53,20 +56,43 @@ def brought(name: str, config: PeftConfig, contents: Contents, layout: Layout) -
         if whole or tokens is not None:
             closed = {first: module for module, first in weight.rows.items() if module not in weight.taken}
             found.append(Brought(index, whole, ids, tokens, closed))
-    return found
+    return own_vocabulary, found
 
 
-def _shared(config: PeftConfig, contents: Contents, layout: Layout, module: str) -> Entry | None:
-    """The base's weight that the other end of a tied model has in the file, if `module` is an end."""
+def _whole(config: PeftConfig, contents: Contents, layout: Layout, module: str) -> Entry | None:
+    """The weight of `module` in the file; at an end of a tied model that has none of its own, the other end's base."""
+    entry = contents.trained.get(module, contents.kept.get(module))
     other = {EMBED_TOKENS: LM_HEAD, LM_HEAD: EMBED_TOKENS}.get(module) if layout.tied else None
-    if other is None:
-        return None
-    kept = contents.kept.get(other)
-    return contents.trained.get(other) if kept is None and not config.saves(other) else kept
+    if entry is not None or other is None:
+        return entry
+    return contents.kept.get(other) or (None if config.saves(other) else contents.trained.get(other))
+
+
+def _vocabulary(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> int:
+    """How many tokens there are once the embedding was resized; 0: as many as the base has."""
+    vocabulary, width = layout.weights[EMBEDDING].base.shape
+    ends = {module: _whole(config, contents, layout, module) for module in (EMBED_TOKENS, LM_HEAD)}
+    sizes = {module: entry.shape[0] for module, entry in ends.items() if entry and entry.shape[1:] == (width,)}
+    if all(size == vocabulary for size in sizes.values()):
+        return 0
+    if len(sizes) < len(ends) or len(set(sizes.values())) > 1:
+        raise AdapterUnsupportedError(
+            name,
+            f"the vocabulary was resized to {sizes}, the base model has {vocabulary} tokens, and PEFT saved no rows of "
+            "that many for the other end; save both with modules_to_save, or serve the resized model as the base",
+        )
+    if ranked := [module for module in ends if module in contents.factors]:
+        raise AdapterUnsupportedError(
+            name,
+            f"{ranked} have low-rank factors over a resized vocabulary of {sizes[ranked[0]]} tokens, the base model "
+            f"has {vocabulary}; retrain with modules_to_save or trainable_token_indices, or serve the resized model as "
+            "the base",
+        )
+    return next(iter(sizes.values()))
 
 
 def _tokens(
-    name: str, config: PeftConfig, contents: Contents, layout: Layout, module: str, weight: Weight
+    name: str, config: PeftConfig, contents: Contents, layout: Layout, module: str, vocabulary: int
 ) -> tuple[Entry | None, list[int]]:
     """The rows of trained tokens of `module`, and where they belong."""
     source = EMBED_TOKENS if layout.tied and module == LM_HEAD and LM_HEAD not in contents.tokens else module
@@ -74,7 +100,9 @@ def _tokens(
     if entry is None or (source != module and module in contents.trained):
         return None, []
     ids = config.trained_tokens(source, embedding=source == EMBED_TOKENS)
-    vocabulary, width = weight.base.shape
+    if ids is None and layout.tied and source == LM_HEAD:  # its copy of the embedding's, saved beside a resized base
+        ids = config.trained_tokens(EMBED_TOKENS, embedding=True)
+    width = layout.weights[EMBEDDING].base.shape[1]
     if ids is None:
         raise AdapterFormatError(name, f"{entry.name} is there, and trainable_token_indices names no token of {source}")
     if entry.shape != (len(ids), width):
@@ -85,7 +113,7 @@ def _tokens(
         )
     if bad := [token for token in ids if not 0 <= token < vocabulary]:
         raise AdapterMismatchError(
-            name, f"trainable_token_indices names {bad[:3]}, the base model's vocabulary has {vocabulary} tokens"
+            name, f"trainable_token_indices names {bad[:3]}, the vocabulary has {vocabulary} tokens"
         )
     if len(set(ids)) < len(ids):
         raise AdapterFormatError(name, "trainable_token_indices names a token twice")
@@ -107,19 +135,10 @@ def _check_named(name: str, config: PeftConfig, contents: Contents, layout: Layo
             raise AdapterFormatError(name, f"trainable_token_indices names {module}, but no tensor belongs to it")
 
 
-def _check_shape(name: str, config: PeftConfig, entry: Entry, weight: Weight, *, one: bool) -> None:
-    vocabulary, width = weight.base.shape
-    wanted = (width,) if one else (vocabulary, width)
-    if entry.shape == wanted:
-        return
-    if not one and len(entry.shape) == 2 and entry.shape[1] == width:
-        raise AdapterUnsupportedError(
+def _check_shape(name: str, config: PeftConfig, entry: Entry, wanted: tuple[int, ...]) -> None:
+    if entry.shape != wanted:
+        raise AdapterMismatchError(
             name,
-            f"{entry.name} is of a vocabulary of {entry.shape[0]} tokens, the base model's has {vocabulary}; "
-            "serve the resized model as the base, or retrain without adding tokens",
+            f"{entry.name} has the shape {list(entry.shape)}, the base model's is {list(wanted)}; it was made for "
+            f"{config.base_model_name_or_path!r}",
         )
-    raise AdapterMismatchError(
-        name,
-        f"{entry.name} has the shape {list(entry.shape)}, the base model's is {list(wanted)}; it was made for "
-        f"{config.base_model_name_or_path!r}",
-    )

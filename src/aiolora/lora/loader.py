@@ -98,6 +98,7 @@ def _build(
 ) -> AdapterWeights:
     found = sort(name, file.entries.values(), layout)
     factors = _factors(name, config, found, layout)
+    vocabulary, own = brought(name, config, found, layout)
     ranks: dict[int, int] = {}
     scales: dict[str, float] = {}
     for module, (a, b) in factors.items():
@@ -124,7 +125,6 @@ def _build(
         Module(*pair, layout.targets[module], scales[module] / (kind_scales[layout.targets[module].kind] or 1.0))
         for module, pair in factors.items()
     ]
-    own = brought(name, config, found, layout)
     a_pages, b_pages, contents = fill(file, modules, pages, layout, pinned=limits.pinned)
     enough = partial(layout.ends_nbytes, limits.full_ends)
     blocks, more = read_blocks(file, own, layout, limits.room.blocks, enough, pinned=limits.pinned)
@@ -141,7 +141,8 @@ def _build(
         nbytes=layout.pages_nbytes(pages) + len(blocks) * layout.block_nbytes,
         base_model_name=request.base_model_name,
         loaded_at=time.time(),
-        additive=not blocks,
+        additive=not blocks and not vocabulary,
+        vocabulary=vocabulary,
         blocks=spans_of(blocks),
     )
     return AdapterWeights(version, a_pages, b_pages, blocks)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
@@ -132,17 +133,29 @@ class Decoder(nn.Module):
         return logits if logits.is_cuda else logits.float()
 
     def amended(self, logits: Tensor, hidden: Tensor, adapters: HeadInputs | None) -> Tensor:
-        """`logits` [S, V] of `hidden` [S, H] with what adapters do to the head; may write to `logits`."""
+        """`logits` [S, V] of `hidden` [S, H] with what adapters do to the head; may write to `logits`.
+
+        Wider where an adapter has added tokens; -inf for tokens that a row's own adapter, or the base, does not know.
+        """
         if adapters is None:
             return logits
         perm, tiles, items, pages, scales, owners, tile = adapters.routing
+        vocabulary = logits.shape[1]
+        if adapters.widest > vocabulary:
+            logits = F.pad(logits, (0, adapters.widest - vocabulary))
         if adapters.own is not None:
             own_logits_op(logits, hidden, *adapters.own, perm, tiles, tile)
-        if self.head.site is None or not adapters.low_rank:
+        if self.head.site is not None and adapters.low_rank:
+            kind, a, b, bounds = self.head.site
+            h = shrink_op(hidden, a, [perm, tiles, items, pages, scales], [kind, tile])
+            owed = [h, b, perm, tiles, pages, owners]
+            of_base = complete_op(logits[:, :vocabulary].contiguous(), None, owed, [kind, tile, *bounds])
+            logits = of_base if logits.shape[1] == vocabulary else torch.cat((of_base, logits[:, vocabulary:]), dim=1)
+        if adapters.vocabularies is None:
             return logits
-        kind, a, b, bounds = self.head.site
-        h = shrink_op(hidden, a, [perm, tiles, items, pages, scales], [kind, tile])
-        return complete_op(logits, None, [h, b, perm, tiles, pages, owners], [kind, tile, *bounds])
+        known = torch.where(adapters.vocabularies > 0, adapters.vocabularies, vocabulary)
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        return logits.masked_fill(ids >= known.unsqueeze(1), -torch.inf)
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a checkpoint, the view of a parameter that it fills) of every tensor."""

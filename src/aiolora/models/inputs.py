@@ -33,6 +33,8 @@ class HeadInputs(NamedTuple):
     routing: Routing  # over those positions: who has no adapter on the head is without one
     low_rank: bool  # whether any has a low-rank share in it
     own: Blocks | None  # None: none has rows of its own there
+    vocabularies: Tensor | None = None  # [S] int32, token ids that each knows, 0: the base's; None: all know those
+    widest: int = 0  # the largest of them
 
 
 class LayerKV(NamedTuple):
