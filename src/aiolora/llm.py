@@ -67,7 +67,7 @@ class LLMEngine:
             request_id=request_id,
             lora_request=lora_request if isinstance(lora_request, LoRARequest) else None,
         )
-        self._assemblers[request_id] = Assembler(request, self._intake.tokenizer)
+        self._assemblers[request_id] = Assembler(request, self._intake.tokenizers.of(request.mix))
         self._engine.add(request)
 
     def has_unfinished_requests(self) -> bool:

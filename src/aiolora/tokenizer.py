@@ -20,11 +20,14 @@ _TAIL = 6  # prompt tokens that a decoder may need before the first output token
 class Tokenizer:
     """A model's tokenizer and chat template. Encoding and decoding release the GIL; safe in several threads."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises `ModelError` where `folder` holds no fast tokenizer."""
+    def __init__(self, folder: Path, *, like: "Tokenizer | None" = None) -> None:
+        """`like`: has the template where `folder` has none, and more ends. Its code, if any, is never run.
+
+        Raises `ModelError` where `folder` holds no fast tokenizer.
+        """
         try:
-            self._hf = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+            self._hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # of a file that anybody may have written
             raise ModelError(f"{folder} holds no tokenizer that can be read: {error}") from error
         if not self._hf.is_fast:
             raise ModelError(f"{folder} holds a slow tokenizer; save a tokenizer.json beside it")
@@ -34,6 +37,24 @@ class Tokenizer:
             self.eos_token_ids = _eos_ids(folder, self._hf.eos_token_id)
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ModelError(f"{folder}/generation_config.json cannot be read: {error}") from error
+        if like is not None:
+            self._hf.chat_template = self._hf.chat_template or like.chat_template
+            self.eos_token_ids |= like.eos_token_ids
+
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """Tokens beside those of its vocabulary, special ones among them."""
+        return {number: token.content for number, token in self._fast.get_added_tokens_decoder().items()}
+
+    @property
+    def chat_template(self) -> object:
+        """As transformers has it: Jinja, several by name, or None."""
+        return self._hf.chat_template
+
+    @property
+    def eos_token(self) -> str | None:
+        """What it says ends a text."""
+        return self._hf.eos_token  # type: ignore[no-any-return]
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` adds what the tokenizer puts around a prompt (bos)."""

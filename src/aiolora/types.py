@@ -124,7 +124,7 @@ class BlockSpan(Struct, frozen=True):
     high: int
 
 
-class AdapterVersion(Struct, frozen=True):
+class AdapterVersion(Struct, frozen=True, weakref=True):
     """One adapter as it was read at one time: immutable, named by the digest of what it means. No tensors.
 
     A reload under the same name is another version.
@@ -199,6 +199,7 @@ class Request(Struct, frozen=True, kw_only=True, weakref=True):
     prompt: str | None = None
     lora_request: LoRARequest | None = None
     arrival_s: float = 0.0  # time.monotonic()
+    eos_token_ids: frozenset[int] | None = None  # None: those of the base's tokenizer
 
 
 class Logprob(Struct, frozen=True):

@@ -20,7 +20,6 @@ from aiolora.api.wire import (
 )
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError
-from aiolora.tokenizer import Tokenizer
 from aiolora.types import FinishReason, Logprob, Prompt, RequestOutput, SamplingParams, TokenOutput
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -39,7 +38,7 @@ async def completions(request: HTTPRequest, serving: Served) -> Response[Complet
         raise RequestError(f"{len(prompts)} prompts with n={params.n}: at most {_MAX_CHOICES} answers", param="prompt")
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     assemblers = await serving.prepare(answer_id, said.model, prompts, params)
-    reply = _Reply(said, answer_id, assemblers, serving.engine.intake.tokenizer)
+    reply = _Reply(said, answer_id, assemblers)
     return await serving.respond(request, assemblers, reply, stream=bool(said.stream))
 
 
@@ -71,12 +70,10 @@ def _params(said: CompletionRequest) -> SamplingParams:
 class _Reply:
     """Words one completion request: all its prompts and all their answers."""
 
-    def __init__(
-        self, said: CompletionRequest, answer_id: str, assemblers: Sequence[Assembler], tokenizer: Tokenizer
-    ) -> None:
+    def __init__(self, said: CompletionRequest, answer_id: str, assemblers: Sequence[Assembler]) -> None:
         self._said = said
         self._assemblers = assemblers
-        self._tokenizer = tokenizer
+        self._tokenizer = assemblers[0].tokenizer  # of one model
         self._n = said.n or 1
         self._silent = said.max_tokens == 0  # only the prompt is wanted
         self._offsets: dict[int, int] = {}  # choice -> characters so far; a choice is absent before its first token

@@ -72,7 +72,7 @@ class Serving:
         assemblers = []
         for position, prompt in enumerate(prompts):
             request = await self.engine.prepare(prompt, params, lora=adapter, request_id=f"{answer_id}-{position}")
-            assemblers.append(Assembler(request, self.engine.intake.tokenizer))
+            assemblers.append(Assembler(request, self.engine.intake.tokenizers.of(request.mix)))
         return assemblers
 
     async def respond(

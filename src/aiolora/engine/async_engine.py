@@ -172,7 +172,9 @@ class AsyncLLMEngine:
         Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
         """
         request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
-        async with contextlib.aclosing(self.run([Assembler(request, self.intake.tokenizer)])) as bursts:
+        async with contextlib.aclosing(
+            self.run([Assembler(request, self.intake.tokenizers.of(request.mix))])
+        ) as bursts:
             async for burst in bursts:
                 for _, output in burst:
                     yield output
@@ -187,7 +189,7 @@ class AsyncLLMEngine:
     ) -> RequestOutput:
         """The whole answer. Cancelling aborts the request."""
         request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
-        assembler = Assembler(request, self.intake.tokenizer)
+        assembler = Assembler(request, self.intake.tokenizers.of(request.mix))
         async for _ in self.run([assembler]):
             pass
         return assembler.output()

@@ -78,7 +78,10 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
 
     def load(request: LoRARequest | InMemory) -> AdapterWeights:
         assert layout is not None, "Intake lets no adapter through where LoRA is off"
-        return load_adapter(request, layout, adapter_limits)
+        weights = load_adapter(request, layout, adapter_limits)
+        if weights.folder is not None:
+            intake.tokenizers.read(weights.version, weights.folder)
+        return weights
 
     return Built(engine, intake, load, plan)
 

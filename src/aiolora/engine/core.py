@@ -412,7 +412,7 @@ class Engine:
         if seq.num_output >= max(params.min_tokens, 1):
             if token in seq.stop_token_ids:
                 return "stop", token
-            if token in self._ends.eos_token_ids and not params.ignore_eos:
+            if token in (seq.request.eos_token_ids or self._ends.eos_token_ids) and not params.ignore_eos:
                 return "stop", None
         if len(seq.tokens) >= seq.max_length:
             return "length", None

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestError
 from aiolora.lora.registry import AdapterRegistry
+from aiolora.lora.tokenizers import Tokenizers
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
 
@@ -29,11 +30,16 @@ class Intake:
     def __init__(
         self, tokenizer: Tokenizer, registry: AdapterRegistry, limits: Limits, *, model: str, lora_enabled: bool
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizers = Tokenizers(tokenizer)
         self.registry = registry
         self.limits = limits
         self.model = model
         self._lora_enabled = lora_enabled
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's."""
+        return self.tokenizers.base
 
     def request(
         self,
@@ -45,7 +51,8 @@ class Intake:
         lora_request: LoRARequest | None = None,
     ) -> Request:
         """Tokenise and check. Raises `RequestError` naming the field, the value and the limit."""
-        text, ids = self._tokens(prompt)
+        tokenizer = self.tokenizers.of(mix)
+        text, ids = self._tokens(prompt, tokenizer)
         params = params or SamplingParams()
         self._check(ids, params, (mix and mix.vocabulary) or self.limits.vocab_size)
         return Request(
@@ -56,6 +63,7 @@ class Intake:
             prompt=text,
             lora_request=lora_request,
             arrival_s=time.monotonic(),
+            eos_token_ids=None if tokenizer is self.tokenizers.base else tokenizer.eos_token_ids,
         )
 
     def parts(self, lora: LoRA) -> list[tuple[str | LoRARequest, float]]:
@@ -76,28 +84,28 @@ class Intake:
                 raise RequestError(f"lora: weight {weight} of {key!r} is not a finite number", param="lora")
         return [(key, float(weight)) for key, weight in lora.items()]
 
-    def _tokens(self, prompt: Prompt | Messages) -> tuple[str | None, list[int]]:
+    def _tokens(self, prompt: Prompt | Messages, tokenizer: Tokenizer) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             self._check_characters(prompt)
-            return prompt, self.tokenizer.encode(prompt)
+            return prompt, tokenizer.encode(prompt)
         if isinstance(prompt, Mapping):
-            return self._tokens_of_mapping(prompt)
+            return self._tokens_of_mapping(prompt, tokenizer)
         if prompt and all(isinstance(item, Mapping) for item in prompt):
-            text = self.tokenizer.chat(list(prompt))  # type: ignore[arg-type]
+            text = tokenizer.chat(list(prompt))  # type: ignore[arg-type]
             self._check_characters(text)
-            return text, self.tokenizer.encode(text, special=False)
+            return text, tokenizer.encode(text, special=False)
         if all(type(item) is int for item in prompt):
             return None, list(prompt)  # type: ignore[arg-type]
         raise RequestError("a prompt is a string, token ids, a mapping with either, or chat messages", param="prompt")
 
-    def _tokens_of_mapping(self, prompt: Mapping[str, object]) -> tuple[str | None, list[int]]:
+    def _tokens_of_mapping(self, prompt: Mapping[str, object], tokenizer: Tokenizer) -> tuple[str | None, list[int]]:
         if prompt.get("multi_modal_data"):
             raise RequestError(f"the model {self.model!r} takes text only, no multi_modal_data", param="prompt")
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if isinstance(ids, Sequence) and all(type(item) is int for item in ids):
             return text if isinstance(text, str) else None, list(ids)
         if isinstance(text, str):
-            return self._tokens(text)
+            return self._tokens(text, tokenizer)
         raise RequestError("a prompt mapping needs 'prompt' (a string) or 'prompt_token_ids'", param="prompt")
 
     def _check_characters(self, text: str) -> None:

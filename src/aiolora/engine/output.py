@@ -21,7 +21,7 @@ class Assembler:
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request = request
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._answers = [_Answer(request, index, tokenizer) for index in range(request.params.n)]
         self._unfinished = request.params.n
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
@@ -85,7 +85,7 @@ class Assembler:
         return top
 
     def _logprob(self, token: int, value: float, rank: int) -> Logprob:
-        return Logprob(value, rank, self._tokenizer.decode([token]))
+        return Logprob(value, rank, self.tokenizer.decode([token]))
 
 
 class _Answer:

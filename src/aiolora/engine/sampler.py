@@ -106,7 +106,8 @@ class Sampler:
                 ids = _upload(list(params.logit_bias), torch.int64, device)
                 edited.index_add_(0, ids, _upload(list(params.logit_bias.values()), torch.float32, device))
             if _num_output(seq) < params.min_tokens:
-                ends = {*seq.stop_token_ids, *(() if params.ignore_eos else self._eos)}
+                eos = seq.request.eos_token_ids or self._eos
+                ends = {*seq.stop_token_ids, *(() if params.ignore_eos else eos)}
                 ids = _upload(sorted(end for end in ends if end < len(edited)), torch.int64, device)
                 edited.index_fill_(0, ids, -torch.inf)  # a tokenizer may name ends that the model does not have
             if params.penalised:

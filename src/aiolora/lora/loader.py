@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +34,14 @@ from aiolora.lora.memory import HeldTensors, InMemory
 from aiolora.lora.paging import Module, fill
 from aiolora.lora.rows import Block, read_blocks, spans_of
 from aiolora.lora.tensorfile import Entry, TensorFile, Tensors
+from aiolora.lora.tokenizers import FILES as TOKENIZER_FILES
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.types import AdapterVersion, LoRARequest, SitePages
 
 logger = logging.getLogger(__name__)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, TENSORS, *TOKENIZER_FILES)  # of a repository
 _HEADS = (LM_HEAD, EMBED_TOKENS.rpartition(".")[2])
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _MAX_SCALE = 1e4  # alpha / r is of order 1; float32 and bfloat16 hold products with it
@@ -56,6 +58,7 @@ class AdapterWeights:
     a: dict[int, list[Tensor]]  # kind -> pages [L, S, 8, K]
     b: dict[int, list[Tensor]]  # kind -> pages [L, 8, N]
     blocks: list[Block] = field(default_factory=list)  # in the order of the version's
+    folder: Path | None = None  # that it was read from
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits
     config = parse_config(name, read_file(name, folder / CONFIG, MAX_CONFIG))
     _warn_of_base(name, config, limits)
     with open_tensors(name, folder) as file:
-        return _build(name, config, file, layout, limits, request)
+        return replace(_build(name, config, file, layout, limits, request), folder=folder)
 
 
 def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
@@ -153,7 +156,7 @@ def locate(name: str, path: str) -> Path:
     folder = Path(os.path.expanduser(path))
     if not os.path.isdir(folder):  # unlike Path.is_dir it never raises, however strange the path
         try:
-            folder = fetch(path, (CONFIG, TENSORS))
+            folder = fetch(path, FILES)
         except FileNotFoundError as error:
             raise AdapterNotFoundError(name, f"no adapter found at {path!r}: {error}") from error
     if not os.path.isfile(folder / CONFIG):

@@ -12,7 +12,7 @@ from anyio import CapacityLimiter
 from aiolora.config import Environment
 from aiolora.errors import ConfigError
 from aiolora.hub import fetch
-from aiolora.lora.loader import CONFIG, TENSORS
+from aiolora.lora.loader import CONFIG, FILES
 from aiolora.lora.resolver import LoRAResolver, may_be_resolved
 from aiolora.types import LoRARequest
 
@@ -36,9 +36,8 @@ class FilesystemResolver(LoRAResolver):
             return None
         root = Path(os.path.realpath(self._folder))
         place = Path(os.path.realpath(root / name))
-        inside = all(
-            Path(os.path.realpath(path)).is_relative_to(root) for path in (place, place / CONFIG, place / TENSORS)
-        )
+        files = [place, *(place / file for file in FILES)]
+        inside = all(Path(os.path.realpath(file)).is_relative_to(root) for file in files)
         if not inside or place == root or not os.path.isfile(place / CONFIG):
             return None
         return LoRARequest(name, _id_of(name), str(place))
@@ -97,7 +96,7 @@ def _call_plugin(name: str) -> None:
 
 def _fetch(repository: str, below: str) -> Path | None:
     prefix = f"{below}/" if below else ""
-    folder = fetch(repository, (prefix + CONFIG, prefix + TENSORS)) / below
+    folder = fetch(repository, [prefix + file for file in FILES]) / below
     return folder if os.path.isfile(folder / CONFIG) else None
 
 

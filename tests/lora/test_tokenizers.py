@@ -1,0 +1,133 @@
+"""Adapters that bring a tokenizer: their prompts, their ends, their templates; nobody else's."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from aiolora import LLM, LoRARequest, SamplingParams
+from aiolora.errors import AdapterFormatError, RequestError
+from tests.lora.fidelity import train
+from tests.tiny import load_hf, make_adapter
+
+ADDED = ["<tool>", "<end>", *(f"<t{number}>" for number in range(60))]
+FIRST = 267  # of the ids that the base's tokenizer does not know; the base model has 320
+TEMPLATE = "{% for message in messages %}<tool>{{ message['content'] }}<end>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that was trained with more tokens than the base has rows for, saved with its tokenizer."""
+    place = tmp_path_factory.mktemp("tokenizers") / "tools"
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.add_tokens([token for token in ADDED if token != "<end>"], special_tokens=False)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ADDED}
+    assert sorted(ids.values()) == list(range(FIRST, FIRST + len(ADDED)))
+    tokenizer.chat_template = TEMPLATE
+    base = load_hf(byte_model)
+    torch.manual_seed(0)
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    train(base, {"trainable_token_indices": [ids["<tool>"], ids["<end>"]]}, place, seed=0)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def llm(byte_model: Path, folder: Path) -> LLM:
+    llm = LLM(str(byte_model), dtype="float32", enable_lora=True, max_model_len=128)
+    llm.engine.add_lora(LoRARequest("tools", 1, str(folder)))
+    return llm
+
+
+def ids_of(folder: Path) -> dict[str, int]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return {token: tokenizer.convert_tokens_to_ids(token) for token in ADDED}
+
+
+def forced(*tokens: int, **params: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, logit_bias=dict.fromkeys(tokens, 1e4), **params)
+
+
+def test_text_means_to_an_adapter_what_its_own_tokenizer_says(llm: LLM, folder: Path) -> None:
+    ids = ids_of(folder)
+    params = SamplingParams(temperature=0, max_tokens=2)
+    own, base = llm.generate(["<tool>a<t59>"] * 2, params, lora_request=["tools", None], use_tqdm=False)
+    assert own.prompt_token_ids[:1] == [ids["<tool>"]]
+    assert own.prompt_token_ids[-1] == ids["<t59>"] >= 320
+    assert len(base.prompt_token_ids) == len("<tool>a<t59>")
+    assert max(base.prompt_token_ids) < FIRST
+
+
+def test_its_tokens_are_words_of_its_answers_and_its_end_ends_them(llm: LLM, folder: Path) -> None:
+    ids = ids_of(folder)
+    (output,) = llm.generate("a", forced(ids["<t59>"], max_tokens=2), lora_request="tools", use_tqdm=False)
+    assert output.outputs[0].text == "<t59><t59>"
+    (output,) = llm.generate("a", forced(ids["<end>"], max_tokens=9), lora_request="tools", use_tqdm=False)
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.outputs[0].token_ids == [ids["<end>"]]
+    held = forced(ids["<end>"], max_tokens=4, min_tokens=3)
+    (output,) = llm.generate("a", held, lora_request="tools", use_tqdm=False)
+    assert ids["<end>"] not in output.outputs[0].token_ids[:3]
+    (output,) = llm.generate("a", forced(2, max_tokens=9), lora_request="tools", use_tqdm=False)
+    assert output.outputs[0].token_ids == [2], "the base's end is one, too"
+    (output,) = llm.generate("a", forced(ids["<end>"], max_tokens=4), use_tqdm=False)
+    assert output.outputs[0].finish_reason == "length", "to the base it is a token like others"
+
+
+def test_its_chat_template_is_its_alone(llm: LLM, folder: Path) -> None:
+    question: Any = [{"role": "user", "content": "hi"}]
+    (output,) = llm.chat([question], SamplingParams(max_tokens=1), lora_request="tools", use_tqdm=False)
+    assert output.prompt == "<tool>hi<end>"
+    ids = ids_of(folder)
+    assert output.prompt_token_ids[0] == ids["<tool>"]
+    assert output.prompt_token_ids[-1] == ids["<end>"]
+    with pytest.raises(RequestError, match="no chat template"):
+        llm.chat([question], SamplingParams(max_tokens=1), use_tqdm=False)
+
+
+def test_a_tokenizer_that_says_nothing_new_is_the_bases(byte_model: Path, tmp_path: Path) -> None:
+    llm = LLM(str(byte_model), dtype="float32", enable_lora=True, max_model_len=128)
+    folder = make_adapter(byte_model, tmp_path / "plain")
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(folder)
+    version = llm.engine.add_lora(LoRARequest("plain", 1, str(folder)))
+    tokenizers = llm.engine._intake.tokenizers
+    assert version not in tokenizers._of
+    assert not tokenizers._by_content
+
+
+def test_the_same_files_are_one_tokenizer_as_long_as_an_adapter_has_it(llm: LLM, folder: Path) -> None:
+    tokenizers = llm.engine._intake.tokenizers
+    llm.engine.add_lora(LoRARequest("again", 2, str(folder)))
+    assert len(tokenizers._of) == 2
+    assert len(tokenizers._by_content) == 1
+    for name in ("tools", "again"):
+        llm.engine.remove_lora(name)
+        gc.collect()
+    assert not tokenizers._of
+    assert not tokenizers._by_content
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b'{"added_tokens": [{"id": 7, "content": "x"}]}'),
+        ("tokenizer_config.json", b"[]"),
+        ("chat_template.jinja", b"\xff"),
+    ],
+)
+def test_one_that_cannot_be_read_is_refused_by_name(
+    file: str, content: bytes, byte_model: Path, tmp_path: Path
+) -> None:
+    llm = LLM(str(byte_model), dtype="float32", enable_lora=True, max_model_len=128)
+    folder = make_adapter(byte_model, tmp_path / "broken")
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(AdapterFormatError, match="its own tokenizer cannot be read"):
+        llm.engine.add_lora(LoRARequest("broken", 1, str(folder)))
+    assert llm.engine.list_loras() == []
+    llm.generate("a", SamplingParams(max_tokens=1), use_tqdm=False)
