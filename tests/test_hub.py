@@ -45,12 +45,12 @@ def test_model_and_adapter_may_be_repositories(llm: LLM, folders: tuple[Path, Pa
     assert remote[0].adapter == local[0].adapter, "the digest says what the bytes are, wherever they came from"
 
 
-def test_only_an_adapters_two_files_are_fetched(llm: LLM, hub: LocalHub) -> None:
+def test_only_an_adapters_two_files_and_its_tokenizer_are_fetched(llm: LLM, hub: LocalHub) -> None:
     hub.repositories["org/fresh"] = hub.repositories["org/adapter"]
     hub.requests.clear()
     llm.generate([[5]], PARAMS, lora_request=LoRARequest("fresh", 2, "org/fresh"), use_tqdm=False)
     fetched = {path.rsplit("/", 1)[1] for path in hub.requests if "/resolve/" in path}
-    assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
+    assert fetched == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
 
 
 def test_repositories_that_are_not_there_are_named_and_the_engine_goes_on(llm: LLM) -> None:

@@ -156,7 +156,7 @@ def test_rows_of_their_own_are_found_by_each_position_of_their_mix_alone() -> No
     assert owners.tolist() == [0, 1, 3, 2, 2, 2, 1, 1]
     assert step.own_norms.tokens.tolist() == [3, 4, 5]
     assert step.own_norms.pages.tolist() == [[own[3]]] * 3
-    head = packer.head(routes, mixes_of_logits(batch, routes))
+    head = packer.head(batch, routes, slice(None))
     assert head is not None
     assert head.low_rank
     assert head.own is not None
@@ -168,4 +168,5 @@ def test_rows_of_their_own_are_found_by_each_position_of_their_mix_alone() -> No
     of_positions = head.routing.pages[head.routing.owners.long(), PAGES.head].tolist()
     mine = residency.pages(versions[2])[PAGES.head]
     assert of_positions == [[-1, -1], mine, [-1, -1], [-1, -1], mine]
-    assert packer.head(routes, [0, -1]) is None
+    assert packer.head(batch, routes, slice(1)) is None
+    assert packer.head(batch, packer.routes(Batch([runs[0], runs[2]])), slice(None)) is None

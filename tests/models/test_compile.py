@@ -15,7 +15,8 @@ from aiolora.engine.runner import ModelRunner, _leave_sizes_open
 from aiolora.models.inputs import LayerKV, StepInputs
 from aiolora.types import Prompt
 from tests.conftest import ModelOf
-from tests.tiny import ALL_LINEARS, everything, make_adapter, make_model, prompt_ids, reported
+from tests.lora.fidelity import train
+from tests.tiny import ALL_LINEARS, everything, load_hf, make_adapter, make_model, prompt_ids, reported
 
 Step = tuple[StepInputs, list[LayerKV]]
 
@@ -83,6 +84,33 @@ def test_steps_of_every_shape_need_two_graphs(model_of: ModelOf, tmp_path: Path)
         prompts: list[Prompt] = [prompt_ids(length, length) for length in lengths]
         llm.generate(prompts, greedy, lora_request=loras, use_tqdm=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_what_adapters_do_to_the_ends_is_in_graphs_too(model_of: ModelOf, tmp_path: Path) -> None:
+    configs: list[dict[str, Any]] = [
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": [3, 40]},
+        {"modules_to_save": ["norm"]},
+    ]
+    base = load_hf(model_of("llama"))
+    for number, config in enumerate(configs):
+        train(base, config, tmp_path / str(number), seed=number)
+    answers = []
+    for compiled in (False, True):
+        llm, runner = serve(model_of("llama"), tmp_path, compile=compiled)
+        if compiled:
+            runner._forward = torch.compile(runner._model, fullgraph=True, dynamic=True, backend="aot_eager")
+        for number in range(len(configs)):
+            llm.engine.add_lora(LoRARequest(f"end {number}", 9 + number, str(tmp_path / str(number))))
+        torch._dynamo.utils.counters.clear()
+        for loras in (["end 0", None], ["end 1", "a1", "end 0"], ["end 1"], ["end 2", "end 1"], ["end 2", "a2", None]):
+            prompts: list[Prompt] = [prompt_ids(number, 3 + 9 * number) for number in range(len(loras))]
+            outputs = llm.generate(prompts, everything(3), lora_request=loras, use_tqdm=False)
+            answers += [reported(output)[1] for output in outputs]
+    half = len(answers) // 2
+    for ours, theirs in zip(answers[half:], answers[:half]):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5, "one for each of what a step may have"
 
 
 def decode_step(runner: ModelRunner, llm: LLM) -> Step:

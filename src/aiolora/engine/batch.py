@@ -89,6 +89,11 @@ class Routes(NamedTuple):
         """Whether any mix has pages of `kind`; -1: there is no such kind."""
         return kind >= 0 and any(mix[kind] for mix in self.pages)
 
+    def changes_head(self, mix: int, kind: int) -> bool:
+        """Whether a mix has its own logits; `kind`: the head's, -1 where it takes no low-rank factors."""
+        ranked = kind >= 0 and bool(self.pages[mix][kind])
+        return ranked or self.vocabularies[mix] > 0 or has([self.own[mix]], HEAD)
+
 
 class Packer:
     """Lays a step's numbers out, everything from scratch each time. Engine thread only."""
@@ -133,27 +138,24 @@ class Packer:
         """Whether an adapter of the step has its share in the embedding or in norms: no graph has room for that."""
         return routes.have(self._ends.embedding) or has(routes.own, EMBEDDING) or has(routes.own, NORMS)
 
-    def head(self, routes: Routes | None, mixes: list[int]) -> HeadInputs | None:
-        """What adapters do to the head, over positions whose mixes (in `routes`, -1: none) are given; None: nothing."""
+    def head(self, batch: Batch, routes: Routes | None, rows: slice) -> HeadInputs | None:
+        """What adapters do to the head over some of the rows of logits that `batch` wants; None: nothing."""
         if routes is None:
             return None
-        head = self._ends.head
-        ranked = [head >= 0 and bool(pages[head]) for pages in routes.pages]
-        changed = [
-            low_rank or has([own], HEAD) or vocabulary > 0
-            for low_rank, own, vocabulary in zip(ranked, routes.own, routes.vocabularies)
-        ]
-        rows = _int32([mix if mix >= 0 and changed[mix] else -1 for mix in mixes])
-        if (rows < 0).all():
+        changed = [routes.changes_head(mix, self._ends.head) for mix in range(len(routes.pages))]
+        if not any(changed):
             return None
-        numbers = self._route(routes, rows, len(rows), None) | head_numbers(routes.own, rows)
+        mixes = _int32([mix if mix >= 0 and changed[mix] else -1 for mix in mixes_of_logits(batch, routes)[rows]])
+        if (mixes < 0).all():
+            return None
+        numbers = self._route(routes, mixes, len(mixes), None) | head_numbers(routes.own, mixes)
         widest = max(routes.vocabularies)
         if widest:
-            numbers["vocabularies"] = _int32([*routes.vocabularies, 0])[rows]  # -1: the last
+            numbers["vocabularies"] = _int32([*routes.vocabularies, 0])[mixes]  # -1: the last
         tensors = self._staging.send(numbers)
         return HeadInputs(
             routing_of(tensors, self._device),
-            low_rank=routes.have(head),
+            low_rank=routes.have(self._ends.head),
             own=head_blocks(tensors, self.own_rows),
             vocabularies=tensors.get("vocabularies"),
             widest=widest,
@@ -334,10 +336,8 @@ def num_prompt_logits(run: Scheduled) -> int:
     return min(run.count, max(0, seq.num_prompt - 1 - run.start))
 
 
-def mixes_of_logits(batch: Batch, routes: Routes | None) -> list[int]:
-    """The mix in `routes` of each row of logits that `batch` wants, in their order; empty where there are none."""
-    if routes is None:
-        return []
+def mixes_of_logits(batch: Batch, routes: Routes) -> list[int]:
+    """The mix in `routes` of each row of logits that `batch` wants, in their order."""
     mixes = [mix for mix, run in zip(routes.mix_of_run, batch.runs) if run.samples]
     for mix, run in zip(routes.mix_of_run, batch.runs):
         mixes += [mix] * num_prompt_logits(run)

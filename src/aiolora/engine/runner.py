@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aiolora.engine.batch import InFlight, Packer, Routes, mixes_of_logits, num_prompt_logits
+from aiolora.engine.batch import InFlight, Packer, Routes, num_prompt_logits
 from aiolora.engine.graphs import StepGraphs
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.plan import Plan
@@ -171,7 +171,7 @@ class ModelRunner:
         if bucket is None:
             return None
         numbers = self._packer.lay_out(batch, routes, self._in_flight, bucket)
-        head = self._packer.head(routes, mixes_of_logits(batch, routes))
+        head = self._packer.head(batch, routes, slice(len(seqs)))
         if head is None and self._sampler.plain(seqs):
             out = self._graphs.replay(bucket, numbers)
             return Chosen(out.tokens[: len(seqs)], out.logprobs[: len(seqs)], None, None)
@@ -185,8 +185,8 @@ class ModelRunner:
 
     def _logits(self, hidden: Tensor, batch: Batch, routes: Routes | None, first: int) -> Tensor:
         """Logits of some rows that `batch` wants, adapters on the head included; `first`: which is their first."""
-        mixes = mixes_of_logits(batch, routes)[first : first + len(hidden)]
-        return self._model.amended(self._model.logits(hidden), hidden, self._packer.head(routes, mixes))
+        head = self._packer.head(batch, routes, slice(first, first + len(hidden)))
+        return self._model.amended(self._model.logits(hidden), hidden, head)
 
     def _choose(self, logits: Tensor, seqs: list[Sequence], previous: Tensor, rows: list[int]) -> Chosen:
         """Sample, and leave the tokens where the next step looks for them."""
