@@ -10,7 +10,8 @@ from aiolora import LLM, LoRARequest, SamplingParams
 from aiolora.cli import main
 from tests import HUB
 from tests.conftest import ModelOf
-from tests.tiny import make_adapter, reconfigure, rewrite
+from tests.lora.fidelity import train
+from tests.tiny import load_hf, make_adapter, reconfigure, rewrite
 
 
 @pytest.fixture
@@ -122,3 +123,28 @@ def test_what_is_not_there_is_one_line_and_status_1(
 ) -> None:
     assert main(["inspect", *(flag.format(adapter=adapter) for flag in flags)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_rows_of_its_own_are_counted_at_most_and_its_vocabulary_is_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_hf(base)
+    model.resize_token_embeddings(99, mean_resizing=False)
+    train(model, {"trainable_token_indices": [96, 97]}, tmp_path / "tokens", seed=0)
+    assert main(["inspect", str(tmp_path / "tokens"), "--model", str(base)]) == 0
+    printed = capsys.readouterr().out
+    assert "trainable_token_indices: [96, 97]" in printed
+    assert "applied: 11 tensors\nignored: nothing\nmissing: nothing\n" in printed
+    assert "bytes on the device" in printed
+    assert "at most" in printed
+    assert "a vocabulary of its own: 99 tokens" in printed
+
+
+def test_factors_of_embedding_and_head_are_applied(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(load_hf(base), {"target_modules": ["lm_head", "embed_tokens"], "r": 4}, tmp_path / "ends", seed=0)
+    assert main(["inspect", str(tmp_path / "ends"), "--model", str(base)]) == 0
+    printed = capsys.readouterr().out
+    assert row(printed, "model.embed_tokens ")[2] == "4"
+    assert "applied: 6 tensors\nignored: nothing\nmissing: nothing\n" in printed

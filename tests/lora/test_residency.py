@@ -242,3 +242,28 @@ def test_eviction_from_host_memory_leaves_the_device_alone() -> None:
     residency.store(two, two.name)
     assert not residency.in_host(one)
     assert residency.on_device(one)
+
+
+# ---- kinds that few adapters need ----
+
+
+def test_pages_of_embedding_and_head_are_pools_of_their_own() -> None:
+    one, two, three = version(1, 1, 1, 2), version(2, 1, 1, 2), version(3, 1, 1)
+    residency: Residency[str] = Residency(num_kinds=2, num_pages=3, max_host=8, ends=[2])
+    for each in (one, two, three):
+        residency.store(each, each.name)
+    place(residency, one, three)
+    assert not residency.fits([one, two])
+    place(residency, two)
+    assert residency.resident() == [three, two], "the first gave its pages of the third kind"
+
+
+def test_a_pin_need_leave_no_room_in_kinds_that_few_adapters_need() -> None:
+    one, two = version(1, 1, 1, 2), version(2, 1, 1, 1)
+    residency: Residency[str] = Residency(num_kinds=2, num_pages=4, max_host=8, ends=[2])
+    for each in (one, two):
+        residency.store(each, each.name)
+    residency.pin(one, room=2)
+    with pytest.raises(AdapterMemoryError, match=r"adapter2.*cannot be pinned beside the others.*--lora-ends-memory"):
+        residency.pin(two, room=2)
+    assert not residency.fits([two])

@@ -14,7 +14,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from aiolora.engine.sampler import uniform
 from aiolora.ops.activation import silu_mul, silu_mul_op
 from aiolora.ops.attention import attention, attention_op, rope_store, rope_store_op
-from aiolora.ops.embedding import embed, embed_op
+from aiolora.ops.blocks import own_logits_op, own_norm_op
+from aiolora.ops.embedding import embed, embed_op, embed_own_op, embed_shrink_op
 from aiolora.ops.linear import (
     complete,
     complete_op,
@@ -491,6 +492,36 @@ def _embed(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     return [(tokens, previous, torch.randn(5, 6).to(dtype))]
 
 
+def _embed_shrink(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    tokens, previous = (torch.tensor(ids, dtype=torch.int32) for ids in ([3, -2, 0, 1, 1, 0, 2], [1, 2]))
+    _, _, _, pages, scales = with_items(_linear_case(dtype)["rows"])
+    owners = torch.zeros(7, dtype=torch.int32)
+    return [(tokens, previous, torch.randn(1, 11, 8, 5).to(dtype), pages, scales, owners, 1)]
+
+
+def _own_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, table and owners of three positions, the last without an adapter."""
+    table, owners = torch.tensor([[-1, 1], [-1, -1]], dtype=torch.int32), torch.tensor([0, 0, 1], dtype=torch.int32)
+    return torch.randn(2, 128, 6).to(dtype), table, owners
+
+
+def _embed_own(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    tokens, previous = (torch.tensor(ids, dtype=torch.int32) for ids in ([3, -2, 130], [1, 200]))
+    return [(torch.randn(3, 6).to(dtype), tokens, previous, *_own_rows(dtype))]
+
+
+def _own_logits(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    perm, tiles = torch.tensor([1, 0, 2], dtype=torch.int32), torch.tensor([[0, 2], [2, 1], [0, 0]], dtype=torch.int32)
+    return [(torch.randn(3, 200).to(dtype), torch.randn(3, 6).to(dtype), *_own_rows(dtype), perm, tiles, 2)]
+
+
+def _own_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    x, residual, base = (torch.randn(shape).to(dtype) for shape in ((3, 6), (3, 6), (6,)))
+    rows, table, _ = _own_rows(dtype)
+    tokens = torch.tensor([2, 0], dtype=torch.int32)
+    return [(x, residual, base, rows, table, tokens, number, 1e-5) for number in (3, 130, 999)]
+
+
 def _linear_case(dtype: torch.dtype) -> dict[str, Any]:
     a, b = adapters(11, dtype)
     rows, _, _ = routed(MIXES["some none"])
@@ -581,6 +612,10 @@ def _penalise(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 OPS: dict[str, tuple[Any, Callable[[torch.dtype], list[tuple[Any, ...]]]]] = {
     "embed": (embed_op, _embed),
+    "embed_shrink": (embed_shrink_op, _embed_shrink),
+    "embed_own": (embed_own_op, _embed_own),
+    "own_logits": (own_logits_op, _own_logits),
+    "own_norm": (own_norm_op, _own_norm),
     "product": (product_op, _product),
     "product_shrink": (product_shrink_op, _product_shrink),
     "shrink": (shrink_op, _shrink),

@@ -8,7 +8,10 @@ from aiolora.config import EngineArgs
 if TYPE_CHECKING:
     from aiolora.lora.inspection import Report
 
-_FIELDS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "target_modules", "modules_to_save")
+_FIELDS = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "target_modules", "modules_to_save",
+    "trainable_token_indices",
+)  # fmt: skip
 _FEW = 3
 
 
@@ -69,6 +72,8 @@ def _print(report: "Report", model: str | None) -> None:
         console.print(
             f"rank {version.rank}, {most}{version.nbytes:,} bytes on the device, digest {version.digest[:12]}"
         )
+        if version.vocabulary:
+            console.print(f"a vocabulary of its own: {version.vocabulary:,} tokens")
     if report.refusal is not None:
         console.print(escape(f"refused: {report.refusal}"))
     elif model is None:

@@ -17,6 +17,7 @@ from aiolora.engine.sequence import Sequence
 from aiolora.engine.staging import Numbers, Staging
 from aiolora.lora.layout import EMBEDDING, HEAD, NO_ENDS, NORMS, Ends
 from aiolora.models.inputs import HeadInputs, StepInputs
+from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.linear import Routing, tile_of
 from aiolora.types import AdapterVersion, BlockSpan, Mix
 
@@ -149,7 +150,8 @@ class Packer:
         if (mixes < 0).all():
             return None
         numbers = self._route(routes, mixes, len(mixes), None) | head_numbers(routes.own, mixes)
-        widest = max(routes.vocabularies)
+        # whole blocks: kernels are compiled for sizes that are multiples of 16
+        widest = -(-max(routes.vocabularies) // ROWS_PER_BLOCK) * ROWS_PER_BLOCK
         if widest:
             numbers["vocabularies"] = _int32([*routes.vocabularies, 0])[mixes]  # -1: the last
         tensors = self._staging.send(numbers)

@@ -34,7 +34,7 @@ class HeadInputs(NamedTuple):
     low_rank: bool  # whether any has a low-rank share in it
     own: Blocks | None  # None: none has rows of its own there
     vocabularies: Tensor | None = None  # [S] int32, token ids that each knows, 0: the base's; None: all know those
-    widest: int = 0  # the largest of them
+    widest: int = 0  # columns that the logits need at least
 
 
 class LayerKV(NamedTuple):
