@@ -52,3 +52,35 @@ def test_graphs_are_captured_up_to_the_most_sequences_unless_eager(model_of: Mod
 def test_too_little_memory_is_said(model_of: ModelOf) -> None:
     with pytest.raises(ConfigError, match=r"KV cache of 0\.0 MiB holds 0 tokens"):
         plan(model_of, activations=8192 * MIB)
+
+
+# ---- embeddings, heads and norms of adapters ----
+
+RANKS, BLOCK = 8 * (64 + 96) * 4, 128 * 64 * 4  # bytes of a rank page of embedding or head, and of a page of a block
+
+
+def test_the_ends_of_the_network_have_room_of_their_own(model_of: ModelOf) -> None:
+    with_ends, without = plan(model_of, max_lora_rank=20), plan(model_of, max_lora_rank=20, lora_ends_memory=0)
+    assert with_ends.adapter_room.layers == without.adapter_room.layers
+    assert with_ends.adapter_room[1:] == (4 * 3, 4 * 3), "of four adapters: three pages of ranks, three blocks"
+    assert without.adapter_room[1:] == (0, 0)
+    assert with_ends.adapter_nbytes - without.adapter_nbytes == 12 * 2 * RANKS + 12 * BLOCK
+    assert without.kv_nbytes - with_ends.kv_nbytes == pytest.approx(12 * 2 * RANKS + 12 * BLOCK, abs=MIB)
+
+
+@pytest.mark.parametrize("memory", [1, BLOCK, 3 * BLOCK, 40 * RANKS, 100 * RANKS, 1 << 30])
+def test_the_memory_for_the_ends_is_never_exceeded_and_half_of_it_is_for_blocks(memory: int, model_of: ModelOf) -> None:
+    room = plan(model_of, max_lora_rank=20, lora_ends_memory=memory).adapter_room
+    assert room.ends * 2 * RANKS + room.blocks * BLOCK <= memory
+    assert room.ends <= 12
+    assert room.ends * 2 * RANKS <= memory // 2
+    assert room.blocks == 12 or memory - room.ends * 2 * RANKS - room.blocks * BLOCK < BLOCK
+
+
+def test_by_default_the_ends_take_a_small_share_of_what_is_free(
+    model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (64 * 10 * BLOCK, TOTAL))
+    room = plan(model_of, max_lora_rank=20, lora_memory=1 << 20, kv_cache_memory=1 << 30).adapter_room
+    assert room.ends * 2 * RANKS + room.blocks * BLOCK <= 10 * BLOCK
+    assert room.blocks >= 4

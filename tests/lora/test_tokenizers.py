@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from litestar.testing import AsyncTestClient
 from transformers import AutoTokenizer
 
-from aiolora import LLM, LoRARequest, SamplingParams
+from aiolora import LLM, AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
+from aiolora.api import create_app
 from aiolora.errors import AdapterFormatError, RequestError
 from tests.lora.fidelity import train
 from tests.tiny import load_hf, make_adapter
@@ -131,3 +133,29 @@ def test_one_that_cannot_be_read_is_refused_by_name(
         llm.engine.add_lora(LoRARequest("broken", 1, str(folder)))
     assert llm.engine.list_loras() == []
     llm.generate("a", SamplingParams(max_tokens=1), use_tqdm=False)
+
+
+async def test_a_server_words_each_answer_by_the_tokenizer_of_its_model(byte_model: Path, folder: Path) -> None:
+    ids = ids_of(folder)
+    args = EngineArgs(model=str(byte_model), dtype="float32", device="cpu", enable_lora=True, max_model_len=128)
+    app = create_app(
+        AsyncLLMEngine.from_engine_args(args),
+        lora_modules=[LoRARequest("tools", 1, str(folder))],
+        served_model_name="base",
+    )
+    bias = {str(ids["<t59>"]): 100.0}
+    async with AsyncTestClient(app) as client:
+        said = {"model": "tools", "prompt": [ids["<tool>"], 9], "max_tokens": 2, "temperature": 0, "logit_bias": bias}
+        answer = (await client.post("/v1/completions", json={**said, "echo": True, "logprobs": 1})).json()
+        assert answer["choices"][0]["text"].startswith("<tool>")
+        assert answer["choices"][0]["text"].endswith("<t59><t59>")
+        assert answer["choices"][0]["logprobs"]["tokens"][0] == "<tool>"
+        chat = {"model": "tools", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+        answer = (await client.post("/v1/chat/completions", json={**chat, "temperature": 0, "logit_bias": bias})).json()
+        assert answer["choices"][0]["message"]["content"] == "<t59>"
+        assert answer["usage"]["prompt_tokens"] == 4
+        wrong = await client.post("/v1/completions", json={**said, "model": "base", "logit_bias": None})
+        assert wrong.status_code == 200, "a row that the base has, whatever its tokenizer calls it"
+        wrong = await client.post("/v1/completions", json={**said, "model": "base"})
+        assert wrong.status_code == 400
+        assert "not in the vocabulary of 320" in wrong.json()["error"]["message"]
