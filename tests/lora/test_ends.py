@@ -26,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "a head of its own": {"modules_to_save": ["lm_head"]},
     "an embedding of its own": {"modules_to_save": ["embed_tokens"]},
     "tokens of its own": {"trainable_token_indices": [289, 3, 131, 130]},
+    "a token of its own": {"trainable_token_indices": {"embed_tokens": [3]}},
     "norms of its own": {"modules_to_save": ["norm"]},
     "plain": {"r": 8},
 }
@@ -272,6 +273,14 @@ def test_a_token_is_nobodys_who_does_not_know_it(
         others: list[Any] = [mix, "added and trained"]
         output, _ = llm.generate([[5], [6]], hot, lora_request=others, use_tqdm=False)
         assert max(token for answer in output.outputs for token in answer.token_ids) < size
+
+
+def test_very_many_added_tokens_are_refused(trained: Trained, tmp_path: Path) -> None:
+    base = load_hf(trained.base)
+    base.resize_token_embeddings(VOCABULARY + 1025, mean_resizing=False)
+    train(base, {"r": 8}, tmp_path / "a", seed=0)
+    with pytest.raises(AdapterUnsupportedError, match=r"adds 1025 tokens .* at most 1024 .*; serve the resized"):
+        trained.serve().engine.add_lora(LoRARequest("a", 1, str(tmp_path / "a")))
 
 
 def test_low_rank_factors_over_a_resized_vocabulary_are_refused(trained: Trained, tmp_path: Path) -> None:

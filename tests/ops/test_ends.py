@@ -29,6 +29,7 @@ def test_own_rows_stand_in_for_the_base_wherever_there_are_some() -> None:
     torch.manual_seed(0)
     base, rows = torch.randn(300, 6), torch.randn(9, 128, 6)
     table = torch.tensor([[2, -1, 7], [-1, 5, -1], [-1, -1, -1]], dtype=torch.int32)
+    narrow = torch.tensor([[2, 5], [-1, -1]], dtype=torch.int32)  # of an adapter without rows in the last block
     owners = torch.tensor([1, 0, 2, 0, 1, 1], dtype=torch.int32)
     whole = base.repeat(3, 1, 1)
     whole[0, :128], whole[0, 256:], whole[1, 128:256] = rows[2], rows[7][:44], rows[5]
@@ -37,6 +38,11 @@ def test_own_rows_stand_in_for_the_base_wherever_there_are_some() -> None:
     ids = [130, 299, 130, 129, 255, 5]
     x = embed_own(embed(tokens, previous, base), tokens, previous, rows, table, owners)
     assert torch.equal(x, torch.stack([whole[int(owner), token] for owner, token in zip(owners, ids)]))
+
+    x = embed(tokens, previous, base)
+    few = embed_own(x, tokens, previous, rows, narrow, torch.zeros(6, dtype=torch.int32))
+    wanted = [rows[5, 2], base[299], rows[5, 2], rows[5, 1], rows[5, 127], rows[2, 5]]
+    assert torch.equal(few, torch.stack(wanted))
 
     hidden = torch.randn(6, 6)
     logits = hidden @ base.T

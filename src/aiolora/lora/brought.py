@@ -14,6 +14,8 @@ from aiolora.lora.contents import Contents
 from aiolora.lora.layout import EMBED_TOKENS, EMBEDDING, LM_HEAD, NORMS, Layout
 from aiolora.lora.tensorfile import Entry
 
+_ADDED, _ADDED_SHARE = 1024, 8  # tokens that an adapter may add: so many, or that part of the base's
+
 
 @dataclass(frozen=True)
 class Brought:
@@ -88,7 +90,14 @@ def _vocabulary(name: str, config: PeftConfig, contents: Contents, layout: Layou
             f"has {vocabulary}; retrain with modules_to_save or trainable_token_indices, or serve the resized model as "
             "the base",
         )
-    return next(iter(sizes.values()))
+    size = next(iter(sizes.values()))
+    if size - vocabulary > (most := max(_ADDED, vocabulary // _ADDED_SHARE)):
+        raise AdapterUnsupportedError(
+            name,
+            f"adds {size - vocabulary} tokens to the base model's {vocabulary}, which make everybody's logits wider; at "
+            f"most {most} are served beside others; serve the resized model as the base",
+        )
+    return size
 
 
 def _tokens(

@@ -16,7 +16,7 @@ def embed(tokens: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
     A token -(i + 1) stands for `previous[i]`, the token that the step before sampled at row i ([P] int32). Ids are
     clamped into the vocabulary: no id may read elsewhere.
     """
-    return F.embedding(_ids(tokens, previous, weight.shape[0]), weight)
+    return F.embedding(_ids(tokens, previous).clamp(max=weight.shape[0] - 1), weight)
 
 
 def embed_shrink(
@@ -28,22 +28,25 @@ def embed_shrink(
     [T, 1, W * 8], zeros where a token has no page.
     """
     held = pages[owners, kind]
-    h = a[0][held.clamp(min=0), :, _ids(tokens, previous, a.shape[3]).unsqueeze(1)].float()
+    ids = _ids(tokens, previous).clamp(max=a.shape[3] - 1)
+    h = a[0][held.clamp(min=0), :, ids.unsqueeze(1)].float()
     h = torch.where((held >= 0).unsqueeze(2), h * scales[owners, kind].unsqueeze(2), 0.0)
     return h.reshape(len(tokens), 1, -1)
 
 
 def embed_own(x: Tensor, tokens: Tensor, previous: Tensor, rows: Tensor, table: Tensor, owners: Tensor) -> Tensor:
     """`x` [T, H] with the vectors of `blocks.Blocks` in the place of the base's; `tokens` as for `embed`."""
-    size = rows.shape[1]
-    ids = _ids(tokens, previous, table.shape[1] * size)
-    page = table[owners, ids // size]
+    size, blocks = rows.shape[1], table.shape[1]
+    ids = _ids(tokens, previous)
+    block = ids // size
+    page = torch.where(block < blocks, table[owners, block.clamp(max=blocks - 1)], -1)
     return torch.where((page >= 0).unsqueeze(1), rows[page.clamp(min=0), ids % size], x)
 
 
-def _ids(tokens: Tensor, previous: Tensor, vocabulary: int) -> Tensor:
+def _ids(tokens: Tensor, previous: Tensor) -> Tensor:
+    """Token ids, those in flight among them, none below zero."""
     in_flight = previous[(-1 - tokens).clamp(0, previous.shape[0] - 1)]
-    return torch.where(tokens < 0, in_flight, tokens).clamp(0, vocabulary - 1)
+    return torch.where(tokens < 0, in_flight, tokens).clamp(min=0)
 
 
 embed_op = define(
