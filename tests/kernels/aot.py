@@ -134,6 +134,8 @@ def step_cases() -> list[Case]:
         *launch_cases("rope_store owing 128", lambda: many.rope_store(True), (HMMA, LOAD_16)),
         *launch_cases("rope_store owing 512", lambda: most.rope_store(True), (HGMMA, LOAD_16)),
         *launch_cases("embed", few.embed, (LOAD_16,)),
+        *launch_cases("own_logits 16", few.own_logits, (HMMA, COPY_16)),
+        *launch_cases("own_logits 512", most.own_logits, (HGMMA, COPY_16)),
         *launch_cases("greedy", few.greedy, (LOAD_16,), ()),
         *launch_cases("report", few.report, (LOAD_16,), ()),
         *launch_cases("sample", few.sample, (LOAD_16,), (COPY_16,)),

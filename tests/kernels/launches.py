@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from aiolora.ops.kernels import activation, embedding, linear, norm, rope, sampling
+from aiolora.ops.kernels import activation, blocks, embedding, linear, norm, rope, sampling
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY = 4096, 14336, 32, 8, 128, 128256
 BOUNDS = {  # of the slices of its projections
@@ -59,7 +59,7 @@ def _recorded(pdl: bool) -> Iterator[list[Launch]]:
             return lambda *args, **named: keep(self.function, args, named)
 
     with ExitStack() as stack:
-        for module in (activation, linear, norm, rope, sampling):
+        for module in (activation, blocks, linear, norm, rope, sampling):
             stack.enter_context(patch.object(module, "launch", launch))
         for module in (embedding, linear, sampling):
             stack.enter_context(patch.object(module, "PDL", pdl))
@@ -107,6 +107,11 @@ class Step:
 
     def embed(self) -> None:
         embedding.embed(self.perm, self.owners, halves(VOCABULARY, HIDDEN))
+
+    def own_logits(self) -> None:
+        rows, table = halves(PAGES, 128, HIDDEN), ints(33, VOCABULARY // 128)
+        logits, hidden = halves(self.tokens, VOCABULARY), halves(self.tokens, HIDDEN)
+        blocks.own_logits(logits, hidden, rows, table, self.owners, self.perm, self.tiles, self.tile)
 
     def greedy(self) -> None:
         sampling.greedy(halves(self.tokens, VOCABULARY))

@@ -94,8 +94,8 @@ def _vocabulary(name: str, config: PeftConfig, contents: Contents, layout: Layou
     if size - vocabulary > (most := max(_ADDED, vocabulary // _ADDED_SHARE)):
         raise AdapterUnsupportedError(
             name,
-            f"adds {size - vocabulary} tokens to the base model's {vocabulary}, which make everybody's logits wider; at "
-            f"most {most} are served beside others; serve the resized model as the base",
+            f"adds {size - vocabulary} tokens to the base model's {vocabulary}, which make everybody's logits wider; "
+            f"at most {most} are served beside others; serve the resized model as the base",
         )
     return size
 

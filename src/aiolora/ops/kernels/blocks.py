@@ -17,7 +17,7 @@ def own_logits(
         _own_logits, (tiles.shape[0], table.shape[1]),
         (logits, hidden, rows, table, owners, perm, tiles, table.shape[1], logits.shape[1], logits.stride(0)),
         K=hidden.shape[1], BM=max(16, power_of_2(tile)), BN=rows.shape[1], BK=64, PRECISION=precision(hidden),
-        num_warps=4,
+        num_warps=4, num_stages=3 if hidden.dtype.itemsize == 2 else 2,
     )  # fmt: skip
 
 
