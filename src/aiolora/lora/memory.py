@@ -67,6 +67,10 @@ class HeldTensors:
         """Fill the first `entry.nbytes` bytes of `into`."""
         into[: entry.nbytes] = self._bytes[entry.name].data
 
+    def where(self, entry: Entry) -> tuple[int, int]:
+        """(-1, address) of its bytes."""
+        return -1, self._bytes[entry.name].ctypes.data
+
 
 def in_memory(name: str, tensors: Mapping[str, Tensor] | None, config: AnyConfig | None) -> InMemory:
     """What `add_lora(name, tensors=..., config=...)` means. Raises `RequestError` where one of them is missing."""
