@@ -23,7 +23,7 @@ from aiolora.lora.tensorfile import Entry, Tensors
 from aiolora.ops.build_native import library
 from aiolora.ops.linear import RANKS_PER_PAGE
 
-_MAX_THREADS = 8  # of one load, and half of the cores at most: others are being served
+_MAX_THREADS = 16  # of all loads together; two cores at least are left to those who serve
 _SERIAL = 1 << 15  # elements from where torch would start threads of its own
 
 Bits = npt.NDArray[np.signedinteger[Any]]  # floats by their bits, which numpy has for bfloat16 too
@@ -62,7 +62,10 @@ def fill(
             for index in range(shape.slices):
                 if (kind, layer, index) not in present:
                     _clear(a_pages[kind], b_pages[kind], layer, index, shape.bounds)
-    placed = [one for module in modules for one in _places(module, a_pages, b_pages, layout)]
+    a, b = _addresses(a_pages), _addresses(b_pages)
+    placed = [
+        one for module in modules for one in _places(module, a[module.target.kind], b[module.target.kind], layout)
+    ]
     contents = lay_out(file, placed, layout.dtype, _threads(), _num_threads())
     if contents is None:
         contents = _fill(file, modules, a_pages, b_pages, layout)
@@ -75,10 +78,7 @@ def reserve(layout: Layout, counts: Mapping[int, int]) -> None:
     Locking takes longer than reading a file. Torch keeps what is given back to it, block by block, and pages of one
     kind have one size whatever the rank: blocks of an adapter that was evicted serve the next.
     """
-    for pages in _empty(layout, counts, pinned=True):
-        for some in pages.values():
-            for page in some:
-                page.zero_()  # a virtual machine may find memory for it only now, and takes long for it
+    _empty(layout, counts, pinned=True)
 
 
 def reserve_soon(layout: Layout, counts: Mapping[int, int]) -> None:
@@ -143,16 +143,20 @@ class _Fill:
         return bits.reshape(entry.shape)
 
 
-def _places(module: Module, a_pages: Pages, b_pages: Pages, layout: Layout) -> tuple[Placed, Placed]:
-    """Where both tensors of a module belong."""
-    kind, layer, index = module.target[:3]
-    low = layout.kinds[kind].bounds[index]
-    a = [page[layer, index] for page in a_pages[kind]]
-    b = [page[layer, :, low:] for page in b_pages[kind]]
-    a_stride, b_stride = (some[0].stride(0) * layout.dtype.itemsize for some in (a, b))
+def _addresses(pages: Pages) -> dict[int, list[int]]:
+    return {kind: [page.data_ptr() for page in some] for kind, some in pages.items()}
+
+
+def _places(module: Module, a: list[int], b: list[int], layout: Layout) -> tuple[Placed, Placed]:
+    """Where both tensors of a module belong in the pages at the addresses `a` and `b`."""
+    kind, layer, index, inputs, _ = module.target
+    shape, width = layout.kinds[kind], layout.dtype.itemsize
+    a_stride, b_stride = inputs * width, shape.bounds[-1] * width
+    a_offset = (layer * shape.slices + index) * RANKS_PER_PAGE * a_stride
+    b_offset = layer * RANKS_PER_PAGE * b_stride + shape.bounds[index] * width
     return (
-        Placed(module.a, False, 1.0, [page.data_ptr() for page in a], a_stride),
-        Placed(module.b, True, module.ratio, [page.data_ptr() for page in b], b_stride),
+        Placed(module.a, False, 1.0, [page + a_offset for page in a], a_stride),
+        Placed(module.b, True, module.ratio, [page + b_offset for page in b], b_stride),
     )
 
 
@@ -202,7 +206,7 @@ def _empty(layout: Layout, counts: Mapping[int, int], *, pinned: bool) -> tuple[
 
 
 def _num_threads() -> int:
-    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
+    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) - 2))
 
 
 @functools.cache

@@ -101,23 +101,21 @@ INLINE void put_value(char *p, i64 i, int type, float value) {
     memcpy(p + 2 * i, &bits, 2);
 }
 
-INLINE i64 not_finite(const char *p, i64 count, int type) { /* how many have an exponent of ones */
-    i64 found = 0;
-    if (type == F32)
+INLINE int not_finite(const char *p, i64 count, int type) { /* whether one has an exponent of ones */
+    if (type == F32) {
+        uint32_t found = 0, word;
         for (i64 i = 0; i < count; i++) {
-            uint32_t word;
             memcpy(&word, p + 4 * i, 4);
-            found += (word & 0x7f800000) == 0x7f800000;
+            found |= (word & 0x7f800000) == 0x7f800000;
         }
-    else {
-        uint16_t ones = type == F16 ? 0x7c00 : 0x7f80;
-        for (i64 i = 0; i < count; i++) {
-            uint16_t bits;
-            memcpy(&bits, p + 2 * i, 2);
-            found += (bits & ones) == ones;
-        }
+        return found != 0;
     }
-    return found;
+    uint16_t found = 0, bits, ones = type == F16 ? 0x7c00 : 0x7f80;
+    for (i64 i = 0; i < count; i++) {
+        memcpy(&bits, p + 2 * i, 2);
+        found |= (bits & ones) == ones;
+    }
+    return found != 0;
 }
 
 /* Values in the pages' dtype, in place where they do not grow: `raw` to `out`, the ratio left out. */
