@@ -47,22 +47,25 @@ class Books:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.residency: Residency[None] = Residency(num_kinds=KINDS, num_pages=64, max_host=64)
+        self.residency: Residency[None] = Residency(num_kinds=KINDS, num_pages=64, max_host=64, num_vectors=16)
         self.packer = Packer(page_size=PAGE, num_kinds=KINDS, residency=self.residency, device="cpu")
         self.versions: list[AdapterVersion] = []
 
-    def mix(self, *pages: tuple[int, ...]) -> Mix:
-        """An adapter for each of `pages` (rank pages of each kind), together in one mix."""
+    def mix(self, *pages: tuple[int, ...], vectors: tuple[int, ...] = ()) -> Mix:
+        """An adapter for each of `pages` (rank pages of each kind), together in one mix; `vectors`: kinds with some."""
         parts = []
         for counts in pages:
             number = len(self.versions)
             sites = tuple(SitePages(kind, count, 0.5 + number) for kind, count in enumerate(counts) if count)
-            version = AdapterVersion(number, f"a{number}", f"{number:064x}", "folder", 8, sites, 0)
+            sites += tuple(SitePages(KINDS + kind, 1, 1.0) for kind in vectors)
+            version = AdapterVersion(
+                number, f"a{number}", f"{number:064x}", "folder", 8, sites, 0, additive=not vectors
+            )
             self.versions.append(version)
             self.residency.store(version, None)
             assert self.residency.place(version) is not None
             self.residency.landed(version)
-            parts.append((version, 1.0 + number))
+            parts.append((version, 1.0 if vectors else 1.0 + number))
         return Mix(tuple(parts))
 
     def run(self, mix: Mix | None, start: int, count: int) -> Scheduled:
@@ -74,13 +77,14 @@ class Books:
 
 
 def check_routing(books: Books, mixes: Sequence[Mix | None], routing: Routing) -> None:
-    """`routing` says of every token of `mixes` [T] which pages and scales it takes, and nothing of any other."""
+    """`routing` says of every token of `mixes` [T] which pages, scales and vectors it takes, nothing of any other."""
     assert sorted(routing.perm.tolist()) == list(range(len(mixes)))
     assert routing.tile == TILE
     assert routing.owners.shape == routing.perm.shape
     assert routing.pages.shape == routing.scales.shape
     assert routing.pages.shape[:2] == (len(routing.tiles), KINDS)
     assert routing.pages.shape[2] % 2 == 0
+    assert routing.vector_pages.shape == routing.pages.shape[:2]
     seen: list[int] = []
     items = set()
     bare = False
@@ -88,6 +92,7 @@ def check_routing(books: Books, mixes: Sequence[Mix | None], routing: Routing) -
         assert 0 <= count <= TILE
         if count == 0:
             assert routing.pages[tile].eq(-1).all()
+            assert routing.vector_pages[tile].eq(-1).all()
             continue
         assert first == len(seen)
         tokens = routing.perm[first : first + count].tolist()
@@ -110,6 +115,9 @@ def check_routing(books: Books, mixes: Sequence[Mix | None], routing: Routing) -
             assert list(zip(pages, scales))[: len(wanted)] == wanted
             assert set(pages[len(wanted) :]) <= {-1}
             most = max(most, len(wanted))
+            placed = [books.residency.pages(version) for version in (mix.versions if mix else ())]
+            (vector,) = {page for pages in placed for page in pages.get(KINDS + kind, [])} or {-1}
+            assert routing.vector_pages[tile, kind] == vector
         items |= {(tile, pair, first, count) for pair in range(-(-most // 2))}
     assert len(seen) == len(mixes)
     listed = [tuple(item) for item in routing.items.tolist() if item[0] >= 0]
@@ -123,6 +131,7 @@ def test_routing_covers_every_token_once(seed: int) -> None:
     rng = books.rng
     mixes = [None, *(books.mix((rng.randint(1, 5), rng.randint(0, 3))) for _ in range(rng.randint(1, 4)))]
     mixes.append(books.mix((1, 2), (3, 0)))
+    mixes += [books.mix((rng.randint(1, 3), 0), vectors=kinds) for kinds in ((0,), (1,), (0, 1))]
     runs = [books.run(rng.choice(mixes), rng.randint(0, 9), rng.choice((1, 1, 1, 2, 30, 70))) for _ in range(12)]
     step = books.packer.pack(Batch(runs))
     of_token = [run.seq.mix for run in runs for _ in range(run.count)]
@@ -372,5 +381,5 @@ def test_a_blank_step_is_of_the_shapes_of_a_real_one() -> None:
     idle = blank_step((1, 20), num_logits=2, page_size=PAGE, device="cpu", kinds=KINDS, pages=8, idle=3).routing
     assert idle is not None
     check_routing(books, [None] * 21, idle)
-    assert [len(table) - len(other) for table, other in zip(idle[:-1], blank.routing[:-1])] == [0, 3, 3, 3, 3, 0]
+    assert [len(table) - len(other) for table, other in zip(idle[:-1], blank.routing[:-1])] == [0, 3, 3, 3, 3, 3, 0]
     assert blank_step((3,), num_logits=1, page_size=PAGE, device="cpu").routing is None

@@ -8,7 +8,7 @@ from functools import partial
 from aiolora.engine.scheduler import SchedulerLimits
 from aiolora.errors import AdapterMemoryError
 from aiolora.types import AdapterVersion, Mix
-from tests.engine.device import EOS, VOCAB, InvariantError, require
+from tests.engine.device import EOS, NUM_KINDS, VOCAB, InvariantError, require
 from tests.engine.harness import Shape, Ticket, World
 
 NUM_SEEDS = 80  # walks of CI: the last planted bug is found at seed 32
@@ -46,7 +46,7 @@ class Swarm:
 
     def __init__(self, seed: int, *, overlaps: bool) -> None:
         self.rng = rng = random.Random(seed)
-        lags = random.Random(seed)
+        lags, self.beside = random.Random(seed), random.Random(~seed)
         delays = lags.choice(((0,), (0, 1, 2), (1, 3, 8)))  # in steps; the first: a device that copies at once
         self.world = World(shape_of(rng), overlaps=overlaps, seed=seed, copy_delay=lambda: lags.choice(delays))
         self.names = [f"adapter{number}" for number in range(rng.randrange(2, 6))]
@@ -142,6 +142,8 @@ class Swarm:
         needs = {0: rng.randrange(1, room + 1) if rng.random() < 0.2 else rng.randrange(1, 3)}
         if rng.random() < 0.6:
             needs[1] = rng.randrange(1, 3)
+        vectors = (*[()] * 6, (NUM_KINDS,), (NUM_KINDS, NUM_KINDS + 1))
+        needs |= dict.fromkeys(self.beside.choice(vectors), 1)
         return self.world.version(name, needs, source=None if rng.random() < 0.15 else "folder")
 
     def _mix(self) -> Mix | None:
@@ -150,8 +152,11 @@ class Swarm:
             return None
         if kind < 0.8 or len(self.names) < 2:
             return Mix(((self.current[rng.choice(self.names)], 1.0),))
-        first, second = rng.sample(self.names, 2)
-        return Mix(((self.current[first], rng.choice((0.5, 1.0))), (self.current[second], 0.5)))
+        first, second = (self.current[name] for name in rng.sample(self.names, 2))
+        weight = rng.choice((0.5, 1.0))
+        if not (first.additive and second.additive):
+            return Mix(((first, 1.0),))
+        return Mix(((first, weight), (second, 0.5)))
 
 
 def walk(seed: int, *, overlaps: bool) -> None:

@@ -58,7 +58,7 @@ OPTIONS: dict[str, list[Any]] = {
     "inference_mode": [True],
     "rank_pattern": [
         {"k_proj": 3},
-        {"mlp.up_proj": 17, r"layers\.0\..*": 2},
+        {r"layers\.0\..*": 2, "mlp.up_proj": 17},  # in the order that PEFT saves: the first that matches counts
         {"^model.layers.1.self_attn.q_proj": 11},
         {r"(model\.)?layers\.(0|1)\.mlp\.\w+_proj": 5},
         {r".*\.0\..*": 1, r".*\.1\..*": 40},
@@ -134,6 +134,7 @@ _WRITTEN: dict[str, list[Any]] = {"init_lora_weights": ["corda", "loftq"], "arro
 _DRAWN = (
     "target_modules", "r", "lora_alpha", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern", "exclude_modules", "init_lora_weights", "inference_mode",
+    "use_dora", "lora_bias", "bias",
 )  # fmt: skip
 _PLAIN: dict[str, list[Any]] = {
     "target_modules": OPTIONS["target_modules"][1:-3],

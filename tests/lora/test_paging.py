@@ -2,6 +2,7 @@
 
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def layout_of(dtype: torch.dtype) -> Layout:
     targets = {
-        f"{layer}.{name}": Target(kind, layer, index, shape.inputs, shape.bounds[index + 1] - shape.bounds[index])
+        f"{layer}.{name}": Target(kind, layer, index, torch.empty(high - low, shape.inputs, device="meta"))
         for kind, shape in enumerate(KINDS)
         for layer in range(shape.layers)
-        for index, name in enumerate(shape.name.split("+"))
+        for index, (name, (low, high)) in enumerate(zip(shape.name.split("+"), pairwise(shape.bounds)))
     }
     return Layout(KINDS, targets, dtype)
 

@@ -75,6 +75,7 @@ class Routes(NamedTuple):
     mix_of_run: list[int]  # -1: no adapter
     pages: list[list[list[int]]]  # of each mix and kind
     scales: list[list[list[float]]]  # one for each page
+    vector_pages: list[list[int]]  # of each mix and kind; -1: none
 
     @property
     def width(self) -> int:
@@ -113,17 +114,22 @@ class Packer:
             mix_of_run.append(number)
         if not numbers:
             return None
-        routes = Routes(mix_of_run, [], [])
+        routes = Routes(mix_of_run, [], [], [])
         for mix in numbers:
             pages: list[list[int]] = [[] for _ in range(self._num_kinds)]
             scales: list[list[float]] = [[] for _ in range(self._num_kinds)]
+            vector_pages = [-1] * self._num_kinds
             for version, weight in mix.parts:
                 placed = self._residency.pages(version)
                 for site in version.pages:
+                    if site.kind >= self._num_kinds:
+                        (vector_pages[site.kind - self._num_kinds],) = placed[site.kind]
+                        continue
                     pages[site.kind] += placed[site.kind]
                     scales[site.kind] += [site.scale * weight] * site.count
             routes.pages.append(pages)
             routes.scales.append(scales)
+            routes.vector_pages.append(vector_pages)
         return routes
 
     def lay_out(
@@ -174,7 +180,7 @@ class Packer:
         elif not bucket.decodes:
             numbers["logits_at"] = _padded(_int32(_logits_at(batch, query_starts)), num_seqs, 0)
         if routes is not None or (bucket is not None and bucket.mixes):
-            numbers |= self._rows(routes or Routes([], [], []), counts, size, bucket)
+            numbers |= self._rows(routes or Routes([], [], [], []), counts, size, bucket)
         return numbers | {"block_tables": block_tables}
 
     def _rows(self, routes: Routes, counts: list[int], size: int, bucket: Bucket | None) -> Numbers:
@@ -201,6 +207,7 @@ class Packer:
         if bucket is not None:
             width, most_tiles, most_items = bucket.pages, bucket.tiles, bucket.tiles * bucket.pages // 2
         pages, scales = self._tables(routes, width)
+        vector_pages = _int32([*routes.vector_pages, [-1] * self._num_kinds])
         perm = mix_of_token.argsort(kind="stable").astype(np.int32)
         owners = np.empty(size, dtype=np.int32)
         owners[perm] = np.repeat(np.arange(len(tiles)), [count for _, count in tiles])
@@ -210,6 +217,7 @@ class Packer:
             "items": _padded(_int32(items).reshape(-1, 4), most_items, (-1, 0, 0, 0)),
             "pages": _padded(pages[mix_of_tile], most_tiles, -1),
             "scales": _padded(scales[mix_of_tile], most_tiles, 0.0),
+            "vector_pages": _padded(vector_pages[mix_of_tile], most_tiles, -1),
             "owners": owners,
         }
 
@@ -228,8 +236,8 @@ def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) ->
     """The step whose fields are `tensors`, under the names that `Packer.lay_out` gives them."""
     routing = None
     if "perm" in tensors:
-        perm, tiles, items, pages, scales, owners = (tensors[name] for name in Routing._fields[:-1])
-        routing = Routing(perm, tiles, items, pages, scales, owners, tile_of(len(perm), device))
+        tables = {name: tensors[name] for name in Routing._fields[:-1]}
+        routing = Routing(**tables, tile=tile_of(len(tables["perm"]), device))
     return StepInputs(
         tokens=tensors["tokens"],
         previous=previous,

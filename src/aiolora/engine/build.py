@@ -102,11 +102,14 @@ def _engine(
 ) -> Engine:
     num_kinds = len(layout.kinds) if layout else 0
     residency: Residency[AdapterWeights] = Residency(
-        num_kinds=num_kinds, num_pages=plan.adapter_pages, max_host=args.host_adapters
+        num_kinds=num_kinds,
+        num_pages=plan.adapter_pages,
+        max_host=args.host_adapters,
+        num_vectors=plan.vector_pages,
     )
     pool = None
     if layout is not None:
-        pool = AdapterPool(layout, plan.adapter_pages, plan.device)
+        pool = AdapterPool(layout, plan.adapter_pages, plan.vector_pages, plan.device)
         pool.attach(model)
     dtype = model.embed.weight.dtype
     cache = KVCache(model.config, num_pages=plan.num_pages, page_size=plan.page_size, dtype=dtype, device=plan.device)

@@ -18,8 +18,6 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 # Fields that change the meaning of the tensors when they are set, and what to do instead.
 _NOT_SERVED = {
-    "use_dora": "retrain with use_dora=False",
-    "lora_bias": "retrain with lora_bias=False",
     "modules_to_save": "retrain without modules_to_save",
     "trainable_token_indices": "retrain without trainable_token_indices",
     "target_parameters": "use target_modules",
@@ -32,6 +30,8 @@ _NOT_SERVED = {
     "monteclora_config": "retrain without monteclora_config",
     "kasa_config": "retrain without kasa_config",
 }
+
+_BIASES = ("none", "all", "lora_only")
 
 _PLAIN_NAME = re.compile(r"[\w.]+")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")  # `(...)?` is no repetition: it counts as a quantifier
@@ -54,6 +54,8 @@ class PeftConfig(Struct, frozen=True):
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     bias: str = "none"
+    use_dora: bool | None = False
+    lora_bias: bool | None = False
     init_lora_weights: bool | str | None = True
 
     def scale(self, module: str, rank: int) -> float:
@@ -109,6 +111,10 @@ def parse_config(adapter: str, data: bytes) -> PeftConfig:
         )
     if config.r < 1 or not math.isfinite(config.lora_alpha):
         raise AdapterFormatError(adapter, f"r={config.r}, lora_alpha={config.lora_alpha}: r must be at least 1")
+    if config.use_dora and config.lora_bias:
+        raise AdapterFormatError(adapter, "use_dora and lora_bias are set both, which PEFT does not do")
+    if config.bias not in _BIASES:
+        raise AdapterFormatError(adapter, f"bias={config.bias!r} is none of {', '.join(_BIASES)}")
     patterns = [*config.rank_pattern, *config.alpha_pattern]
     if isinstance(config.exclude_modules, str):
         patterns.append(config.exclude_modules)
