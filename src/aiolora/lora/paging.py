@@ -149,9 +149,9 @@ def _addresses(pages: Pages) -> dict[int, list[int]]:
 
 def _places(module: Module, a: list[int], b: list[int], layout: Layout) -> tuple[Placed, Placed]:
     """Where both tensors of a module belong in the pages at the addresses `a` and `b`."""
-    kind, layer, index, inputs, _ = module.target
+    kind, layer, index = module.target[:3]
     shape, width = layout.kinds[kind], layout.dtype.itemsize
-    a_stride, b_stride = inputs * width, shape.bounds[-1] * width
+    a_stride, b_stride = shape.inputs * width, shape.bounds[-1] * width
     a_offset = (layer * shape.slices + index) * RANKS_PER_PAGE * a_stride
     b_offset = layer * RANKS_PER_PAGE * b_stride + shape.bounds[index] * width
     return (
