@@ -58,7 +58,7 @@ class Ticket:
     def feed(self, delta: TokenDelta) -> None:
         """Hold a delta with a token against the oracle."""
         answer, params = self.answers[delta.index], self.request.params
-        tags = tags_of(self.request.mix, answer.tokens, answer.tags)
+        tags = tags_of(self.request, answer.tokens, answer.tags)
         token = token_of(tags, cast("int", params.seed) + delta.index)
         label = f"{self.request.id}[{delta.index}] token {answer.num_output}"
         require(delta.token_id == token, "output equals the solo oracle", f"{label}: {delta.token_id} != {token}")
@@ -132,12 +132,16 @@ class World:
 
     # -- adapters --
 
-    def version(self, name: str, needs: dict[int, int], *, source: str | None = "folder") -> AdapterVersion:
+    def version(
+        self, name: str, needs: dict[int, int], *, source: str | None = "folder", invocation: tuple[int, ...] = ()
+    ) -> AdapterVersion:
         """A new version of `name`, in host memory."""
         self._num_versions += 1
         digest = sha256(f"{name} {self._num_versions}".encode()).hexdigest()
         pages = tuple(SitePages(kind, count, 1.0) for kind, count in needs.items())
-        version = AdapterVersion(self._num_versions, name, digest, source, 8, pages, 0)
+        version = AdapterVersion(
+            self._num_versions, name, digest, source, 8, pages, 0, additive=not invocation, invocation=invocation
+        )
         self.engine.add_adapter(self._weights(version))
         if source is None:
             self.in_memory.append(version)

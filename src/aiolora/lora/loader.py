@@ -117,16 +117,19 @@ def _build(
         for module, pair in factors.items()
     ]
     a_pages, b_pages, contents = fill(file, modules, pages, layout, pinned=limits.pinned)
+    invocation = tuple(config.alora_invocation_tokens or ())
     version = AdapterVersion(
         id=next(_ids),
         name=name,
-        digest=_digest(file.entries, contents, scales),
+        digest=_digest(file.entries, contents, scales, invocation),
         source=None if isinstance(request, InMemory) else request.lora_path,
         rank=max(ranks.values()),
         pages=tuple(SitePages(kind, count, kind_scales[kind]) for kind, count in pages.items()),
         nbytes=layout.pages_nbytes(pages),
         base_model_name=request.base_model_name,
         loaded_at=time.time(),
+        additive=not invocation,
+        invocation=invocation,
     )
     return AdapterWeights(version, a_pages, b_pages)
 
@@ -252,13 +255,17 @@ def _kind_scales(name: str, scales: dict[str, float], layout: Layout) -> dict[in
     return kind_scales
 
 
-def _digest(entries: dict[str, Entry], contents: dict[Entry, str], scales: dict[str, float]) -> str:
-    """sha256 over every tensor's own sha256 and every module's scale: two configs with one set of tensors differ."""
+def _digest(
+    entries: dict[str, Entry], contents: dict[Entry, str], scales: dict[str, float], invocation: tuple[int, ...]
+) -> str:
+    """sha256 over every tensor's own sha256 and what the config adds: two configs with one set of tensors differ."""
     total = hashlib.sha256()
     for key, entry in sorted(entries.items()):
         total.update(f"{key} {entry.dtype} {list(entry.shape)} {contents[entry]}\n".encode())
     for module in sorted(scales):
         total.update(f"{module} {scales[module]!r}\n".encode())
+    if invocation:
+        total.update(f"invocation {invocation}\n".encode())
     return total.hexdigest()
 
 
