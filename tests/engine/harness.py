@@ -58,7 +58,7 @@ class Ticket:
     def feed(self, delta: TokenDelta) -> None:
         """Hold a delta with a token against the oracle."""
         answer, params = self.answers[delta.index], self.request.params
-        tags = tags_of(self.request.mix, answer.tokens, answer.tags)
+        tags = tags_of(self.request, answer.tokens, answer.tags)
         token = token_of(tags, cast("int", params.seed) + delta.index)
         label = f"{self.request.id}[{delta.index}] token {answer.num_output}"
         require(delta.token_id == token, "output equals the solo oracle", f"{label}: {delta.token_id} != {token}")
@@ -134,13 +134,17 @@ class World:
 
     # -- adapters --
 
-    def version(self, name: str, needs: dict[int, int], *, source: str | None = "folder") -> AdapterVersion:
+    def version(
+        self, name: str, needs: dict[int, int], *, source: str | None = "folder", invocation: tuple[int, ...] = ()
+    ) -> AdapterVersion:
         """A new version of `name`, in host memory; `needs`: kind, of ranks or of vectors -> pages."""
         self._num_versions += 1
         digest = sha256(f"{name} {self._num_versions}".encode()).hexdigest()
         pages = tuple(SitePages(kind, count, 1.0) for kind, count in needs.items())
-        additive = max(needs) < NUM_KINDS
-        version = AdapterVersion(self._num_versions, name, digest, source, 8, pages, 0, additive=additive)
+        additive = max(needs) < NUM_KINDS and not invocation
+        version = AdapterVersion(
+            self._num_versions, name, digest, source, 8, pages, 0, additive=additive, invocation=invocation
+        )
         self.engine.add_adapter(self._weights(version))
         if source is None:
             self.in_memory.append(version)

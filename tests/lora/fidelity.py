@@ -7,7 +7,7 @@ import contextlib
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from peft import (
 )
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.lora.loraga import preprocess_loraga
-from torch import nn
+from peft.tuners.lora.variants import calculate_alora_offsets
+from torch import Tensor, nn
 
-from tests.tiny import ALL_LINEARS, prompt_ids, reconfigure
+from tests.tiny import ALL_LINEARS, hf_logits, prompt_ids, reconfigure
 
 ATTENTION, MLP = ALL_LINEARS[:4], ALL_LINEARS[4:]
 INVOCATION = (5, 6)  # tokens that a prompt must hold for an aLoRA to wake
+ASLEEP = (5, 5, 5)  # tokens that the prompt does not hold
 CONVERTED = "converted"  # not an option: saved with path_initial_model_for_weight_conversion
 EMBEDDINGS = "save_embedding_layers"  # not an option either, but save_pretrained's
 
@@ -101,7 +103,7 @@ OPTIONS: dict[str, list[Any]] = {
     "modules_to_save": [["lm_head"], ["embed_tokens"], ["up_proj"], []],
     "trainable_token_indices": [[3, 4], {"embed_tokens": [5]}],
     "target_parameters": [["mlp.up_proj.weight"], []],
-    "alora_invocation_tokens": [list(INVOCATION)],
+    "alora_invocation_tokens": [list(INVOCATION), [INVOCATION[1]], list(ASLEEP), []],
     "layer_replication": [[(0, 2), (1, 2)]],
     "use_qalora": [True],
     "qalora_group_size": [8],
@@ -161,12 +163,14 @@ def alone() -> list[Case]:
 
 def together(seed: int) -> Iterator[Case]:
     """Random configs without end: PEFT takes not all of them, for some leave no module to adapt."""
-    drawn = random.Random(seed)
+    drawn, woken = random.Random(seed), random.Random(seed)
     while True:
         names = drawn.sample(_DRAWN, drawn.randint(3, 7))
         config = {name: drawn.choice(_PLAIN.get(name, OPTIONS[name])) for name in _DRAWN if name in names}
         if "r" in config:
             config["r"] = drawn.randint(1, 64)
+        if woken.random() < 0.2:
+            config["alora_invocation_tokens"] = list(INVOCATION)
         yield Case(_told(config), config)
 
 
@@ -202,6 +206,18 @@ def train(base: nn.Module, config: dict[str, Any], folder: Path, seed: int) -> P
         peft.save_pretrained(folder, **saving)
     reconfigure(folder, **written)
     return peft.eval()
+
+
+def peft_logits(model: PeftModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """[T, V] float32 of all tokens, as `generate` computes them: an aLoRA is woken by the prompt, not by the answer."""
+    tokens = [*prompt, *answer]
+    if not model.active_peft_config.alora_invocation_tokens:
+        return hf_logits(model, tokens)
+    (offset,) = calculate_alora_offsets(model.peft_config, model.active_adapter, torch.tensor([list(prompt)]))
+    with torch.inference_mode():
+        from_end = None if offset is None else offset + len(answer)
+        logits: Tensor = model(torch.tensor([tokens]), alora_offsets=[from_end]).logits[0]
+    return logits
 
 
 def _step(model: nn.Module) -> None:

@@ -370,6 +370,26 @@ BROKEN: dict[str, tuple[Break, type[AdapterError], tuple[str, ...]]] = {
     ),
     "CorDA": (config(init_lora_weights="corda"), AdapterUnsupportedError, ("'corda' changes the base",)),
     "LoftQ": (config(init_lora_weights="loftq"), AdapterUnsupportedError, ("'loftq' changes the base",)),
+    "an invocation that is text": (
+        config(alora_invocation_tokens="<|go|>"),
+        AdapterFormatError,
+        ("not a PEFT config", "$.alora_invocation_tokens"),
+    ),
+    "an invocation of no tokens that there are": (
+        config(alora_invocation_tokens=[5, -6]),
+        AdapterFormatError,
+        ("alora_invocation_tokens has 2 tokens, the least -6", "up to 256 token ids"),
+    ),
+    "an invocation of a book": (
+        config(alora_invocation_tokens=[5] * 257),
+        AdapterFormatError,
+        ("alora_invocation_tokens has 257 tokens", "up to 256"),
+    ),
+    "an invocation that PEFT never looks for": (
+        config(alora_invocation_tokens=[5, 6], task_type=None),
+        AdapterUnsupportedError,
+        ("alora_invocation_tokens with task_type=None", "save it with task_type='CAUSAL_LM'"),
+    ),
     "a config only of a module to save": (
         config(modules_to_save=["lm_head"]),
         AdapterUnsupportedError,
@@ -416,7 +436,6 @@ def test_every_byte_cut_of_a_header_and_random_damage_are_refused_or_harmless(
         ({"modules_to_save": ["lm_head"]}, AdapterUnsupportedError, "modules_to_save=['lm_head']"),
         ({"trainable_token_indices": [3, 4]}, AdapterUnsupportedError, "trainable_token_indices="),
         ({"target_parameters": ["mlp.up_proj.weight"]}, AdapterUnsupportedError, "target_parameters="),
-        ({"alora_invocation_tokens": [5, 6]}, AdapterUnsupportedError, "alora_invocation_tokens=[5, 6]"),
         ({"layer_replication": [[0, 2], [1, 2]]}, AdapterUnsupportedError, "layer_replication="),
         ({"init_lora_weights": "pissa"}, AdapterUnsupportedError, "'pissa' changes the base model's weights"),
         ({"init_lora_weights": "olora"}, AdapterUnsupportedError, "'olora' changes the base model's weights"),

@@ -21,7 +21,6 @@ _NOT_SERVED = {
     "modules_to_save": "retrain without modules_to_save",
     "trainable_token_indices": "retrain without trainable_token_indices",
     "target_parameters": "use target_modules",
-    "alora_invocation_tokens": "retrain without alora_invocation_tokens",
     "layer_replication": "serve the replicated model as the base",
     "use_qalora": "retrain with use_qalora=False",
     "use_bdlora": "retrain without use_bdlora",
@@ -37,6 +36,7 @@ _PLAIN_NAME = re.compile(r"[\w.]+")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")  # `(...)?` is no repetition: it counts as a quantifier
 _QUANTIFIER = re.compile(r"(?<!\()[*+?{]+")
 _PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|.", re.DOTALL)  # an escape, a set or a character
+_MAX_INVOCATION = 256  # tokens: the prompt is searched for them
 _MAX_PATTERN, _MAX_QUANTIFIERS, _MAX_REGEXES = 256, 4, 64  # 4 quantifiers need at most 0.8 ms a module, 6 need 31
 
 
@@ -57,6 +57,8 @@ class PeftConfig(Struct, frozen=True):
     use_dora: bool | None = False
     lora_bias: bool | None = False
     init_lora_weights: bool | str | None = True
+    alora_invocation_tokens: list[int] | None = None
+    task_type: str | None = None
 
     def scale(self, module: str, rank: int) -> float:
         """Alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732), after alpha_pattern."""
@@ -109,6 +111,7 @@ def parse_config(adapter: str, data: bytes) -> PeftConfig:
             f"init_lora_weights={config.init_lora_weights!r} changes the base model's weights; save it with "
             "path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
         )
+    _check_invocation(adapter, config)
     if config.r < 1 or not math.isfinite(config.lora_alpha):
         raise AdapterFormatError(adapter, f"r={config.r}, lora_alpha={config.lora_alpha}: r must be at least 1")
     if config.use_dora and config.lora_bias:
@@ -126,6 +129,23 @@ def parse_config(adapter: str, data: bytes) -> PeftConfig:
     for pattern in regexes:
         _check_pattern(adapter, pattern)
     return config
+
+
+def _check_invocation(adapter: str, config: PeftConfig) -> None:
+    """An activated LoRA (aLoRA, arXiv 2504.12397) sleeps until the prompt's last `alora_invocation_tokens`."""
+    invocation = config.alora_invocation_tokens or []
+    if len(invocation) > _MAX_INVOCATION or any(token < 0 for token in invocation):
+        raise AdapterFormatError(
+            adapter,
+            f"alora_invocation_tokens has {len(invocation)} tokens, the least {min(invocation)}; give up to "
+            f"{_MAX_INVOCATION} token ids",
+        )
+    if invocation and config.task_type != "CAUSAL_LM":
+        raise AdapterUnsupportedError(
+            adapter,
+            f"alora_invocation_tokens with task_type={config.task_type!r}: PEFT looks for them in CAUSAL_LM only, and "
+            "the adapter would never wake; save it with task_type='CAUSAL_LM'",
+        )
 
 
 def _matching(patterns: dict[str, Any], module: str) -> str | None:

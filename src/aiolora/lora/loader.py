@@ -133,17 +133,19 @@ def _build(
     served = Factors(a_pages, b_pages, kind_scales)
     vectors, more = vector_pages(file, trained, served, layout, pinned=limits.pinned)
     pages |= {layout.vectors_of(kind): 1 for kind in sorted(vectors)}
+    invocation = tuple(config.alora_invocation_tokens or ())
     version = AdapterVersion(
         id=next(_ids),
         name=name,
-        digest=_digest(file.entries, contents | more, scales),
+        digest=_digest(file.entries, contents | more, scales, invocation),
         source=None if isinstance(request, InMemory) else request.lora_path,
         rank=max(ranks.values()),
         pages=tuple(SitePages(kind, count, kind_scales.get(kind, 1.0)) for kind, count in pages.items()),
         nbytes=layout.pages_nbytes(pages),
         base_model_name=request.base_model_name,
         loaded_at=time.time(),
-        additive=not vectors,
+        additive=not (vectors or invocation),
+        invocation=invocation,
     )
     return AdapterWeights(version, a_pages, b_pages, vectors)
 
@@ -293,13 +295,17 @@ def _kind_scales(name: str, scales: dict[str, float], layout: Layout) -> dict[in
     return kind_scales
 
 
-def _digest(entries: dict[str, Entry], contents: dict[Entry, str], scales: dict[str, float]) -> str:
-    """sha256 over every tensor's own sha256 and every module's scale: two configs with one set of tensors differ."""
+def _digest(
+    entries: dict[str, Entry], contents: dict[Entry, str], scales: dict[str, float], invocation: tuple[int, ...]
+) -> str:
+    """sha256 over every tensor's own sha256 and what the config adds: two configs with one set of tensors differ."""
     total = hashlib.sha256()
     for key, entry in sorted(entries.items()):
         total.update(f"{key} {entry.dtype} {list(entry.shape)} {contents[entry]}\n".encode())
     for module in sorted(scales):
         total.update(f"{module} {scales[module]!r}\n".encode())
+    if invocation:
+        total.update(f"invocation {invocation}\n".encode())
     return total.hexdigest()
 
 
