@@ -20,7 +20,7 @@ from aiolora.engine.output import Assembler
 from benchmarks.adapters import make_adapters
 from benchmarks.harness import machine
 from benchmarks.online import at
-from benchmarks.shapes import SHAPES, make_model
+from benchmarks.shapes import SHAPES, started_on
 
 RESIDENT = 4
 
@@ -59,8 +59,7 @@ async def measure(args: argparse.Namespace) -> None:
     resident, fresh = adapters[:RESIDENT], adapters[RESIDENT:]
     double = 2 if args.dtype == "float32" else 1
     engine_args = EngineArgs(
-        model=str(make_model(args.adapters_dir, args.model)),
-        load_format="dummy",
+        **started_on(args.adapters_dir, args.model),  # type: ignore[arg-type]
         dtype=args.dtype,
         max_num_seqs=2 * args.streams,
         max_model_len=2048,
