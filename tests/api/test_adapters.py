@@ -1,9 +1,11 @@
 """Adapters over HTTP, row by row: who may load what, what each refusal says, and that nobody else feels any of it."""
 
 import asyncio
+import gc
 import json
+import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from litestar import Litestar
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest
 from aiolora.api import create_app
+from aiolora.engine.core import Engine
+from aiolora.lora.loader import AdapterWeights
 from tests.conftest import ModelOf
 from tests.malformed import TENSORS, malformed
 from tests.tiny import make_adapter
@@ -196,41 +200,111 @@ async def test_a_stream_beside_malformed_adapters_says_what_it_says_alone(
 # ---- in place ----
 
 
-async def test_reloads_under_load_never_mix_versions(http: Client, folders: list[Path], tmp_path: Path) -> None:
-    solo: dict[str, str] = {}
-    for number, folder in enumerate(folders):  # each version alone, under a name of its own
+LONG_PROMPT = [5 + number % 80 for number in range(40)]  # two whole pages for the prefix cache
+
+
+async def versed(http: Client, model: str) -> tuple[str, str, list[float]]:
+    """Digest of the version that answered, what it said, and the log-probabilities of it."""
+    answer = await http.post(
+        "/v1/completions", json=PROMPT | {"model": model, "prompt": LONG_PROMPT, "max_tokens": 12, "logprobs": 0}
+    )
+    assert answer.status_code == 200, answer.text
+    (choice,) = answer.json()["choices"]
+    return answer.headers["x-aiolora-adapter"].split("@")[1], choice["text"], choice["logprobs"]["token_logprobs"]
+
+
+async def held(engine: AsyncLLMEngine) -> dict[str, object]:
+    """All that adapters and requests take, once nothing is under way."""
+
+    def count(core: Engine) -> dict[str, object]:
+        residency, pool = core._residency, core.scheduler.pool
+        core.scheduler.check()
+        return {
+            "host": sorted((version.name, version.nbytes) for version, _ in residency._host.values()),
+            "device pages": [kind.num_pages - kind.num_available for kind in residency._pools],
+            "KV pages": pool.num_pages - pool.num_available,
+            "leases": dict(residency._leases),
+            "pinned, retired, arriving": (dict(residency._pinned), set(residency._retired), set(residency._arriving)),
+            "going, held, barred": (dict(core._going), dict(core._holds), set(core._barred)),
+            "sequences": dict(core._sequences),
+        }
+
+    await until_async(lambda: _none_draining(engine))
+    gc.collect()
+    registry = engine.intake.registry
+    return await engine._ask(count) | {
+        "names": [version.name for version in registry.versions()],
+        "ids": sorted(registry._ids) + sorted(registry._name_of_id.values()),
+        "streams": (dict(engine._mailboxes), dict(engine._tickets), dict(engine._loading)),
+        "weights alive": sum(type(thing) is AdapterWeights for thing in gc.get_objects()),
+    }
+
+
+async def _none_draining(engine: AsyncLLMEngine) -> bool:
+    gc.collect()  # requests that nobody holds
+    return not any(standing.draining for standing in await engine.lora_standing())
+
+
+async def until_async(holds: Callable[[], Awaitable[bool]]) -> None:
+    for _ in range(500):
+        if await holds():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came to hold")
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+async def test_a_hundred_reloads_under_load_never_mix_versions_and_leave_nothing(
+    http: Client, engine: AsyncLLMEngine, folders: list[Path], tmp_path: Path
+) -> None:
+    solo: dict[str, tuple[str, list[float]]] = {}
+    for number, folder in enumerate(folders):  # each version alone, under a name of its own, nothing cached
         assert (await load(http, f"solo{number}", folder)).status_code == 200
-        answer = await complete(http, f"solo{number}", 24)
-        solo[answer.headers["x-aiolora-adapter"].split("@")[1]] = answer.json()["choices"][0]["text"]
+        digest, said, logprobs = await versed(http, f"solo{number}")
+        solo[digest] = said, logprobs
         await unload(http, f"solo{number}")
-    assert len(set(solo.values())) == len(folders)
+    assert len({said for said, _ in solo.values()}) == len(folders)
 
     place = tmp_path / "live"
     shutil.copytree(folders[0], place)
     assert (await load(http, "live", place)).status_code == 200
+    published = {(await versed(http, "live"))[0]}
+    await text(http, "a0")
+    before, before_mb = await held(engine), resident_mb()
+    cached = engine.snapshot().cached_tokens
     seen: list[str] = []
     reloading = True
 
     async def ask() -> None:
         while reloading:
-            answer = await complete(http, "live", 24)
-            digest = answer.headers["x-aiolora-adapter"].split("@")[1]
-            assert answer.json()["choices"][0]["text"] == solo[digest]
+            digest, said, logprobs = await versed(http, "live")
+            assert digest in published
+            assert said == solo[digest][0]
+            assert logprobs == pytest.approx(solo[digest][1], abs=1e-3), "keys and values of another version"
             seen.append(digest)
 
     askers = [asyncio.create_task(ask()) for _ in range(4)]
-    for number in range(1, 21):
-        shutil.copytree(folders[number % len(folders)], place, dirs_exist_ok=True)
+    for number in range(1, 101):
+        folder = folders[number % len(folders)]
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        published.add(list(solo)[number % len(folders)])  # it may answer before the load says so
         answer = await load(http, "live", place, load_inplace=True)
         assert answer.status_code == 200, answer.text
-        mark = len(seen) + 4
-        await until(lambda mark=mark: len(seen) > mark)  # so one of four askers has asked since the reload
+        assert (await versed(http, "live"))[0] == list(solo)[number % len(folders)], "who asks later gets the new one"
+        if number % 5 == 0:
+            mark = len(seen) + 4
+            await until(lambda mark=mark: len(seen) > mark or any(asker.done() for asker in askers))
     reloading = False
     await asyncio.gather(*askers)
     assert set(seen) == set(solo)
-    assert (await complete(http, "live", 24)).headers["x-aiolora-adapter"].split("@")[1] in solo
-    await asyncio.sleep(0.05)
-    assert [card["id"] for card in (await cards(http)).values()] == ["a0", "live"]
+    await versed(http, "live")
+    await text(http, "a0")
+    assert engine.snapshot().cached_tokens > cached, "the prefix cache was at work"
+    assert await held(engine) == before
+    assert resident_mb() - before_mb < 32
 
 
 async def test_a_reload_that_fails_leaves_the_old_version_serving(
