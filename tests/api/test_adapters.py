@@ -323,6 +323,22 @@ async def test_a_reload_that_fails_leaves_the_old_version_serving(
 # ---- where they are, and pins ----
 
 
+async def test_modules_of_the_start_are_read_when_a_request_names_them(http: Client, folders: list[Path]) -> None:
+    (card,) = (await http.get("/v1/lora_adapters")).json()["data"]
+    assert (card["id"], card["digest"], card["version"], card["residency"]) == ("a0", None, None, "disk")
+    assert (card["rank"], card["requests"], card["draining"]) == (8, 0, False)
+    assert [model["id"] for model in (await http.get("/v1/models")).json()["data"]] == ["base", "a0"]
+    assert (await http.get("/v1/models/a0")).json()["root"] == str(folders[0])
+    assert refusal(await load(http, "a0", folders[1])) == (400, None, "adapter_conflict")
+    nbytes = card["bytes"]
+    answer = await complete(http, "a0")
+    (card,) = (await http.get("/v1/lora_adapters")).json()["data"]
+    assert (card["version"], card["residency"]) == (answer.headers["x-aiolora-adapter"], "gpu")
+    assert card["bytes"] == nbytes
+    assert (await unload(http, "a0")).status_code == 200
+    assert (await http.get("/v1/lora_adapters")).json()["data"] == []
+
+
 async def test_the_list_says_where_an_adapter_is_and_who_needs_it(http: Client, folders: list[Path]) -> None:
     assert (await load(http, "a1", folders[1], pinned=True)).status_code == 200
     await text(http, "a0")

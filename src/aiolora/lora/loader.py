@@ -13,6 +13,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from aiolora.lora.memory import HeldTensors, InMemory
 from aiolora.lora.paging import Module, fill
 from aiolora.lora.tensorfile import Entry, TensorFile, Tensors
 from aiolora.ops.linear import RANKS_PER_PAGE
-from aiolora.types import AdapterVersion, LoRARequest, SitePages
+from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest, SitePages
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,21 @@ def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits
         return _build(name, config, file, layout, limits, request)
 
 
+def check_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> AnnouncedAdapter:
+    """All that the config and the header of the tensors say of the adapter at `request.lora_path`. Blocks.
+
+    What only the tensors' bytes can tell (digest, values that are not finite) `load_adapter` finds. Raises as it.
+    """
+    name = request.lora_name
+    folder = locate(name, request.lora_path)
+    config = parse_config(name, read_file(name, folder / CONFIG, MAX_CONFIG))
+    with open_tensors(name, folder) as file:
+        outline = _outline(name, config, file.entries, layout, limits)
+    return AnnouncedAdapter(
+        request=request, rank=outline.rank, nbytes=layout.pages_nbytes(outline.pages), announced_at=time.time()
+    )
+
+
 def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
     if config.base_model_name_or_path and not _same_base(config.base_model_name_or_path, limits.base_model):
         logger.warning(
@@ -88,10 +104,18 @@ def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
         )
 
 
-def _build(
-    name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
-) -> AdapterWeights:
-    factors = _factors(name, config, file.entries, layout)
+class _Outline(NamedTuple):
+    """What an adapter will be, before any tensor is read."""
+
+    modules: list[Module]
+    pages: dict[int, int]  # kind -> count
+    kind_scales: dict[int, float]
+    scales: dict[str, float]  # of each module
+    rank: int  # the largest
+
+
+def _outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: Layout, limits: Limits) -> _Outline:
+    factors = _factors(name, config, entries, layout)
     ranks: dict[int, int] = {}
     scales: dict[str, float] = {}
     for module, (a, b) in factors.items():
@@ -116,13 +140,20 @@ def _build(
         Module(*pair, layout.targets[module], scales[module] / (kind_scales[layout.targets[module].kind] or 1.0))
         for module, pair in factors.items()
     ]
+    return _Outline(modules, pages, kind_scales, scales, max(ranks.values()))
+
+
+def _build(
+    name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
+) -> AdapterWeights:
+    modules, pages, kind_scales, scales, rank = _outline(name, config, file.entries, layout, limits)
     a_pages, b_pages, contents = fill(file, modules, pages, layout, pinned=limits.pinned)
     version = AdapterVersion(
         id=next(_ids),
         name=name,
         digest=_digest(file.entries, contents, scales),
         source=None if isinstance(request, InMemory) else request.lora_path,
-        rank=max(ranks.values()),
+        rank=rank,
         pages=tuple(SitePages(kind, count, kind_scales[kind]) for kind, count in pages.items()),
         nbytes=layout.pages_nbytes(pages),
         base_model_name=request.base_model_name,
