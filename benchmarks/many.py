@@ -95,13 +95,19 @@ async def compare(
         spent = time.process_time() - before
         rounds.pace.setdefault(name, []).append(pace)
         rounds.cost.setdefault(name, []).append(spent * 1e3 / (len(loras) * args.outputs))
-        rounds.answers = answers  # of the last side: what is held against the reference
+        if engine is many:  # of its last side: what is held against the reference
+            rounds.answers = answers
 
     async def turn(spread: str) -> None:
         five = chance.choices(adapters[:FEW], k=args.requests)
-        await side(f"{FEW} of {FEW} known ({spread})", few, five)
-        await side(f"{FEW} of {len(adapters)} known ({spread})", many, five)
-        await side(spread, many, chance.choices(drawn, weights, k=args.requests))
+        sides = [
+            (f"{FEW} of {FEW} known ({spread})", few, five),
+            (f"{FEW} of {len(adapters)} known ({spread})", many, five),
+            (spread, many, chance.choices(drawn, weights, k=args.requests)),
+        ]
+        chance.shuffle(sides)
+        for name, engine, loras in sides:
+            await side(name, engine, loras)
 
     for engine in (few, many):  # warm up
         await traffic(engine, adapters[:FEW] * 2, args, fresh)
