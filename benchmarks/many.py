@@ -3,10 +3,10 @@
     python -m benchmarks.many --out results
     python -m benchmarks.many --model llama-3.1-8b --clients 64 --requests 512 --out results
 
-Adapters of rank 8 on q and v, a file each. Two engines of one kind in one process: one knows five, the other all
-(`announce_lora`: config and header are checked, tensors are read when somebody asks). Clients that ask again at once
-make the same requests of either, in rounds that take turns: to the five, on both; and to all, drawn by zipf, first as
-they come off the disk, then from host memory.
+Adapters of rank 8 on q and v, a file each. One engine, which in every round knows five of them and then all, or the
+other way round (`announce_lora`: config and header are checked, tensors are read when somebody asks; `remove_lora`).
+Clients that ask again at once make the same requests: to the five, while five are known and while all are, and to all,
+drawn by zipf, as they come off the disk; at last, with all in host memory, to the five and to all once more.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import random
 import statistics
 import tempfile
 import time
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,17 +38,20 @@ class Rounds:
 
     pace: dict[str, list[float]] = field(default_factory=dict)  # output tokens a second
     cost: dict[str, list[float]] = field(default_factory=dict)  # ms of processors for one, all threads together
-    answers: list[Answer] = field(default_factory=list)
 
-    def fall(self, side: str, over: str) -> float:
-        """Percent by which `side` is slower: the median over the rounds."""
-        pairs = zip(self.pace[side], self.pace[over])
-        return statistics.median(100 - 100 * one / other for one, other in pairs)
+    def put(self, side: str, tokens: int, took_s: float, spent_s: float) -> None:
+        self.pace.setdefault(side, []).append(tokens / took_s)
+        self.cost.setdefault(side, []).append(spent_s * 1e3 / tokens)
 
-    def dearer(self, side: str, over: str) -> float:
-        """Percent by which it takes more of the processors: on a CPU the same, but neighbours hardly tell."""
-        pairs = zip(self.cost[side], self.cost[over])
-        return statistics.median(100 - 100 * other / one for one, other in pairs)
+    def rows(self, side: str, over: str) -> list[tuple[str, float, str, str]]:
+        """Medians over the rounds. On a CPU processor time is what pace is made of, and neighbours tell less in it."""
+        slower = statistics.median(100 - 100 * one / other for one, other in zip(self.pace[side], self.pace[over]))
+        dearer = statistics.median(100 - 100 * other / one for one, other in zip(self.cost[side], self.cost[over]))
+        return [
+            (side, statistics.median(self.pace[side]), "tokens/s", ""),
+            (f"  slower than {over} by", slower, "%", "bar: 5.5"),
+            ("  by processor time", dearer, "%", ""),
+        ]
 
 
 def read_nbytes() -> int:
@@ -63,83 +65,101 @@ def resident_nbytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def traffic(
-    engine: AsyncLLMEngine, loras: list[LoRARequest], args: argparse.Namespace, fresh: random.Random
-) -> tuple[float, list[Answer]]:
-    """Output tokens a second of one request for each of `loras`, `args.clients` at a time."""
-    vocab, waiting = SHAPES[args.model].vocab, list(enumerate(loras))[::-1]
-    answers: list[Answer] = []
+class Traffic:
+    """Clients of one engine, and the books on what they got."""
 
-    async def client() -> None:
-        while waiting:
-            number, lora = waiting.pop()
-            ids = [fresh.randrange(300, vocab) for _ in range(args.inputs + number % 7)]
-            answers.append(await ask(engine, ids, args.outputs, lora))
+    def __init__(self, engine: AsyncLLMEngine, adapters: list[LoRARequest], args: argparse.Namespace) -> None:
+        self.rounds = Rounds()
+        self.answers: list[Answer] = []  # to the last requests
+        self._engine, self._args = engine, args
+        self._five, self._all = adapters[:FEW], adapters[FEW:] + adapters[:FEW]  # the five are not the popular ones
+        self._weights = [1 / place for place in range(1, len(adapters) + 1)]
+        self._chance, self._fresh = random.Random(0), random.Random(1)
 
-    start = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(args.clients)))
-    return len(loras) * args.outputs / (time.perf_counter() - start), answers
+    async def to_five(self, side: str | None) -> None:
+        await self._run(side, self._chance.choices(self._five, k=self._args.requests))
+
+    async def to_all(self, side: str) -> None:
+        await self._run(side, self._chance.choices(self._all, self._weights, k=self._args.requests))
+
+    async def _run(self, side: str | None, loras: list[LoRARequest]) -> None:
+        """One request for each of `loras`, `args.clients` at a time. `side` None: they do not count."""
+        waiting, outputs = list(enumerate(loras)), self._args.outputs
+        self.answers = []
+
+        async def client() -> None:
+            while waiting:
+                number, lora = waiting.pop()
+                length = self._args.inputs + number % 7
+                ids = [self._fresh.randrange(300, SHAPES[self._args.model].vocab) for _ in range(length)]
+                self.answers.append(await ask(self._engine, ids, outputs, lora))
+
+        start, before = time.perf_counter(), time.process_time()
+        await asyncio.gather(*(client() for _ in range(self._args.clients)))
+        if side is not None:
+            took, spent = time.perf_counter() - start, time.process_time() - before
+            self.rounds.put(side, len(loras) * outputs, took, spent)
 
 
 async def compare(
-    few: AsyncLLMEngine, many: AsyncLLMEngine, adapters: list[LoRARequest], args: argparse.Namespace
-) -> tuple[Rounds, list[tuple[str, float, str, str]]]:
-    rounds, fresh, chance = Rounds(), random.Random(1), random.Random(0)
-    weights = [1 / place for place in range(1, len(adapters) + 1)]
-    drawn = adapters[FEW:] + adapters[:FEW]  # so that the five are not the popular ones
-    rows: list[tuple[str, float, str, str]] = []
+    engine: AsyncLLMEngine, traffic: Traffic, adapters: list[LoRARequest], args: argparse.Namespace
+) -> list[tuple[str, float, str, str]]:
+    total, rest = len(adapters), adapters[FEW:]
+    few, many, spread = f"{FEW} of {FEW} known", f"{FEW} of {total} known", f"all {total}, off the disk"
+    held_few, held_many = f"{FEW} of {total} in host memory", f"all {total}, in host memory"
+    announced: list[float] = []
 
-    async def side(name: str, engine: AsyncLLMEngine, loras: list[LoRARequest]) -> None:
-        before = time.process_time()
-        pace, answers = await traffic(engine, loras, args, fresh)
-        spent = time.process_time() - before
-        rounds.pace.setdefault(name, []).append(pace)
-        rounds.cost.setdefault(name, []).append(spent * 1e3 / (len(loras) * args.outputs))
-        if engine is many:  # of its last side: what is held against the reference
-            rounds.answers = answers
+    async def know_all() -> None:
+        start = time.perf_counter()
+        for lora in rest:
+            await engine.announce_lora(lora)
+        announced.append(time.perf_counter() - start)
 
-    async def turn(spread: str) -> None:
-        five = chance.choices(adapters[:FEW], k=args.requests)
-        sides = [
-            (f"{FEW} of {FEW} known ({spread})", few, five),
-            (f"{FEW} of {len(adapters)} known ({spread})", many, five),
-            (spread, many, chance.choices(drawn, weights, k=args.requests)),
-        ]
-        chance.shuffle(sides)
-        for name, engine, loras in sides:
-            await side(name, engine, loras)
-
-    for engine in (few, many):  # warm up
-        await traffic(engine, adapters[:FEW] * 2, args, fresh)
-    spreads = (f"zipf over {len(adapters)}, off the disk", f"zipf over {len(adapters)}, in host memory")
+    for lora in adapters[:FEW]:
+        await engine.announce_lora(lora)
+    await traffic.to_five(None)
+    before = read_nbytes()
+    await know_all()
+    read = read_nbytes() - before
     for number in range(args.rounds):
-        await turn(spreads[0])
+        for known in (True, False) if number % 2 == 0 else (False, True):
+            if known and len(engine.intake.registry.known()) < total:
+                await know_all()
+            elif not known:
+                for lora in rest:
+                    await engine.remove_lora(lora.lora_name)
+                await traffic.to_five(few)
+            if known:
+                for side in (traffic.to_five(many), traffic.to_all(spread)):
+                    await side
         print(f"# round {number + 1} of {args.rounds}, load {os.getloadavg()[0]:.1f}", flush=True)
-    loaded = {version.name for version in await many.list_loras()}
+    loaded = {version.name for version in await engine.list_loras()}
     before, start = resident_nbytes(), time.perf_counter()
-    versions = [await many.add_lora(lora) for lora in adapters if lora.lora_name not in loaded]
-    if versions:
-        took, computed = time.perf_counter() - start, sum(version.nbytes for version in versions)
-        rows.append(("reading an adapter", took / len(versions) * 1e3, "ms", f"{len(versions)} of them, one by one"))
-        rows.append(("host memory computed for them", computed / 1e6, "MB", f"{versions[0].nbytes / 1e6:.2f} MB each"))
-        rows.append(("  measured (resident set)", (resident_nbytes() - before) / 1e6, "MB", ""))
+    versions = [await engine.add_lora(lora) for lora in adapters if lora.lora_name not in loaded]
+    took, computed = time.perf_counter() - start, sum(version.nbytes for version in versions)
+    grown = resident_nbytes() - before
     for number in range(args.rounds):
-        await turn(spreads[1])
-        print(f"# round {number + 1} of {args.rounds}, load {os.getloadavg()[0]:.1f}", flush=True)
-    for spread in spreads:
-        reference = f"{FEW} of {FEW} known ({spread})"
-        rows.append((reference, statistics.median(rounds.pace[reference]), "tokens/s", ""))
-        for name in (f"{FEW} of {len(adapters)} known ({spread})", spread):
-            rows.append((f"  {name}", statistics.median(rounds.pace[name]), "tokens/s", ""))
-            rows.append(("    slower by", rounds.fall(name, reference), "%", "bar: 5.5"))
-            rows.append(("    slower by processor time", rounds.dearer(name, reference), "%", ""))
-    return rounds, rows
+        for side in (traffic.to_five(held_few), traffic.to_all(held_many))[:: 1 if number % 2 else -1]:
+            await side
+        print(f"# in memory: round {number + 1} of {args.rounds}, load {os.getloadavg()[0]:.1f}", flush=True)
+    on_disk = sum((Path(lora.lora_path) / "adapter_model.safetensors").stat().st_size for lora in adapters)
+    return [
+        (f"making {len(rest)} more known", statistics.median(announced), "s", ""),
+        ("  bytes read for it", read / 1e6, "MB", f"of {on_disk / 1e6:.0f} MB on disk"),
+        ("reading an adapter", took / len(versions) * 1e3, "ms", f"{len(versions)} of them, one by one"),
+        ("  host memory computed for them", computed / 1e6, "MB", f"{versions[0].nbytes / 1e6:.2f} MB each"),
+        ("  measured (resident set)", grown / 1e6, "MB", ""),
+        (few, statistics.median(traffic.rounds.pace[few]), "tokens/s", ""),
+        *traffic.rounds.rows(many, few),
+        *traffic.rounds.rows(spread, few),
+        (held_few, statistics.median(traffic.rounds.pace[held_few]), "tokens/s", ""),
+        *traffic.rounds.rows(held_many, held_few),
+    ]
 
 
 async def measure(args: argparse.Namespace) -> None:
     shape = SHAPES[args.model]
     adapters = make_adapters(args.adapters_dir, args.model, args.adapters, rank=RANK, on=ON, share=0.25)
-    on_disk = sum((Path(lora.lora_path) / "adapter_model.safetensors").stat().st_size for lora in adapters)
     engine_args = EngineArgs(
         **started_on(args.adapters_dir, args.model),  # type: ignore[arg-type]
         max_num_seqs=args.clients,
@@ -151,21 +171,12 @@ async def measure(args: argparse.Namespace) -> None:
         lora_memory=2 * args.clients * shape.adapter_nbytes(RANK),
         kv_cache_memory=args.clients * 1024 * shape.kv_nbytes,
     )
-    rows: list[tuple[str, float, str, str]] = []
-    async with AsyncExitStack() as stack:
-        few, many = [await stack.enter_async_context(AsyncLLMEngine.from_engine_args(engine_args)) for _ in range(2)]
-        for engine, known in ((few, adapters[:FEW]), (many, adapters)):
-            before, start = read_nbytes(), time.perf_counter()
-            for lora in known:
-                await engine.announce_lora(lora)
-            rows.append((f"making {len(known)} known", time.perf_counter() - start, "s", ""))
-        read = read_nbytes() - before
-        rows.append(("  bytes read for it", read / 1e6, "MB", f"of {on_disk / 1e6:.0f} MB on disk"))
-        rounds, more = await compare(few, many, adapters, args)
-        rows += more
-        assert many._built is not None
-        picked = random.Random(0).sample(rounds.answers, min(4, len(rounds.answers)))
-        reference = Reference(many._built.engine._runner._model, args.model)  # type: ignore[attr-defined]
+    async with AsyncLLMEngine.from_engine_args(engine_args) as engine:
+        traffic = Traffic(engine, adapters, args)
+        rows = await compare(engine, traffic, adapters, args)
+        assert engine._built is not None
+        picked = random.Random(0).sample(traffic.answers, min(4, len(traffic.answers)))
+        reference = Reference(engine._built.engine._runner._model, args.model)  # type: ignore[attr-defined]
         check = reference.check([each.output for each in picked], [each.output.lora_request for each in picked])
     load = f"load {os.getloadavg()[0]:.1f}"
     args.out.mkdir(parents=True, exist_ok=True)
