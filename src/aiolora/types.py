@@ -143,6 +143,27 @@ class AdapterVersion(Struct, frozen=True):
         return f"{self.name}@{self.digest[:12]}"
 
 
+class AnnouncedAdapter(Struct, frozen=True, kw_only=True):
+    """A name that is known though nothing was read yet but the config and the header of the tensors."""
+
+    request: LoRARequest
+    rank: int
+    nbytes: int  # of its pages
+    announced_at: float  # time.time()
+
+    @property
+    def name(self) -> str:
+        return self.request.lora_name
+
+    @property
+    def source(self) -> str:
+        return self.request.lora_path
+
+    @property
+    def base_model_name(self) -> str | None:
+        return self.request.base_model_name
+
+
 def read_again(version: AdapterVersion) -> LoRARequest:
     """The request that reads a version's bytes a second time. The id plays no part in reading."""
     assert version.source is not None, "a version from memory is never evicted"

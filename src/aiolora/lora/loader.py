@@ -13,6 +13,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from aiolora.lora.paging import Module, fill
 from aiolora.lora.tensorfile import Entry, TensorFile, Tensors
 from aiolora.lora.vectors import Factors, Vectors, vector_pages
 from aiolora.ops.linear import RANKS_PER_PAGE
-from aiolora.types import AdapterVersion, LoRARequest, SitePages
+from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest, SitePages
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,21 @@ def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits
         return _build(name, config, file, layout, limits, request)
 
 
+def check_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> AnnouncedAdapter:
+    """All that the config and the header of the tensors say of the adapter at `request.lora_path`. Blocks.
+
+    What only the tensors' bytes can tell (digest, values that are not finite) `load_adapter` finds. Raises as it.
+    """
+    name = request.lora_name
+    folder = locate(name, request.lora_path)
+    config = parse_config(name, read_file(name, folder / CONFIG, MAX_CONFIG))
+    with open_tensors(name, folder) as file:
+        outline = _outline(name, config, file.entries, layout, limits)
+    return AnnouncedAdapter(
+        request=request, rank=outline.rank, nbytes=layout.pages_nbytes(outline.pages), announced_at=time.time()
+    )
+
+
 def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
     if config.base_model_name_or_path and not _same_base(config.base_model_name_or_path, limits.base_model):
         logger.warning(
@@ -95,10 +111,19 @@ def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
         )
 
 
-def _build(
-    name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
-) -> AdapterWeights:
-    parts = _parts(name, config, file.entries, layout)
+class _Outline(NamedTuple):
+    """What an adapter will be, before any tensor is read."""
+
+    parts: dict[str, dict[str, Entry]]  # the tensors of every module
+    modules: list[Module]
+    pages: dict[int, int]  # kind -> count
+    kind_scales: dict[int, float]
+    scales: dict[str, float]  # of each module
+    rank: int  # the largest
+
+
+def _outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: Layout, limits: Limits) -> _Outline:
+    parts = _parts(name, config, entries, layout)
     factors = {module: (own[_A], own[_B]) for module, own in parts.items() if _A in own}
     ranks: dict[int, int] = {}
     scales: dict[str, float] = {}
@@ -124,6 +149,13 @@ def _build(
         Module(*pair, layout.targets[module], scales[module] / (kind_scales[layout.targets[module].kind] or 1.0))
         for module, pair in factors.items()
     ]
+    return _Outline(parts, modules, pages, kind_scales, scales, max(ranks.values()))
+
+
+def _build(
+    name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
+) -> AdapterWeights:
+    parts, modules, pages, kind_scales, scales, rank = _outline(name, config, file.entries, layout, limits)
     a_pages, b_pages, contents = fill(file, modules, pages, layout, pinned=limits.pinned)
     trained = [
         Vectors(module, layout.targets[module], scales.get(module, 0.0), *map(own.get, _VECTORS))
@@ -139,7 +171,7 @@ def _build(
         name=name,
         digest=_digest(file.entries, contents | more, scales, invocation),
         source=None if isinstance(request, InMemory) else request.lora_path,
-        rank=max(ranks.values()),
+        rank=rank,
         pages=tuple(SitePages(kind, count, kind_scales.get(kind, 1.0)) for kind, count in pages.items()),
         nbytes=layout.pages_nbytes(pages),
         base_model_name=request.base_model_name,
