@@ -121,6 +121,10 @@ OPTIONS: dict[str, list[Any]] = {
 }
 # What an option needs beside it to mean anything.
 _COMPANY: dict[str, dict[str, Any]] = {
+    "target_parameters": {
+        "rank_pattern": {"0.mlp.up_proj.weight": 3},
+        "alpha_pattern": {"up_proj.weight": 5, "up_proj": 1},
+    },
     "layers_pattern": {"layers_to_transform": [1]},
     "eva_config": {"init_lora_weights": "eva"},
     "lora_ga_config": {"init_lora_weights": "lora_ga"},

@@ -305,6 +305,11 @@ BROKEN: dict[str, tuple[Break, type[AdapterError], tuple[str, ...]]] = {
         AdapterFormatError,
         ("target_modules names 'o_proj', but no tensor belongs to it",),
     ),
+    "a parameter without tensors": (
+        config(target_parameters=["mlp.up_proj.weight"]),
+        AdapterFormatError,
+        ("target_parameters names 'mlp.up_proj.weight', but no tensor belongs to it in 2 modules",),
+    ),
     "a head without tensors": (
         config(target_modules=["q_proj", "v_proj", "lm_head"]),
         AdapterFormatError,
@@ -435,7 +440,6 @@ def test_every_byte_cut_of_a_header_and_random_damage_are_refused_or_harmless(
     [
         ({"modules_to_save": ["lm_head"]}, AdapterUnsupportedError, "modules_to_save=['lm_head']"),
         ({"trainable_token_indices": [3, 4]}, AdapterUnsupportedError, "trainable_token_indices="),
-        ({"target_parameters": ["mlp.up_proj.weight"]}, AdapterUnsupportedError, "target_parameters="),
         ({"layer_replication": [[0, 2], [1, 2]]}, AdapterUnsupportedError, "layer_replication="),
         ({"init_lora_weights": "pissa"}, AdapterUnsupportedError, "'pissa' changes the base model's weights"),
         ({"init_lora_weights": "olora"}, AdapterUnsupportedError, "'olora' changes the base model's weights"),

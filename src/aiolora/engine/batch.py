@@ -76,7 +76,7 @@ class Routes(NamedTuple):
     counts: list[int]  # tokens of each segment
     pages: list[list[list[int]]]  # of each mix and kind
     scales: list[list[list[float]]]  # one for each page
-    vector_pages: list[list[int]]  # of each mix and kind; -1: none
+    vector_pages: dict[int, dict[int, int]]  # mix -> kind -> page, of those that have any
 
     @property
     def width(self) -> int:
@@ -125,22 +125,21 @@ class Packer:
             counts.append(count)
         if not numbers:
             return None
-        routes = Routes(mixes, counts, [], [], [])
-        for mix in numbers:
+        routes = Routes(mixes, counts, [], [], {})
+        for mix, number in numbers.items():
             pages: list[list[int]] = [[] for _ in range(self._num_kinds)]
             scales: list[list[float]] = [[] for _ in range(self._num_kinds)]
-            vector_pages = [-1] * self._num_kinds
             for version, weight in mix.parts:
                 placed = self._residency.pages(version)
                 for site in version.pages:
                     if site.kind >= self._num_kinds:
-                        (vector_pages[site.kind - self._num_kinds],) = placed[site.kind]
+                        (page,) = placed[site.kind]
+                        routes.vector_pages.setdefault(number, {})[site.kind - self._num_kinds] = page
                         continue
                     pages[site.kind] += placed[site.kind]
                     scales[site.kind] += [site.scale * weight] * site.count
             routes.pages.append(pages)
             routes.scales.append(scales)
-            routes.vector_pages.append(vector_pages)
         return routes
 
     def lay_out(
@@ -191,7 +190,7 @@ class Packer:
         elif not bucket.decodes:
             numbers["logits_at"] = _padded(_int32(_logits_at(batch, query_starts)), num_seqs, 0)
         if routes is not None or (bucket is not None and bucket.mixes):
-            numbers |= self._rows(routes or Routes([], [], [], [], []), size, bucket)
+            numbers |= self._rows(routes or Routes([], [], [], [], {}), size, bucket)
         return numbers | {"block_tables": block_tables}
 
     def _rows(self, routes: Routes, size: int, bucket: Bucket | None) -> Numbers:
@@ -219,7 +218,11 @@ class Packer:
         if bucket is not None:
             width, most_tiles, most_items = bucket.pages, bucket.tiles, bucket.tiles * bucket.pages // 2
         pages, scales = self._tables(routes, width)
-        vector_pages = _int32([*routes.vector_pages, [-1] * self._num_kinds])
+        vector_pages = np.full((most_tiles, self._num_kinds), -1, dtype=np.int32)
+        if routes.vector_pages:
+            for number, mix in enumerate(mix_of_tile):
+                for kind, page in routes.vector_pages.get(mix, {}).items():
+                    vector_pages[number, kind] = page
         perm = mix_of_token.argsort(kind="stable").astype(np.int32)
         owners = np.empty(size, dtype=np.int32)
         owners[perm] = np.repeat(np.arange(len(tiles)), [count for _, count in tiles])
@@ -229,7 +232,7 @@ class Packer:
             "items": _padded(_int32(items).reshape(-1, 4), most_items, (-1, 0, 0, 0)),
             "pages": _padded(pages[mix_of_tile], most_tiles, -1),
             "scales": _padded(scales[mix_of_tile], most_tiles, 0.0),
-            "vector_pages": _padded(vector_pages[mix_of_tile], most_tiles, -1),
+            "vector_pages": vector_pages,
             "owners": owners,
         }
 

@@ -20,7 +20,6 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _NOT_SERVED = {
     "modules_to_save": "retrain without modules_to_save",
     "trainable_token_indices": "retrain without trainable_token_indices",
-    "target_parameters": "use target_modules",
     "layer_replication": "serve the replicated model as the base",
     "use_qalora": "retrain with use_qalora=False",
     "use_bdlora": "retrain without use_bdlora",
@@ -49,6 +48,7 @@ class PeftConfig(Struct, frozen=True):
     lora_alpha: float = 8
     use_rslora: bool = False
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     rank_pattern: dict[str, int] = {}
@@ -62,12 +62,17 @@ class PeftConfig(Struct, frozen=True):
 
     def scale(self, module: str, rank: int) -> float:
         """Alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732), after alpha_pattern."""
-        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module) or "", self.lora_alpha)
+        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, self._target(module)) or "", self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def rank(self, module: str) -> int:
         """The rank that the config gives to `module`, after rank_pattern."""
-        return self.rank_pattern.get(_matching(self.rank_pattern, module) or "", self.r)
+        return self.rank_pattern.get(_matching(self.rank_pattern, self._target(module)) or "", self.r)
+
+    def _target(self, module: str) -> str:
+        """What patterns are held against: the module, or its weight where target_parameters names that."""
+        weight = weight_of(module)
+        return weight if any(stands_for(name, weight) for name in self.target_parameters or ()) else module
 
     def spares(self, module: str) -> bool:
         """Whether exclude_modules or layers_to_transform keep `module` out of target_modules."""
@@ -83,6 +88,11 @@ class PeftConfig(Struct, frozen=True):
             return False  # PEFT asks for the layer only where a name is the end of a module's
         layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
         return layer is None or int(layer[1]) not in ([layers] if isinstance(layers, int) else layers)
+
+
+def weight_of(module: str) -> str:
+    """The parameter of `module` that target_parameters may name: LoRA on it is LoRA on the module."""
+    return f"{module}.weight"
 
 
 def stands_for(name: str, module: str) -> bool:

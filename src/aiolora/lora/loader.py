@@ -26,7 +26,7 @@ from aiolora.errors import (
     AdapterUnsupportedError,
 )
 from aiolora.hub import fetch
-from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
+from aiolora.lora.adapter import PeftConfig, parse_config, stands_for, weight_of
 from aiolora.lora.layout import Layout, Target
 from aiolora.lora.memory import HeldTensors, InMemory
 from aiolora.lora.paging import Module, fill
@@ -275,6 +275,14 @@ def _parts(name: str, config: PeftConfig, entries: dict[str, Entry], layout: Lay
                     f"target_modules names {wanted!r}, but no tensor belongs to it in {len(bare)} of {len(meant)} "
                     f"modules: {bare[:3]}",
                 )
+    for wanted in config.target_parameters or ():
+        if bare := [
+            module for module in layout.targets if stands_for(wanted, weight_of(module)) and module not in adapted
+        ]:
+            raise AdapterFormatError(
+                name,
+                f"target_parameters names {wanted!r}, but no tensor belongs to it in {len(bare)} modules: {bare[:3]}",
+            )
     for module, own in found.items():
         _check_vectors(name, config, module, own, layout.targets[module])
     return dict(sorted(found.items()))

@@ -91,9 +91,9 @@ def _norms(target: Target, factors: Factors, layout: Layout) -> Tensor:
     kind, layer, index = target[:3]
     low, high = layout.kinds[kind].bounds[index : index + 2]
     weight = target.weight
-    norms = torch.empty(target.outputs, dtype=torch.float32, device=weight.device)
     rows = max(1, _BLOCK // target.inputs)
-    with torch.cuda.stream(_beside(weight.device) if weight.is_cuda else None):
+    with torch.cuda.stream(_beside(weight.device) if weight.is_cuda else None):  # all of its memory, too
+        norms = torch.empty(target.outputs, dtype=torch.float32, device=weight.device)
         a_RK = torch.cat([page[layer, index].to(weight.device) for page in factors.a[kind]]).float()
         b_RN = torch.cat([page[layer, :, low:high].to(weight.device) for page in factors.b[kind]]).float()
         for start in range(0, target.outputs, rows):
