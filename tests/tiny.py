@@ -31,6 +31,7 @@ from aiolora.engine.batch import Packer
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence as Answer
+from aiolora.lora.kinds import PageKinds, Room
 from aiolora.lora.residency import Residency
 from aiolora.models.decoder import Decoder
 from aiolora.models.loading import load_decoder
@@ -267,8 +268,8 @@ class Loaded:
     def of(cls, folder: Path, **args: Any) -> "Loaded":
         model = load_decoder(EngineArgs(model=str(folder), **({"dtype": "float32"} | args)), folder, device="cpu")
         cache = KVCache(model.config, num_pages=128, page_size=4, dtype=model.embed.weight.dtype, device="cpu")
-        residency: Residency[None] = Residency(num_kinds=0, num_pages=0, max_host=1)
-        return cls(model, cache, Packer(page_size=4, num_kinds=0, residency=residency, device="cpu"))
+        residency: Residency[None] = Residency(PageKinds(0), Room(0), max_host=1)
+        return cls(model, cache, Packer(page_size=4, kinds=PageKinds(0), residency=residency, device="cpu"))
 
     def sequences(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
         """Sequences whose pages lie scattered among each other's."""

@@ -50,7 +50,7 @@ class EngineArgs(Struct, kw_only=True, frozen=True):
     lora_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Meta(description="auto: the model's dtype")
     ] = "auto"
-    lora_memory: Annotated[Positive | None, Meta(description="bytes for adapters on the device")] = None
+    lora_memory: Annotated[Positive | None, Meta(description="bytes for rank pages of adapters on the device")] = None
     lora_ends_memory: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(description="more bytes for what they change of embedding, head and norms; 0: nothing is served of that"),

@@ -133,24 +133,30 @@ class LLMEngine:
         self._intake.registry.check(lora, number)
         return self._publish(self._built.load(source), number, replace=load_inplace)
 
+    def announce_lora(self, lora: LoRARequest) -> None:
+        """Make a name known, to be read when it is first asked for: as `AsyncLLMEngine.announce_lora`."""
+        self._intake.parts(lora)
+        if self._intake.registry.match(lora) is None:
+            self._intake.registry.announce(self._built.check(lora))
+
     def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
         """Forget an adapter, by name or `lora_int_id`. False: it was not known.
 
         Requests under way finish, and what it takes is free after the last; `force`: they end with "abort".
         """
         name = self._intake.registry.named(lora)
-        version = self._intake.registry.forget(name) if name is not None else None
-        if version is not None:
-            self._engine.drop_adapter(version, force=force)
-        return version is not None
+        known = self._intake.registry.forget(name) if name is not None else None
+        if isinstance(known, AdapterVersion):
+            self._engine.drop_adapter(known, force=force)
+        return known is not None
 
     def pin_lora(self, lora: str | int) -> None:
         """Never evict it: as `AsyncLLMEngine.pin_lora`. Raises `UnknownModelError` and `AdapterMemoryError`."""
-        self._engine.pin_adapter(self._intake.registry.get(lora))
+        self._engine.pin_adapter(self._loaded(lora))
 
     def unpin_lora(self, lora: str | int) -> None:
         """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
-        self._engine.unpin_adapter(self._intake.registry.get(lora))
+        self._engine.unpin_adapter(self._loaded(lora))
 
     def lora_standing(self) -> list[AdapterStanding]:
         """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""
@@ -193,7 +199,7 @@ class LLMEngine:
     def _version(self, lora: str | LoRARequest) -> AdapterVersion:
         registry = self._intake.registry
         if isinstance(lora, str):
-            return registry.find(lora)
+            return self._loaded(lora)
         known = registry.match(lora)
         if known is not None:
             return known
@@ -201,6 +207,12 @@ class LLMEngine:
         ahead = self._ahead.pop(lora, None)
         weights = self._built.load(lora) if ahead is None else ahead.result()
         return self._publish(weights, lora.lora_int_id, replace=lora.load_inplace)
+
+    def _loaded(self, lora: str | int) -> AdapterVersion:
+        registry = self._intake.registry
+        name = registry.named(lora)
+        announced = registry.announced(name) if name is not None else None
+        return registry.get(lora) if announced is None else self._version(announced.request)
 
     def _publish(self, weights: AdapterWeights, number: int, *, replace: bool) -> AdapterVersion:
         old = self._intake.registry.publish(weights.version, number, replace=replace)

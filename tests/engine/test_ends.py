@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from aiolora import LLM, LoRARequest, SamplingParams
 from aiolora.engine.batch import Bucket, Packer, mixes_of_logits
 from aiolora.engine.runner import ModelRunner
 from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence as Answer
-from aiolora.lora.layout import EMBEDDING, HEAD, NORMS, Ends
+from aiolora.lora.kinds import PageKinds, Room
+from aiolora.lora.layout import EMBEDDING, HEAD, NORMS
 from aiolora.lora.residency import Residency
 from aiolora.types import AdapterVersion, BlockSpan, Mix, Prompt, Request, SitePages
 from tests.conftest import ModelOf
@@ -112,7 +114,7 @@ def test_whoever_changes_no_end_pays_for_none(model_of: ModelOf, folders: dict[s
 
 # ---- the packer's numbers ----
 
-PAGES = Ends(embedding=1, head=2, blocks=3)
+PAGES = PageKinds(3, embedding=1, head=2)
 
 
 def version(number: int, pages: dict[int, int], *spans: BlockSpan) -> AdapterVersion:
@@ -123,9 +125,9 @@ def version(number: int, pages: dict[int, int], *spans: BlockSpan) -> AdapterVer
 
 
 def test_rows_of_their_own_are_found_by_each_position_of_their_mix_alone() -> None:
-    residency: Residency[None] = Residency(num_kinds=1, num_pages=9, max_host=9, ends=[9, 9, 9])
+    residency: Residency[None] = Residency(PAGES, Room(9, 9, 9, 9), max_host=9)
     rows = torch.zeros(9, 128, 4)
-    packer = Packer(page_size=4, num_kinds=3, residency=residency, device="cpu", ends=PAGES, rows=rows)
+    packer = Packer(page_size=4, kinds=PAGES, residency=residency, device="cpu", rows=rows)
     versions = [
         version(0, {0: 1}),
         version(1, {0: 1}, BlockSpan(EMBEDDING, 1, 3), BlockSpan(HEAD, 0, 1), BlockSpan(NORMS, 0, 1)),
@@ -170,3 +172,27 @@ def test_rows_of_their_own_are_found_by_each_position_of_their_mix_alone() -> No
     assert of_positions == [[-1, -1], mine, [-1, -1], [-1, -1], mine]
     assert packer.head(batch, routes, slice(1)) is None
     assert packer.head(batch, packer.routes(Batch([runs[0], runs[2]])), slice(None)) is None
+
+
+def test_logits_before_an_invocation_are_the_bases() -> None:
+    residency: Residency[None] = Residency(PAGES, Room(9, 9, 9, 9), max_host=9)
+    packer = Packer(page_size=4, kinds=PAGES, residency=residency, device="cpu", rows=torch.zeros(9, 128, 4))
+    sleeper = version(1, {0: 1, 2: 1, PAGES.vectors_of(2): 1})
+    sleeper = AdapterVersion(**{**structs.asdict(sleeper), "invocation": (7, 8)})
+    residency.store(sleeper, None)
+    assert residency.place(sleeper) is not None
+    residency.landed(sleeper)
+    params = SamplingParams(prompt_logprobs=0)
+    request = Request(id="", prompt_token_ids=(5, 5, 5, 7, 8, 5), params=params, mix=Mix(((sleeper, 1.0),)))
+    seq = Answer(request, 0, seed=0, number=0, max_length=9)
+    seq.pages.extend((0, 1))
+    batch = Batch([Scheduled(seq, 0, 6, True)])
+    routes = packer.routes(batch)
+    assert routes is not None
+    assert mixes_of_logits(batch, routes) == [0, -1, -1, -1, 0, 0], "the sample, then the prompt's"
+    head = packer.head(batch, routes, slice(None))
+    assert head is not None
+    (page,) = residency.pages(sleeper)[PAGES.vectors_of(2)]
+    vectors = head.routing.vector_pages[head.routing.owners.long(), PAGES.head].tolist()
+    assert vectors == [page, -1, -1, -1, page, page]
+    assert packer.head(batch, routes, slice(1, 4)) is None

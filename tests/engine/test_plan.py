@@ -42,6 +42,18 @@ def test_the_kv_cache_gets_what_the_others_leave(model_of: ModelOf) -> None:
     assert one.kv_nbytes - more.kv_nbytes == pytest.approx(200 * MIB, abs=MIB)
 
 
+def test_adapters_get_rank_pages_for_all_in_host_memory_and_vector_pages_for_those_of_a_step(model_of: ModelOf) -> None:
+    one = plan(model_of, max_lora_rank=20, max_cpu_loras=9, lora_ends_memory=0)
+    layout = layout_of(
+        load_decoder(EngineArgs(model=str(model_of("llama"))), model_of("llama"), device="cpu"), torch.float32
+    )
+    inside = layout.kinds[:4]
+    pages = 9 * 3 * sum(kind.page_nbytes(torch.float32) for kind in inside)
+    outputs = sum(kind.bounds[-1] for kind in inside)
+    assert one.adapter_room[:2] == (9 * 3, 4)
+    assert one.adapter_nbytes == pages + 4 * 2 * 2 * outputs * 4, "of 4 adapters, 2 layers, gain and shift"
+
+
 def test_graphs_are_captured_up_to_the_most_sequences_unless_eager(model_of: ModelOf) -> None:
     buckets = plan(model_of, max_lora_rank=20).graph_buckets
     assert {bucket.tokens for bucket in buckets if bucket.decodes} == {1, 2, 4, 8, 12, 16, 24, 32, 40}
@@ -57,14 +69,15 @@ def test_too_little_memory_is_said(model_of: ModelOf) -> None:
 # ---- embeddings, heads and norms of adapters ----
 
 RANKS, BLOCK = 8 * (64 + 96) * 4, 128 * 64 * 4  # bytes of a rank page of embedding or head, and of a page of a block
+VECTORS = 2 * (64 + 96) * 4  # of a vector page of each
 
 
 def test_the_ends_of_the_network_have_room_of_their_own(model_of: ModelOf) -> None:
     with_ends, without = plan(model_of, max_lora_rank=20), plan(model_of, max_lora_rank=20, lora_ends_memory=0)
     assert with_ends.adapter_room.layers == without.adapter_room.layers
-    assert with_ends.adapter_room[1:] == (4 * 3, 4 * 3), "of four adapters: three pages of ranks, three blocks"
-    assert without.adapter_room[1:] == (0, 0)
-    assert with_ends.adapter_nbytes - without.adapter_nbytes == 12 * 2 * RANKS + 12 * BLOCK
+    assert with_ends.adapter_room[2:] == (4 * 3, 4 * 3), "of four adapters: three pages of ranks, three blocks"
+    assert without.adapter_room[2:] == (0, 0)
+    assert with_ends.adapter_nbytes - without.adapter_nbytes == 12 * 2 * RANKS + 4 * VECTORS + 12 * BLOCK
     assert without.kv_nbytes - with_ends.kv_nbytes == pytest.approx(12 * 2 * RANKS + 12 * BLOCK, abs=MIB)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from aiolora.engine.scheduler import Batch, Scheduler, SchedulerLimits
 from aiolora.engine.sequence import Sequence, Status
+from aiolora.lora.kinds import PageKinds, Room
 from aiolora.lora.residency import Residency
 from aiolora.pages import PagePool
 from aiolora.types import AdapterVersion, Mix, Request, SamplingParams, SitePages
@@ -17,7 +18,7 @@ class Desk:
     def __init__(self, *, num_pages: int = 32, adapter_pages: int = 16, **limits: Any) -> None:
         bounds = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_loras": 8, "page_size": PAGE} | limits
         self.pool = PagePool(num_pages)
-        self.residency: Residency[None] = Residency(num_kinds=1, num_pages=adapter_pages, max_host=64)
+        self.residency: Residency[None] = Residency(PageKinds(1), Room(adapter_pages), max_host=64)
         self.scheduler = Scheduler(SchedulerLimits(**bounds), self.pool, self.residency)
         self.now_s = 0.0
         self._arrivals = 0

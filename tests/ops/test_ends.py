@@ -12,7 +12,7 @@ from tests.ops.routing import routing, tables
 def test_the_embeddings_low_rank_share_is_that_of_one_hot_vectors() -> None:
     torch.manual_seed(0)
     pages, scales = tables([3, 12])
-    perm, tiles, of, by = routing([1, -1, 0, 1, 0], pages, scales, 2)
+    perm, tiles, of, by, _ = routing([1, -1, 0, 1, 0], pages, scales, 2)
     owners = torch.empty(5, dtype=torch.int32)
     for tile, (start, count) in enumerate(tiles.tolist()):
         owners[perm[start : start + count].long()] = tile

@@ -16,7 +16,7 @@ from aiolora.api.serving import Served
 from aiolora.config import Environment
 from aiolora.engine.core import AdapterStanding
 from aiolora.errors import AdapterConflictError, AdapterMemoryError, AdapterNotFoundError, RequestError
-from aiolora.types import LoRARequest
+from aiolora.types import AnnouncedAdapter, LoRARequest
 
 Allowed: TypeAlias = NamedDependency[Environment]  # what the operator switched on when the app was made
 
@@ -40,8 +40,8 @@ class AdapterCard(Struct, frozen=True, kw_only=True):
     """One version: its name stands for it, or (draining) requests under way still run with it."""
 
     id: str
-    digest: str
-    version: str  # NAME@DIGEST12, as in the header of a response
+    digest: str | None  # None: never read so far
+    version: str | None  # NAME@DIGEST12, as in the header of a response
     rank: int
     bytes: int  # of its pages on the device
     residency: Literal["gpu", "cpu", "disk"]
@@ -100,7 +100,10 @@ async def unload_lora_adapter(request: HTTPRequest, serving: Served, environment
 @get("/v1/lora_adapters", operation_id="lora_adapters", tags=["adapters"])
 async def lora_adapters(serving: Served) -> AdapterList:
     """Where every adapter is and who needs it; at the end those without a name that requests still run with."""
-    return AdapterList([_card(standing) for standing in await serving.engine.lora_standing()])
+    known = serving.engine.intake.registry.known()
+    standing = {each.version.id: each for each in await serving.engine.lora_standing()}
+    cards = [_unread_card(one) if isinstance(one, AnnouncedAdapter) else _card(standing.pop(one.id)) for one in known]
+    return AdapterList([*cards, *map(_card, standing.values())])
 
 
 @post("/v1/lora_adapters/{name_and_verb:path}", status_code=200, operation_id="pin_lora_adapter", tags=["adapters"])
@@ -149,4 +152,20 @@ def _card(standing: AdapterStanding) -> AdapterCard:
         requests=standing.requests,
         draining=standing.draining,
         loaded_at=int(version.loaded_at),
+    )
+
+
+def _unread_card(known: AnnouncedAdapter) -> AdapterCard:
+    return AdapterCard(
+        id=known.name,
+        digest=None,
+        version=None,
+        rank=known.rank,
+        bytes=known.nbytes,
+        residency="disk",
+        pinned=False,
+        in_use=False,
+        requests=0,
+        draining=False,
+        loaded_at=int(known.announced_at),
     )

@@ -7,7 +7,7 @@ from litestar.params import FromPath
 from msgspec import Struct
 
 from aiolora.api.serving import Served, Serving
-from aiolora.types import AdapterVersion
+from aiolora.types import AdapterVersion, AnnouncedAdapter
 
 
 class ModelCard(Struct, frozen=True):
@@ -32,7 +32,9 @@ class ModelList(Struct, frozen=True):
 @get("/v1/models", operation_id="models", tags=["models"])
 async def models(serving: Served) -> ModelList:
     """Everything that is served."""
-    return ModelList([_base_card(serving), *(_card(serving, version) for version in await serving.engine.list_loras())])
+    return ModelList(
+        [_base_card(serving), *(_card(serving, known) for known in serving.engine.intake.registry.known())]
+    )
 
 
 @get("/v1/models/{model_id:path}", operation_id="model", tags=["models"])
@@ -42,7 +44,7 @@ async def model(model_id: FromPath[str], serving: Served) -> ModelCard:
     adapter = None if serving.base in (name, model_id) else serving.adapter(name)
     if adapter is None:
         return _base_card(serving)
-    return _card(serving, serving.engine.intake.registry.find(adapter))
+    return next(_card(serving, known) for known in serving.engine.intake.registry.known() if known.name == adapter)
 
 
 def _base_card(serving: Serving) -> ModelCard:
@@ -50,12 +52,11 @@ def _base_card(serving: Serving) -> ModelCard:
     return ModelCard(serving.base, int(serving.since), engine.args.model, None, engine.plan.max_model_len)
 
 
-def _card(serving: Serving, version: AdapterVersion) -> ModelCard:
-    engine = serving.engine
+def _card(serving: Serving, known: AdapterVersion | AnnouncedAdapter) -> ModelCard:
     return ModelCard(
-        version.name,
-        int(version.loaded_at),
-        version.source or version.name,
-        version.base_model_name or serving.base,
-        engine.plan.max_model_len,
+        known.name,
+        int(known.loaded_at if isinstance(known, AdapterVersion) else known.announced_at),
+        known.source or known.name,
+        known.base_model_name or serving.base,
+        serving.engine.plan.max_model_len,
     )

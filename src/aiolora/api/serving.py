@@ -55,9 +55,10 @@ class Serving:
         """The adapter that `model` names; None: the base. Raises `UnknownModelError` with the nearest known name."""
         if model == self.base:
             return None
-        adapters = [version.name for version in self.engine.intake.registry.versions()]
-        if model in adapters:
+        registry = self.engine.intake.registry
+        if registry.named(model) is not None:
             return model
+        adapters = [known.name for known in registry.known()]
         close = difflib.get_close_matches(model, [self.base, *adapters], n=1)
         hint = f"did you mean {close[0]!r}?" if close else "GET /v1/models lists what is served"
         raise UnknownModelError(f"the model {model[:200]!r} does not exist; {hint}")

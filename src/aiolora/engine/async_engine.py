@@ -25,7 +25,14 @@ from aiolora.engine.intake import Intake, LoRA
 from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
-from aiolora.errors import AdapterFormatError, AioloraError, EngineDeadError, RequestError
+from aiolora.errors import (
+    AdapterError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    AioloraError,
+    EngineDeadError,
+    RequestError,
+)
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.memory import AnyConfig, InMemory, in_memory
 from aiolora.lora.resolvers import choose_resolvers
@@ -286,12 +293,25 @@ class AsyncLLMEngine:
         number = self.intake.registry.number(lora)
         return await self._shared(object(), self._load(source, number, replace=load_inplace))
 
-    async def resolve_lora(self, lora_name: str) -> bool:
-        """Load the adapter that a resolver finds for a name; True: it is loaded, or was before. False: nobody knows it.
+    async def announce_lora(self, lora: LoRARequest) -> None:
+        """Make the name of an adapter known, to be read when it is first asked for: thousands cost a start little.
 
-        Resolvers are asked only with `AIOLORA_ALLOW_RUNTIME_LORA_UPDATING`. Raises `AdapterError`.
+        Its config and the header of its tensors are checked now; its digest, and values that are not finite, come to
+        light at the first read. Raises `AdapterError`; what is known from the same place already stays as it is.
         """
         self._alive()
+        self.intake.parts(lora)
+        if self.intake.registry.match(lora) is None:
+            self.intake.registry.announce(await anyio.to_thread.run_sync(self._parts.check, lora))
+
+    async def resolve_lora(self, lora_name: str) -> bool:
+        """Read the adapter that was announced, or that a resolver finds, for a name.
+
+        True: it is loaded, or was before. False: nobody knows it. Resolvers are asked only with
+        `AIOLORA_ALLOW_RUNTIME_LORA_UPDATING`. Raises `AdapterError`.
+        """
+        self._alive()
+        await self._read_announced(lora_name)
         if self.intake.registry.knows(lora_name):
             return True
         return self._resolving is not None and await self._resolving.resolve(lora_name)
@@ -304,10 +324,10 @@ class AsyncLLMEngine:
         self._alive()
         registry = self.intake.registry
         name = registry.named(lora)
-        version = registry.forget(name) if name is not None else None
-        if version is not None:
-            self._post(lambda engine: engine.drop_adapter(version, force=force))
-        return version is not None
+        known = registry.forget(name) if name is not None else None
+        if isinstance(known, AdapterVersion):
+            self._post(lambda engine: engine.drop_adapter(known, force=force))
+        return known is not None
 
     async def pin_lora(self, lora: str | int) -> None:
         """Keep an adapter, by name or `lora_int_id`, in host memory and, once it is there, on the device.
@@ -315,12 +335,12 @@ class AsyncLLMEngine:
         Until `unpin_lora` or `remove_lora`; a version that replaces it takes the pin over. Raises `UnknownModelError`,
         and `AdapterMemoryError` where what is left beside all pinned ones would hold no adapter of `max_lora_rank`.
         """
-        version = self.intake.registry.get(lora)
+        version = await self._loaded(lora)
         await self._ask(lambda engine: engine.pin_adapter(version))
 
     async def unpin_lora(self, lora: str | int) -> None:
         """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
-        version = self.intake.registry.get(lora)
+        version = await self._loaded(lora)
         await self._ask(lambda engine: engine.unpin_adapter(version))
 
     async def lora_standing(self) -> list[AdapterStanding]:
@@ -359,6 +379,20 @@ class AsyncLLMEngine:
         number, replace = lora.lora_int_id, lora.load_inplace
         return await self._shared(object() if replace else lora, self._load(lora, number, replace=replace))
 
+    async def _loaded(self, lora: str | int) -> AdapterVersion:
+        await self._read_announced(self.intake.registry.named(lora))
+        return self.intake.registry.get(lora)
+
+    async def _read_announced(self, name: str | None) -> None:
+        """Read what was announced under `name`, if it is still to be read."""
+        registry = self.intake.registry
+        while name is not None and (announced := registry.announced(name)) is not None:
+            try:
+                await self._version(announced.request)
+            except AdapterError:
+                if registry.announced(name) is announced:
+                    raise  # else it was removed or replaced meanwhile: the name says what holds now
+
     async def _shared(self, key: object, load: Coroutine[Any, Any, AdapterVersion]) -> AdapterVersion:
         """Run `load`, or wait for the one that runs under `key`: nobody's in particular, no caller can take it away."""
         loading = self._loading.get(key)
@@ -388,10 +422,14 @@ class AsyncLLMEngine:
         """Read and publish."""
         registry = self.intake.registry
         registry.check(source.lora_name, number)
+        announced = registry.announced(source.lora_name)
         async with self._reloading if replace else contextlib.nullcontext():
             weights = await anyio.to_thread.run_sync(self._parts.load, source)
             if isinstance(source, LoRARequest) and (known := registry.match(source)) is not None:
                 return known  # others have loaded it since then
+            still = registry.announced(source.lora_name)
+            if announced is not None and not replace and (still is None or still.request != announced.request):
+                raise AdapterNotFoundError(source.lora_name, "was removed or replaced while it was read")
             old = registry.publish(weights.version, number, replace=replace)
         if old is None:
             self._post(lambda engine: engine.add_adapter(weights))

@@ -15,7 +15,8 @@ from aiolora.engine.own_rows import has, head_blocks, head_numbers, trunk_inputs
 from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence
 from aiolora.engine.staging import Numbers, Staging
-from aiolora.lora.layout import EMBEDDING, HEAD, NO_ENDS, NORMS, Ends
+from aiolora.lora.kinds import PageKinds
+from aiolora.lora.layout import EMBEDDING, HEAD, NORMS
 from aiolora.models.inputs import HeadInputs, StepInputs
 from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.linear import Routing, tile_of
@@ -75,11 +76,18 @@ class Bucket:
 class Routes(NamedTuple):
     """The mixes of a step. Their numbers mean nothing beyond it, so none can be stale."""
 
-    mix_of_run: list[int]  # -1: no adapter
+    mixes: list[int]  # of each segment, which are the step's tokens in their order; -1: no adapter
+    counts: list[int]  # tokens of each segment
     pages: list[list[list[int]]]  # of each mix and kind
     scales: list[list[list[float]]]  # one for each page
+    vector_pages: dict[int, dict[int, int]]  # mix -> kind -> page, of those that have any
     own: list[list[tuple[BlockSpan, list[int]]]]  # blocks of rows of each mix, and their pages
     vocabularies: list[int]  # of each mix; 0: the base's
+
+    @property
+    def of_tokens(self) -> NDArray[np.int32]:
+        """The mix of each token [T]; -1: no adapter."""
+        return _int32(self.mixes).repeat(_int32(self.counts))
 
     @property
     def width(self) -> int:
@@ -103,23 +111,21 @@ class Packer:
         self,
         *,
         page_size: int,
-        num_kinds: int,
+        kinds: PageKinds,
         residency: Placed,
         device: str,
         lora_pages: int = 0,
-        ends: Ends = NO_ENDS,
         rows: Tensor | None = None,
     ) -> None:
         """`lora_pages`: least width of the page tables, so that steps of many ranks are one shape to the kernels.
 
-        `num_kinds`: of rank pages; `ends`: which of them are the embedding's and the head's. `rows`: the pool's blocks.
+        `rows`: the pool's blocks.
         """
         self._page_size = page_size
-        self._num_kinds = num_kinds
+        self._kinds = kinds
         self._residency = residency
         self._device = device
         self._lora_pages = lora_pages
-        self._ends = ends
         self.own_rows = rows
         self._staging = Staging(device)
 
@@ -130,20 +136,19 @@ class Packer:
         numbers = self.lay_out(batch, routes, in_flight)
         if routes is None or not self.changes_trunk(routes):
             return step_inputs(self._staging.send(numbers), in_flight.tokens, self._device)
-        mix_of_token = np.repeat(_int32(routes.mix_of_run), [run.count for run in batch.runs])
-        tensors = self._staging.send({**numbers, **trunk_numbers(routes.own, mix_of_token)})
+        tensors = self._staging.send({**numbers, **trunk_numbers(routes.own, routes.of_tokens)})
         step = step_inputs(tensors, in_flight.tokens, self._device)
-        return trunk_inputs(step, tensors, self.own_rows, embeds=routes.have(self._ends.embedding))
+        return trunk_inputs(step, tensors, self.own_rows, embeds=routes.have(self._kinds.embedding))
 
     def changes_trunk(self, routes: Routes) -> bool:
         """Whether an adapter of the step has its share in the embedding or in norms: no graph has room for that."""
-        return routes.have(self._ends.embedding) or has(routes.own, EMBEDDING) or has(routes.own, NORMS)
+        return routes.have(self._kinds.embedding) or has(routes.own, EMBEDDING) or has(routes.own, NORMS)
 
     def head(self, batch: Batch, routes: Routes | None, rows: slice) -> HeadInputs | None:
         """What adapters do to the head over some of the rows of logits that `batch` wants; None: nothing."""
         if routes is None:
             return None
-        changed = [routes.changes_head(mix, self._ends.head) for mix in range(len(routes.pages))]
+        changed = [routes.changes_head(mix, self._kinds.head) for mix in range(len(routes.pages))]
         if not any(changed):
             return None
         mixes = _int32([mix if mix >= 0 and changed[mix] else -1 for mix in mixes_of_logits(batch, routes)[rows]])
@@ -157,39 +162,53 @@ class Packer:
         tensors = self._staging.send(numbers)
         return HeadInputs(
             routing_of(tensors, self._device),
-            low_rank=routes.have(self._ends.head),
+            low_rank=routes.have(self._kinds.head),
             own=head_blocks(tensors, self.own_rows),
             vocabularies=tensors.get("vocabularies"),
             widest=widest,
         )
 
     def routes(self, batch: Batch) -> Routes | None:
-        """The mixes of `batch` in the order of their first run; None: no run has an adapter."""
+        """The mixes of `batch` in the order of their first run; None: no token has an adapter."""
         numbers: dict[Mix, int] = {}
         by_id: dict[int, int] = {}  # the same by identity: hashing a mix takes microseconds
-        mix_of_run = []
+        mixes, counts = [], []
         for run in batch.runs:
-            mix = run.seq.request.mix
-            number = -1 if mix is None else by_id.get(id(mix), -2)
-            if number == -2 and mix is not None:
-                number = by_id[id(mix)] = numbers.setdefault(mix, len(numbers))
-            mix_of_run.append(number)
+            seq, count = run.seq, run.count
+            mix, number = seq.request.mix, -1
+            if mix is not None and run.start < seq.active_from:
+                bare = num_bare(run)
+                mixes.append(-1)
+                counts.append(bare)
+                count -= bare
+                if not count:
+                    continue
+            if mix is not None:
+                number = by_id.get(id(mix), -1)
+                if number < 0:
+                    number = by_id[id(mix)] = numbers.setdefault(mix, len(numbers))
+            mixes.append(number)
+            counts.append(count)
         if not numbers:
             return None
-        routes = Routes(mix_of_run, [], [], [], [])
-        for mix in numbers:
-            pages: list[list[int]] = [[] for _ in range(self._num_kinds)]
-            scales: list[list[float]] = [[] for _ in range(self._num_kinds)]
+        routes = Routes(mixes, counts, [], [], {}, [], [])
+        sites = self._kinds.sites
+        for mix, number in numbers.items():
+            pages: list[list[int]] = [[] for _ in range(sites)]
+            scales: list[list[float]] = [[] for _ in range(sites)]
             own: list[tuple[BlockSpan, list[int]]] = []
             for version, weight in mix.parts:
                 placed = self._residency.pages(version)
                 for site in version.pages:
-                    if site.kind < self._num_kinds:
+                    if site.kind < sites:
                         pages[site.kind] += placed[site.kind]
                         scales[site.kind] += [site.scale * weight] * site.count
+                    elif site.kind < self._kinds.blocks:
+                        (page,) = placed[site.kind]
+                        routes.vector_pages.setdefault(number, {})[site.kind - sites] = page
                 first = 0
                 for span in version.blocks:
-                    own.append((span, placed[self._ends.blocks][first : first + span.high - span.low]))
+                    own.append((span, placed[self._kinds.blocks][first : first + span.high - span.low]))
                     first += span.high - span.low
             routes.pages.append(pages)
             routes.scales.append(scales)
@@ -245,9 +264,8 @@ class Packer:
         elif not bucket.decodes:
             numbers["logits_at"] = _padded(_int32(_logits_at(batch, query_starts)), num_seqs, 0)
         if routes is not None or (bucket is not None and bucket.mixes):
-            routes = routes or Routes([], [], [], [], [])
-            mix_of_token = np.repeat(_int32(routes.mix_of_run or [-1] * len(counts)), counts)
-            numbers |= self._route(routes, mix_of_token, size, bucket)
+            routes = routes or Routes([], [], [], [], {}, [], [])
+            numbers |= self._route(routes, routes.of_tokens, size, bucket)
         return numbers | {"block_tables": block_tables}
 
     def _route(
@@ -276,6 +294,11 @@ class Packer:
         if bucket is not None:
             width, most_tiles, most_items = bucket.pages, bucket.tiles, bucket.tiles * bucket.pages // 2
         pages, scales = self._tables(routes, width)
+        vector_pages = np.full((most_tiles, self._kinds.sites), -1, dtype=np.int32)
+        if routes.vector_pages:
+            for number, mix in enumerate(mix_of_tile):
+                for kind, page in routes.vector_pages.get(mix, {}).items():
+                    vector_pages[number, kind] = page
         perm = mix_of_token.argsort(kind="stable").astype(np.int32)
         owners = np.empty(size, dtype=np.int32)
         owners[perm] = np.repeat(np.arange(len(tiles)), [count for _, count in tiles])
@@ -285,14 +308,15 @@ class Packer:
             "items": _padded(_int32(items).reshape(-1, 4), most_items, (-1, 0, 0, 0)),
             "pages": _padded(pages[mix_of_tile], most_tiles, -1),
             "scales": _padded(scales[mix_of_tile], most_tiles, 0.0),
+            "vector_pages": vector_pages,
             "owners": owners,
         }
 
     def _tables(self, routes: Routes, width: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Pages and scales [mixes + 1, kinds, width]: the last are those of tokens without an adapter."""
-        shape = (len(routes.pages) + 1, self._num_kinds, width)
+        shape = (len(routes.pages) + 1, self._kinds.sites, width)
         pages, scales = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
-        counts = _int32([[len(held) for held in mix] for mix in routes.pages]).reshape(-1, self._num_kinds, 1)
+        counts = _int32([[len(held) for held in mix] for mix in routes.pages]).reshape(-1, self._kinds.sites, 1)
         there = np.arange(width) < counts
         pages[:-1][there] = [page for mix in routes.pages for held in mix for page in held]
         scales[:-1][there] = [scale for mix in routes.scales for held in mix for scale in held]
@@ -317,8 +341,13 @@ def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) ->
 
 def routing_of(tensors: Mapping[str, Tensor], device: str) -> Routing:
     """The routing whose fields are among `tensors`."""
-    perm, tiles, items, pages, scales, owners = (tensors[name] for name in Routing._fields[:-1])
-    return Routing(perm, tiles, items, pages, scales, owners, tile_of(len(perm), device))
+    tables = {name: tensors[name] for name in Routing._fields[:-1]}
+    return Routing(**tables, tile=tile_of(len(tables["perm"]), device))
+
+
+def num_bare(run: Scheduled) -> int:
+    """How many of the run's first tokens are the base's, whatever mix the sequence has."""
+    return min(run.count, max(0, run.seq.active_from - run.start))
 
 
 def logit_offsets(run: Scheduled) -> list[int]:
@@ -340,10 +369,9 @@ def num_prompt_logits(run: Scheduled) -> int:
 
 def mixes_of_logits(batch: Batch, routes: Routes) -> list[int]:
     """The mix in `routes` of each row of logits that `batch` wants, in their order."""
-    mixes = [mix for mix, run in zip(routes.mix_of_run, batch.runs) if run.samples]
-    for mix, run in zip(routes.mix_of_run, batch.runs):
-        mixes += [mix] * num_prompt_logits(run)
-    return mixes
+    starts = np.cumsum([0, *(run.count for run in batch.runs)])
+    found: list[int] = routes.of_tokens[_int32(_logits_at(batch, starts))].tolist()
+    return found
 
 
 def _logits_at(batch: Batch, query_starts: NDArray[Any]) -> list[int]:

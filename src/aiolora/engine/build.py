@@ -14,10 +14,11 @@ from aiolora.engine.runner import ModelRunner
 from aiolora.engine.sampler import Sampler
 from aiolora.engine.scheduler import Scheduler, SchedulerLimits
 from aiolora.engine.warm_up import activation_nbytes
-from aiolora.lora.layout import NO_ENDS, Layout, layout_of
-from aiolora.lora.loader import AdapterWeights, load_adapter
-from aiolora.lora.loader import Limits as AdapterLimits
+from aiolora.lora.kinds import PageKinds
+from aiolora.lora.layout import Layout, layout_of
+from aiolora.lora.loader import AdapterWeights, check_adapter, load_adapter
 from aiolora.lora.memory import InMemory
+from aiolora.lora.outline import Limits as AdapterLimits
 from aiolora.lora.paging import reserve_soon
 from aiolora.lora.pool import AdapterPool
 from aiolora.lora.registry import AdapterRegistry
@@ -28,7 +29,7 @@ from aiolora.models.weights import locate
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.pages import PagePool
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import AdapterVersion, LoRARequest
+from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest
 
 READERS = 4  # adapters that a blocking face reads at a time; each is read by several threads
 _PINNED_SHARE = 4  # of the machine's memory so small a part is locked from the start, at most
@@ -41,6 +42,7 @@ class Built:
     engine: Engine
     intake: Intake
     load: Callable[[LoRARequest | InMemory], AdapterWeights]  # blocks; any thread
+    check: Callable[[LoRARequest], AnnouncedAdapter]  # likewise
     plan: Plan
 
 
@@ -63,8 +65,7 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
     plan = make_plan(args, model.config, layout, dtype, device, activations=activations)
     pinned = plan.device.startswith("cuda")
     if pinned and layout is not None:  # while the kernels are compiled: locking holds up whoever uses the GPU
-        layers = [kind for kind in range(len(layout.kinds)) if not layout.is_end(kind)]
-        reserve_soon(layout, dict.fromkeys(layers, _pinned_pages(args, layout)))
+        reserve_soon(layout, dict.fromkeys(range(layout.page_kinds.layers), _pinned_pages(args, layout)))
     engine = _engine(args, model, layout, plan, tokenizer, read_again)
     intake = Intake(
         tokenizer,
@@ -83,7 +84,11 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
             intake.tokenizers.read(weights.version, weights.folder)
         return weights
 
-    return Built(engine, intake, load, plan)
+    def check(request: LoRARequest) -> AnnouncedAdapter:
+        assert layout is not None, "Intake lets no adapter through where LoRA is off"
+        return check_adapter(request, layout, adapter_limits)
+
+    return Built(engine, intake, load, check, plan)
 
 
 def _pinned_pages(args: EngineArgs, layout: Layout) -> int:
@@ -92,7 +97,7 @@ def _pinned_pages(args: EngineArgs, layout: Layout) -> int:
     Locking holds up whoever uses the GPU, 0.6 ms a MB: 16 streams beside loads of 336 MB waited 281 ms (p99, H100).
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    page = sum(kind.page_nbytes(layout.dtype) for i, kind in enumerate(layout.kinds) if not layout.is_end(i))
+    page = sum(map(layout.page_nbytes, range(layout.page_kinds.layers)))
     wish = (args.host_adapters + READERS) * -(-args.max_lora_rank // RANKS_PER_PAGE)
     return min(wish, memory // _PINNED_SHARE // page)
 
@@ -105,34 +110,26 @@ def _engine(
     tokenizer: Tokenizer,
     read_again: Callable[[AdapterVersion], None],
 ) -> Engine:
-    num_kinds = len(layout.kinds) if layout else 0
-    ends = [kind for kind in range(num_kinds) if layout and layout.is_end(kind)]
-    room = plan.adapter_room
-    residency: Residency[AdapterWeights] = Residency(
-        num_kinds=num_kinds - len(ends),
-        num_pages=room.layers,
-        max_host=args.host_adapters,
-        ends=[*[room.ends] * len(ends), room.blocks],
-    )
+    kinds = layout.page_kinds if layout else PageKinds(0)
+    residency: Residency[AdapterWeights] = Residency(kinds, plan.adapter_room, max_host=args.host_adapters)
     pool = None
     if layout is not None:
-        pool = AdapterPool(layout, room, plan.device)
+        pool = AdapterPool(layout, plan.adapter_room, plan.device)
         pool.attach(model)
     dtype = model.embed.weight.dtype
     cache = KVCache(model.config, num_pages=plan.num_pages, page_size=plan.page_size, dtype=dtype, device=plan.device)
     packer = Packer(
         page_size=plan.page_size,
-        num_kinds=num_kinds,
+        kinds=kinds,
         residency=residency,
         device=plan.device,
         lora_pages=plan.lora_pages,
-        ends=layout.ends if layout else NO_ENDS,
         rows=pool.rows if pool else None,
     )
     sampler = Sampler(tokenizer.eos_token_ids)
     runner = ModelRunner(model, cache, packer, sampler, max_num_seqs=plan.max_num_seqs, compiled=args.compile)
     if plan.device == "cuda":
-        runner.warm_up(plan, kinds=num_kinds)
+        runner.warm_up(plan, kinds=kinds.sites)
     limits = SchedulerLimits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,

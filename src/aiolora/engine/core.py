@@ -108,6 +108,7 @@ class Engine:
         self._clock = clock
         self._room = room_of_one
         self._reading: set[int] = set()
+        self._num_reads = 0  # asked for, ever
         self._holds: Counter[int] = Counter()  # version id -> requests that were prepared with it and are alive
         self._going: dict[int, AdapterVersion] = {}  # names are gone, somebody under way may need them
         self._barred: set[int] = set()  # those of them that nobody may begin with any more
@@ -339,18 +340,20 @@ class Engine:
         each wait for the other.
         """
         reads = -1
-        while reads != len(self._reading):  # a read that has just begun is passed over: look again who comes next
-            reads = len(self._reading)
+        while reads != self._num_reads:  # one began, or failed all who waited for it: look again who comes next
+            reads = self._num_reads
             spared: set[int] = set()
             for mix in self.scheduler.wanted(self._reading):
                 spared.update(version.id for version in mix.versions)
                 for version in mix.versions:
-                    if not self._residency.placed(version) and version.id not in self._reading:
+                    idle = not self._residency.placed(version) and version.id not in self._reading
+                    if idle and reads == self._num_reads:
                         self._bring(version, spared)
 
     def _bring(self, version: AdapterVersion, spared: set[int]) -> None:
         if not self._residency.in_host(version):
             self._reading.add(version.id)
+            self._num_reads += 1
             self._read_again(version)
         if self._residency.in_host(version):
             placement = self._residency.place(version, wanted=spared)

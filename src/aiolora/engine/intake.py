@@ -1,5 +1,6 @@
 """Intake: from what a caller says to a checked Request, and from a name to the adapter version it stands for."""
 
+import logging
 import math
 import time
 import uuid
@@ -11,7 +12,9 @@ from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestE
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.tokenizers import Tokenizers
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
+from aiolora.types import NEVER, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
 
@@ -55,7 +58,7 @@ class Intake:
         text, ids = self._tokens(prompt, tokenizer)
         params = params or SamplingParams()
         self._check(ids, params, (mix and mix.vocabulary) or self.limits.vocab_size)
-        return Request(
+        request = Request(
             id=request_id or f"req-{uuid.uuid4().hex}",
             prompt_token_ids=tuple(ids),
             params=params,
@@ -65,6 +68,15 @@ class Intake:
             arrival_s=time.monotonic(),
             eos_token_ids=None if tokenizer is self.tokenizers.base else tokenizer.eos_token_ids,
         )
+        if mix is not None and request.active_from == NEVER:
+            version = mix.versions[0]
+            logger.warning(
+                "request %r: the prompt has no invocation of %s (the tokens %s), so the base model answers, as in PEFT",
+                request.id,
+                version.label,
+                list(version.invocation),
+            )
+        return request
 
     def parts(self, lora: LoRA) -> list[tuple[str | LoRARequest, float]]:
         """The adapters that `lora` names, each with its weight; empty for the base model."""

@@ -9,7 +9,8 @@ from aiolora.config import EngineArgs
 from aiolora.engine.batch import Bucket, even
 from aiolora.engine.kv_cache import page_nbytes
 from aiolora.errors import ConfigError
-from aiolora.lora.layout import Layout, Room
+from aiolora.lora.kinds import Room
+from aiolora.lora.layout import Layout
 from aiolora.models.decoder import DecoderConfig
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.ops.registration import has_kernels
@@ -86,7 +87,8 @@ def make_plan(
     Raises `ConfigError` where the wishes do not fit together or into the memory.
     """
     max_num_seqs, budget = step_bounds(args, config, device)
-    adapter_room, adapter_nbytes = _adapter_room(args, layout, device)
+    adapter_room = _adapter_room(args, layout, device)
+    adapter_nbytes = layout.pages_nbytes(dict(enumerate(adapter_room.pages(layout.page_kinds)))) if layout else 0
     on_gpu = device == "cuda"
     lora_pages = even(-(-args.max_lora_rank // RANKS_PER_PAGE)) if layout and on_gpu else 0
     captured = on_gpu and not args.enforce_eager and has_kernels()
@@ -117,14 +119,15 @@ def make_plan(
     )
 
 
-def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple[Room, int]:
-    """Pages for adapters, and their bytes: room for `max_loras` adapters of the largest rank, or `lora_memory`.
+def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> Room:
+    """Pages for `max_loras` adapters of the largest rank, or rank pages of `lora_memory`, and those of the ends.
 
-    On a GPU as many more as host memory keeps, within a share of what is free.
+    On a GPU as many more rank pages as host memory keeps, within a share of what is free. Vector pages are a few parts
+    in a hundred of it: one of each kind for each of `max_loras`, beside `lora_memory`.
     """
     if layout is None:
-        return Room(0), 0
-    page = sum(kind.page_nbytes(layout.dtype) for i, kind in enumerate(layout.kinds) if not layout.is_end(i))
+        return Room(0)
+    page = sum(layout.page_nbytes(kind) for kind in range(layout.page_kinds.layers))
     one = -(-args.max_lora_rank // RANKS_PER_PAGE)
     pages = args.max_loras * one
     if args.lora_memory is not None:
@@ -137,8 +140,8 @@ def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple
             f"lora_memory={args.lora_memory} holds rank {pages * RANKS_PER_PAGE}, under max_lora_rank="
             f"{args.max_lora_rank}; one such adapter needs {one * page} bytes"
         )
-    ends = _ends_room(args, layout, device, args.max_loras * one)
-    return Room(pages, *ends), pages * page + layout.ends_nbytes(*ends)
+    ends, blocks = _ends_room(args, layout, device, args.max_loras * one)
+    return Room(pages, args.max_loras, ends, blocks)
 
 
 def _ends_room(args: EngineArgs, layout: Layout, device: str, ranks: int) -> tuple[int, int]:
@@ -147,15 +150,15 @@ def _ends_room(args: EngineArgs, layout: Layout, device: str, ranks: int) -> tup
     By default room for `max_loras` adapters that change all they can, `ranks` pages each, within a share of the memory
     (on a CPU it is not taken before it is written to). Rank pages have half of it at most: blocks may take the rest.
     """
-    most = args.max_loras * layout.most_blocks
+    kinds, most = layout.page_kinds, args.max_loras * layout.most_blocks
+    page, block = sum(map(layout.page_nbytes, kinds.ends)), layout.page_nbytes(kinds.blocks)
     memory = args.lora_ends_memory
     if memory is None:
         on_gpu = device == "cuda"
         share = torch.cuda.mem_get_info()[0] * _GPU_ENDS_SHARE if on_gpu else _machine_memory() * _CPU_ENDS_SHARE
-        memory = min(int(share), layout.ends_nbytes(ranks, most))
-    page = layout.ends_nbytes(1, 0)
+        memory = min(int(share), ranks * page + most * block)
     pages = min(ranks, memory // 2 // page) if page else 0
-    return pages, min(most, (memory - pages * page) // layout.block_nbytes)
+    return pages, min(most, (memory - pages * page) // block)
 
 
 def graph_buckets(

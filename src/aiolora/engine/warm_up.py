@@ -75,6 +75,7 @@ def _routing(size: int, kinds: int, pages: int, idle: int, device: str) -> dict[
         "items": np.array([(-1, 0, 0, 0)] * (1 + idle), dtype=np.int32),
         "pages": np.full(table, -1, dtype=np.int32),
         "scales": np.zeros(table, dtype=np.float32),
+        "vector_pages": np.full(table[:2], -1, dtype=np.int32),
         "owners": np.arange(size, dtype=np.int32) // tile,
     }
 

@@ -49,7 +49,7 @@ def brought(name: str, config: PeftConfig, contents: Contents, layout: Layout) -
                 width = weight.base.shape[1]
                 _check_shape(name, config, entry, (width,) if index == NORMS else (vocabulary, width))
                 whole[first] = entry
-            if module in contents.factors and (module in contents.tokens or config.saves(module)):
+            if module in contents.parts and (module in contents.tokens or config.saves(module)):
                 raise AdapterUnsupportedError(
                     name,
                     f"{module} has low-rank factors and trained tokens or a whole weight, which PEFT does not train "
@@ -83,7 +83,7 @@ def _vocabulary(name: str, config: PeftConfig, contents: Contents, layout: Layou
             f"the vocabulary was resized to {sizes}, the base model has {vocabulary} tokens, and PEFT saved no rows of "
             "that many for the other end; save both with modules_to_save, or serve the resized model as the base",
         )
-    if ranked := [module for module in ends if module in contents.factors]:
+    if ranked := [module for module in ends if module in contents.parts]:
         raise AdapterUnsupportedError(
             name,
             f"{ranked} have low-rank factors over a resized vocabulary of {sizes[ranked[0]]} tokens, the base model "

@@ -1,4 +1,4 @@
-"""What the tensors of an adapter are, as PEFT names them: low-rank factors, whole weights, rows of trained tokens.
+"""What the tensors of an adapter are, as PEFT names them: low-rank factors, vectors, whole weights, trained tokens.
 
 The embedding's factors are named apart (`lora_embedding_A` [r, V], `lora_embedding_B` [H, r]). A weight is saved whole
 for `modules_to_save`, and as it was (`base_layer`, or plainly) where PEFT saves embeddings beside factors or tokens.
@@ -10,33 +10,48 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from aiolora.errors import AdapterFormatError
+from aiolora.lora.adapter import PeftConfig
 from aiolora.lora.layout import EMBED_TOKENS, Layout
 from aiolora.lora.tensorfile import Entry
 
 _PREFIX = r"(?:base_model\.model\.)?(?P<module>[\w.]+?)"
-_FACTOR = re.compile(_PREFIX + r"\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?P<weight>\.weight)?")
+_PART = re.compile(
+    _PREFIX + r"\.(?:(?P<factor>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
+    r"|(?P<vector>lora_magnitude_vector|lora_B\.bias)|(?:base_layer\.)?(?P<bias>bias))"
+)
 _WHOLE = re.compile(
     _PREFIX + r"(?P<kept>(?:\.token_adapter)?\.base_layer|\.original_module|\.modules_to_save)?\.weight"
 )
 _TOKENS = re.compile(_PREFIX + r"\.token_adapter\.trainable_tokens_delta")
 
 
-class Factor(NamedTuple):
-    """Which of a module's two factors a tensor is."""
+A, B = "lora_A", "lora_B"
+VECTORS = MAGNITUDE, FACTOR_BIAS, BIAS = "lora_magnitude_vector", "lora_B.bias", "bias"  # beside them, [N] each
+
+
+class Part(NamedTuple):
+    """Which part of a module a tensor is."""
 
     module: str
-    letter: str  # A or B
+    name: str  # A, B or one of VECTORS
 
 
-def factor_of(key: str) -> Factor | None:
-    """What the tensor `key` is if it is a low-rank factor."""
-    match = _FACTOR.fullmatch(key)
+def part_of(key: str) -> Part | None:
+    """What the tensor `key` is if it is one of a module's low-rank factors, or a vector beside them."""
+    match = _PART.fullmatch(key)
     if match is None:
         return None
     of_embedding = stands_for_embedding(match["module"])
-    if bool(match["embedding"]) != of_embedding or bool(match["weight"]) == of_embedding:
+    if (match["embedding"] and not of_embedding) or (match["factor"] and of_embedding):
         return None
-    return Factor(match["module"], match["factor"])
+    letter = match["embedding"]
+    return Part(match["module"], f"lora_{letter}" if letter else match["factor"] or match["vector"] or match["bias"])
+
+
+def trained_vectors(config: PeftConfig) -> list[str]:
+    """Those of VECTORS that `config` says were trained."""
+    said = (config.use_dora, config.lora_bias, config.bias != "none")
+    return [name for name, trained in zip(VECTORS, said) if trained]
 
 
 def stands_for_embedding(module: str) -> bool:
@@ -45,9 +60,9 @@ def stands_for_embedding(module: str) -> bool:
 
 def module_of(key: str, layout: Layout) -> str | None:
     """The module of the base that the tensor `key` belongs to, if it is one that an adapter may bring."""
-    factor = factor_of(key)
-    if factor is not None:
-        return factor.module if factor.module in layout.targets else None
+    part = part_of(key)
+    if part is not None:
+        return part.module if part.module in layout.targets else None
     match = _TOKENS.fullmatch(key) or _WHOLE.fullmatch(key)
     if match is None or not any(match["module"] in weight.rows for weight in layout.weights):
         return None
@@ -58,23 +73,29 @@ def module_of(key: str, layout: Layout) -> str | None:
 class Contents:
     """An adapter's tensors by what they are."""
 
-    factors: dict[str, dict[str, Entry]] = field(default_factory=dict)  # module -> letter -> tensor
+    parts: dict[str, dict[str, Entry]] = field(default_factory=dict)  # module -> part -> tensor
     trained: dict[str, Entry] = field(default_factory=dict)  # module -> its weight, saved under the module's own name
     kept: dict[str, Entry] = field(default_factory=dict)  # module -> the weight below its factors or tokens
     tokens: dict[str, Entry] = field(default_factory=dict)  # module -> rows of trained tokens
     strange: list[str] = field(default_factory=list)  # none of these
 
+    @property
+    def adapted(self) -> dict[str, dict[str, Entry]]:
+        """Parts of the modules of which more than the bias was trained."""
+        return {module: own for module, own in self.parts.items() if own.keys() != {BIAS}}
 
-def sort(adapter: str, entries: Iterable[Entry], layout: Layout) -> Contents:
-    """Raises `AdapterFormatError` for what is no floats, and for a tensor that is there twice."""
+
+def sort(adapter: str, config: PeftConfig, entries: Iterable[Entry], layout: Layout) -> Contents:
+    """Vectors that the config says nothing of are strange.
+
+    Raises `AdapterFormatError` for what is no floats, and for a tensor that is there twice.
+    """
+    known = {A, B, *trained_vectors(config)}
     contents = Contents()
     for entry in entries:
-        factor, tokens, whole = factor_of(entry.name), _TOKENS.fullmatch(entry.name), _WHOLE.fullmatch(entry.name)
-        if not entry.dtype.is_floating_point:
-            raise AdapterFormatError(adapter, f"{entry.name} holds {entry.dtype}, no floats")
-        if factor is not None:
-            place, key, what = contents.factors.setdefault(factor.module, {}), factor.letter, f"lora_{factor.letter}"
-            module = factor.module
+        part, tokens, whole = part_of(entry.name), _TOKENS.fullmatch(entry.name), _WHOLE.fullmatch(entry.name)
+        if part is not None and part.name in known:
+            place, key, what, module = contents.parts.setdefault(part.module, {}), part.name, part.name, part.module
         elif tokens is not None and module_of(entry.name, layout):
             place, key, what, module = contents.tokens, tokens["module"], "trained tokens", tokens["module"]
         elif whole is not None and module_of(entry.name, layout):
@@ -85,6 +106,8 @@ def sort(adapter: str, entries: Iterable[Entry], layout: Layout) -> Contents:
         else:
             contents.strange.append(entry.name)
             continue
+        if not entry.dtype.is_floating_point:
+            raise AdapterFormatError(adapter, f"{entry.name} holds {entry.dtype}, no floats")
         if key in place:
             raise AdapterFormatError(adapter, f"{entry.name} names {what} of {module} a second time")
         place[key] = entry

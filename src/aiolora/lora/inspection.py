@@ -11,9 +11,11 @@ import msgspec
 
 from aiolora.errors import AdapterError
 from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
-from aiolora.lora.contents import factor_of, module_of
-from aiolora.lora.layout import Layout, Room, layout_of
-from aiolora.lora.loader import CONFIG, MAX_CONFIG, Limits, load_adapter, locate, open_tensors, read_file
+from aiolora.lora.contents import A, module_of, part_of
+from aiolora.lora.kinds import Room
+from aiolora.lora.layout import Layout, layout_of
+from aiolora.lora.loader import CONFIG, MAX_CONFIG, load_adapter, locate, open_tensors, read_file
+from aiolora.lora.outline import Limits
 from aiolora.lora.tensorfile import Entry
 from aiolora.models import weights
 from aiolora.models.loading import outline
@@ -75,7 +77,7 @@ def inspect_adapter(path: str, *, model: str | None = None, max_rank: int) -> Re
                 coverage = _coverage(raw, file.entries, layout)
         parse_config(name, data)
         if layout is not None and model is not None:
-            room = Room(sys.maxsize, sys.maxsize, sys.maxsize)  # the server's, and not known here
+            room = Room(*[sys.maxsize] * 4)  # the server's, and not known here
             limits = Limits(max_rank, room, model)
             version = load_adapter(LoRARequest(name, 1, str(folder)), layout, limits).version
     except AdapterError as error:
@@ -93,8 +95,8 @@ def _object(data: bytes) -> dict[str, Any]:
 def _contents(entries: Iterable[Entry]) -> tuple[Content, ...]:
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        factor = factor_of(entry.name)
-        module = factor.module if factor else entry.name.removeprefix("base_model.model.")
+        part = part_of(entry.name)
+        module = part.module if part else entry.name.removeprefix("base_model.model.")
         groups.setdefault(re.sub(r"^.*?\.\d+\.", "", module), []).append(entry)
     return tuple(
         Content(
@@ -109,8 +111,8 @@ def _contents(entries: Iterable[Entry]) -> tuple[Content, ...]:
 
 
 def _is_a(entry: Entry) -> bool:
-    factor = factor_of(entry.name)
-    return factor is not None and factor.letter == "A"
+    part = part_of(entry.name)
+    return part is not None and part.name == A
 
 
 def _coverage(raw: dict[str, Any], entries: Iterable[str], layout: Layout) -> Coverage:

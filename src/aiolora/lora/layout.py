@@ -1,14 +1,16 @@
-"""Which modules of the model take adapters, and the shape of a page of each kind.
+"""Which modules of the model take adapters, and the shapes of the pages of each kind (`kinds.py`).
 
-Rank pages belong to a kind of site; pages of blocks are all of one shape, whichever weight's rows they hold.
+Rank and vector pages belong to a kind of site; pages of blocks are all of one shape, whichever weight's rows they hold.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aiolora.lora.kinds import PageKinds
 from aiolora.models.decoder import Decoder
 from aiolora.models.layers import Linear
 from aiolora.ops.blocks import ROWS_PER_BLOCK
@@ -16,6 +18,7 @@ from aiolora.ops.linear import RANKS_PER_PAGE
 
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 EMBEDDING, HEAD, NORMS = range(3)  # indices of `Layout.weights`
+WEIGHTS = {EMBED_TOKENS: EMBEDDING, LM_HEAD: HEAD}
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Kind:
         """Bytes of 8 ranks over all layers and slices, both factors."""
         return RANKS_PER_PAGE * self.layers * (self.slices * self.inputs + self.bounds[-1]) * dtype.itemsize
 
+    @property
+    def vectors_nbytes(self) -> int:
+        """Bytes of a vector page: gain and shift of every out-feature over all layers, float32."""
+        return self.layers * 2 * self.bounds[-1] * torch.float32.itemsize
+
 
 class Target(NamedTuple):
     """A module that an adapter may change."""
@@ -45,8 +53,16 @@ class Target(NamedTuple):
     kind: int
     layer: int
     slice: int
-    inputs: int
-    outputs: int
+    weight: Tensor  # [N, K] of the base model, a view (the embedding's a turned one); on "meta": only its outline
+    bias: Tensor | None = None  # [N]
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[0]
 
 
 class Weight(NamedTuple):
@@ -61,55 +77,22 @@ class Weight(NamedTuple):
         return -(-len(self.base) // ROWS_PER_BLOCK)
 
 
-class Ends(NamedTuple):
-    """Kinds of pages that the packer tells apart. -1: takes no adapters."""
-
-    embedding: int = -1
-    head: int = -1
-    blocks: int = -1  # not of ranks
-
-
-NO_ENDS = Ends()
-
-
-class Room(NamedTuple):
-    """Pages on the device."""
-
-    layers: int  # rank pages of each kind inside the layers
-    ends: int = 0  # of embedding and head
-    blocks: int = 0
-
-
 @dataclass(frozen=True)
 class Layout:
     """All kinds, and the module names that lead to them. Read by loaders in any thread."""
 
-    kinds: tuple[Kind, ...]
+    kinds: tuple[Kind, ...]  # of sites
     targets: dict[str, Target]
     dtype: torch.dtype
     weights: tuple[Weight, ...] = ()  # embedding, head, norms on the residual stream
     tied: bool = False  # the head is the embedding
 
     @property
-    def ends(self) -> Ends:
+    def page_kinds(self) -> PageKinds:
         def number(name: str) -> int:
             return next((i for i, kind in enumerate(self.kinds) if kind.name == name), -1)
 
-        return Ends(number(EMBED_TOKENS), number(LM_HEAD), len(self.kinds))
-
-    def is_end(self, kind: int) -> bool:
-        """Whether a kind of rank pages is the embedding's or the head's."""
-        return self.kinds[kind].name in (EMBED_TOKENS, LM_HEAD)
-
-    def pages(self, room: Room) -> list[int]:
-        """How many pages of each kind, those of blocks last."""
-        return [room.ends if self.is_end(kind) else room.layers for kind in range(len(self.kinds))] + [room.blocks]
-
-    @property
-    def block_nbytes(self) -> int:
-        """Bytes of a page of a block."""
-        _, width = self.weights[EMBEDDING].base.shape
-        return int(ROWS_PER_BLOCK * width * self.weights[EMBEDDING].base.dtype.itemsize)
+        return PageKinds(len(self.kinds), number(EMBED_TOKENS), number(LM_HEAD))
 
     @property
     def most_blocks(self) -> int:
@@ -120,14 +103,19 @@ class Layout:
         """Index of the kind of a Linear in `layer`."""
         return next(i for i, kind in enumerate(self.kinds) if kind.name == _kind_name(layer, linear))
 
-    def ends_nbytes(self, pages: int, blocks: int) -> int:
-        """Bytes of so many rank pages of embedding and head each, and of so many pages of blocks."""
-        ranks = sum(kind.page_nbytes(self.dtype) for i, kind in enumerate(self.kinds) if self.is_end(i))
-        return pages * ranks + blocks * self.block_nbytes
+    def page_nbytes(self, kind: int) -> int:
+        """Bytes of a page of a kind of `page_kinds`."""
+        sites = len(self.kinds)
+        if kind < sites:
+            return self.kinds[kind].page_nbytes(self.dtype)
+        if kind < 2 * sites:
+            return self.kinds[kind - sites].vectors_nbytes
+        base = self.weights[EMBEDDING].base
+        return ROWS_PER_BLOCK * base.shape[1] * base.dtype.itemsize
 
-    def pages_nbytes(self, pages: dict[int, int]) -> int:
-        """Bytes of so many rank pages (kind -> count) on the device."""
-        return sum(count * self.kinds[kind].page_nbytes(self.dtype) for kind, count in pages.items())
+    def pages_nbytes(self, pages: Mapping[int, int]) -> int:
+        """Bytes of so many pages (kind -> count) on the device."""
+        return sum(count * self.page_nbytes(kind) for kind, count in pages.items() if count)
 
 
 def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | None = None) -> Layout:
@@ -145,12 +133,12 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
         number = list(kinds).index(name)
         for index, (part, low, high) in enumerate(linear.slices()):
             if taken(part):
-                targets[part] = Target(number, layer, index, linear.inputs, high - low)
-    vocabulary, hidden = model.embed.weight.shape
-    for name, inputs, outputs in ((EMBED_TOKENS, vocabulary, hidden), (LM_HEAD, hidden, vocabulary)):
+                bias = None if linear.bias is None else linear.bias[low:high]
+                targets[part] = Target(number, layer, index, linear.weight[low:high], bias)
+    for name, base in ((EMBED_TOKENS, model.embed.weight.T), (LM_HEAD, model.head.weight)):
         if taken(name):
-            targets[name] = Target(len(kinds), 0, 0, inputs, outputs)
-            kinds[name] = Kind(name, 1, inputs, (0, outputs))
+            targets[name] = Target(len(kinds), 0, 0, base)
+            kinds[name] = Kind(name, 1, base.shape[1], (0, base.shape[0]))
 
     def weight(rows: dict[str, int], base: Tensor) -> Weight:
         return Weight(rows, frozenset(filter(taken, rows)), base)

@@ -1,50 +1,39 @@
 """From a PEFT folder to rank pages in host memory: read once, checked whole, never partly applied.
 
 Everything here runs in a worker thread (or in the caller's, for the blocking faces). What the names and shapes say is
-checked before any tensor is read; `lora/paging.py` reads them.
+checked before any tensor is read (`lora/outline.py`); `paging.py`, `vectors.py` and `rows.py` read them.
 """
 
 import hashlib
 import itertools
 import logging
-import math
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from aiolora.errors import (
-    AdapterFormatError,
-    AdapterMemoryError,
-    AdapterMismatchError,
-    AdapterNotFoundError,
-    AdapterRankError,
-    AdapterUnsupportedError,
-)
+from aiolora.errors import AdapterFormatError, AdapterNotFoundError, AdapterUnsupportedError
 from aiolora.hub import fetch
-from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
-from aiolora.lora.brought import Brought, brought
-from aiolora.lora.contents import Contents, sort
-from aiolora.lora.layout import EMBED_TOKENS, LM_HEAD, Layout, Room
+from aiolora.lora.adapter import PeftConfig, parse_config
+from aiolora.lora.layout import WEIGHTS, Layout
 from aiolora.lora.memory import HeldTensors, InMemory
-from aiolora.lora.paging import Module, fill
+from aiolora.lora.outline import Limits, Outline, outline
+from aiolora.lora.paging import fill
 from aiolora.lora.rows import Block, read_blocks, spans_of
 from aiolora.lora.tensorfile import Entry, TensorFile, Tensors
 from aiolora.lora.tokenizers import FILES as TOKENIZER_FILES
-from aiolora.ops.linear import RANKS_PER_PAGE
-from aiolora.types import AdapterVersion, LoRARequest, SitePages
+from aiolora.lora.vectors import Factors, vector_pages
+from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest, SitePages
 
 logger = logging.getLogger(__name__)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, TENSORS, *TOKENIZER_FILES)  # of a repository
-_HEADS = (LM_HEAD, EMBED_TOKENS.rpartition(".")[2])
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
-_MAX_SCALE = 1e4  # alpha / r is of order 1; float32 and bfloat16 hold products with it
 MAX_CONFIG = 1 << 20
 
 _ids = itertools.count(1)
@@ -52,24 +41,14 @@ _ids = itertools.count(1)
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """One version's rank pages in host memory, ready to be copied page by page."""
+    """One version's pages in host memory, ready to be copied page by page."""
 
     version: AdapterVersion
     a: dict[int, list[Tensor]]  # kind -> pages [L, S, 8, K]
     b: dict[int, list[Tensor]]  # kind -> pages [L, 8, N]
+    vectors: dict[int, Tensor]  # kind of site -> vector page [L, 2, N] float32
     blocks: list[Block] = field(default_factory=list)  # in the order of the version's
     folder: Path | None = None  # that it was read from
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the operator allows."""
-
-    max_rank: int
-    room: Room  # pages on the device
-    base_model: str  # the served base, to warn of an adapter made for another name
-    full_ends: int = 0  # rank pages of embedding and head that there are where --lora-ends-memory is large enough
-    pinned: bool = False  # pages in page-locked memory, from where a GPU copies while it computes
 
 
 def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits) -> AdapterWeights:
@@ -89,6 +68,21 @@ def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits
         return replace(_build(name, config, file, layout, limits, request), folder=folder)
 
 
+def check_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> AnnouncedAdapter:
+    """All that the config and the header of the tensors say of the adapter at `request.lora_path`. Blocks.
+
+    What only the tensors' bytes can tell (digest, values that are not finite) `load_adapter` finds. Raises as it.
+    """
+    name = request.lora_name
+    folder = locate(name, request.lora_path)
+    config = parse_config(name, read_file(name, folder / CONFIG, MAX_CONFIG))
+    with open_tensors(name, folder) as file:
+        found = outline(name, config, file.entries, layout, limits)
+    return AnnouncedAdapter(
+        request=request, rank=found.rank, nbytes=layout.pages_nbytes(found.pages), announced_at=time.time()
+    )
+
+
 def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
     if config.base_model_name_or_path and not _same_base(config.base_model_name_or_path, limits.base_model):
         logger.warning(
@@ -99,56 +93,57 @@ def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
 def _build(
     name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
 ) -> AdapterWeights:
-    found = sort(name, file.entries.values(), layout)
-    factors = _factors(name, config, found, layout)
-    vocabulary, own = brought(name, config, found, layout)
-    ranks: dict[int, int] = {}
-    scales: dict[str, float] = {}
-    for module, (a, b) in factors.items():
-        target = layout.targets[module]
-        rank = _checked_rank(name, config, module, a, b, target.inputs, target.outputs)
-        if rank > limits.max_rank:
-            raise AdapterRankError(
-                name,
-                f"rank {rank} of {module} exceeds max_lora_rank={limits.max_rank}; start with --max-lora-rank {rank}",
-            )
-        scales[module] = config.scale(module, rank)
-        ranks[target.kind] = max(ranks.get(target.kind, 0), rank)
-    pages = {kind: -(-rank // RANKS_PER_PAGE) for kind, rank in sorted(ranks.items())}
-    for kind, there in enumerate(layout.pages(limits.room)[:-1]):
-        if pages.get(kind, 0) > there:
-            half = layout.ends_nbytes(pages[kind], 0)
-            raise AdapterMemoryError(
-                name,
-                f"needs {pages[kind]} rank pages of {layout.kinds[kind].name}, the room for adapters has {there}; "
-                + (f"start with --lora-ends-memory {2 * half}" if layout.is_end(kind) else "raise --lora-memory"),
-            )
-    kind_scales = _kind_scales(name, scales, layout)
-    modules = [
-        Module(*pair, layout.targets[module], scales[module] / (kind_scales[layout.targets[module].kind] or 1.0))
-        for module, pair in factors.items()
-    ]
-    a_pages, b_pages, contents = fill(file, modules, pages, layout, pinned=limits.pinned)
-    enough = partial(layout.ends_nbytes, limits.full_ends)
-    blocks, more = read_blocks(file, own, layout, limits.room.blocks, enough, pinned=limits.pinned)
+    plan = outline(name, config, file.entries, layout, limits)
+    kinds, pinned = layout.page_kinds, limits.pinned
+    sites = {kind: count for kind, count in plan.pages.items() if kind < kinds.sites}
+    a_pages, b_pages, contents = fill(file, plan.modules, sites, layout, pinned=pinned)
+    vectors, more = vector_pages(file, plan.vectors, Factors(a_pages, b_pages, plan.kind_scales), layout, pinned=pinned)
+    contents |= more
+    blocks, more = read_blocks(file, plan.brought, layout, limits.room.blocks, _enough(layout, limits), pinned=pinned)
+    contents |= more
+    _check_blocks(name, plan, blocks, layout)
+    pages = plan.pages | ({kinds.blocks: len(blocks)} if blocks else {})
     version = AdapterVersion(
         id=next(_ids),
         name=name,
-        digest=_digest(contents | more, scales, own),
+        digest=_digest(contents, plan),
         source=None if isinstance(request, InMemory) else request.lora_path,
-        rank=max(ranks.values()),
-        pages=(
-            *(SitePages(kind, count, kind_scales[kind]) for kind, count in pages.items()),
-            *([SitePages(layout.ends.blocks, len(blocks), 1.0)] if blocks else []),
-        ),
-        nbytes=layout.pages_nbytes(pages) + len(blocks) * layout.block_nbytes,
+        rank=plan.rank,
+        pages=tuple(SitePages(kind, count, plan.kind_scales.get(kind, 1.0)) for kind, count in pages.items()),
+        nbytes=layout.pages_nbytes(pages),
         base_model_name=request.base_model_name,
         loaded_at=time.time(),
-        additive=not blocks and not vocabulary,
-        vocabulary=vocabulary,
+        additive=not (vectors or plan.invocation or blocks or plan.vocabulary),
+        invocation=plan.invocation,
+        vocabulary=plan.vocabulary,
         blocks=spans_of(blocks),
     )
-    return AdapterWeights(version, a_pages, b_pages, blocks)
+    return AdapterWeights(version, a_pages, b_pages, vectors, blocks)
+
+
+def _enough(layout: Layout, limits: Limits) -> Callable[[int], int]:
+    """What --lora-ends-memory must be for so many blocks, and all rank pages of the ends."""
+    kinds = layout.page_kinds
+    ranks = dict.fromkeys(kinds.ends, limits.full_ends)
+    return lambda blocks: layout.pages_nbytes({**ranks, kinds.blocks: blocks})
+
+
+def _check_blocks(name: str, plan: Outline, blocks: list[Block], layout: Layout) -> None:
+    """What cannot be served beside rows that differ from the base's. Of a base on "meta" nobody knows which do."""
+    over = {block.weight for block in blocks if not layout.weights[block.weight].base.is_meta}
+    if over and plan.invocation:
+        raise AdapterUnsupportedError(
+            name,
+            "alora_invocation_tokens with rows of its own, which in PEFT act on what is before the invocation, too; "
+            "save it with save_embedding_layers=False",
+        )
+    norms = [one.module for one in plan.vectors if one.magnitude is not None and WEIGHTS.get(one.module) in over]
+    if norms:
+        raise AdapterUnsupportedError(
+            name,
+            f"{norms[0]} has DoRA over a weight that is not the base model's; serve that model as the base, or "
+            "retrain without use_dora",
+        )
 
 
 def locate(name: str, path: str) -> Path:
@@ -189,85 +184,18 @@ def open_tensors(name: str, folder: Path) -> TensorFile:
     return TensorFile.open(name, file)
 
 
-def _factors(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> dict[str, tuple[Entry, Entry]]:
-    """(A, B) of every module; every tensor must be served, every pair complete, every target present."""
-    found, strange = contents.factors, contents.strange
-    if biases := [key for key in strange if config.bias != "none" and key.endswith(".bias")]:
-        raise AdapterUnsupportedError(
-            name, f"bias={config.bias!r} trained {len(biases)} biases, which are not served; retrain with bias='none'"
-        )
-    if saved := [key for key in strange if config.saves(key.removesuffix(".weight"))]:
-        raise AdapterUnsupportedError(
-            name,
-            f"modules_to_save trained {len(saved)} modules whole that are no embedding, head or norm of the residual "
-            f"stream: {saved[:2]}; retrain without them in modules_to_save",
-        )
-    if strange:
-        raise AdapterUnsupportedError(
-            name, f"{len(strange)} tensors are no lora_A/lora_B of a linear module and not served: {strange[:3]}"
-        )
-    if not found:
-        raise AdapterFormatError(name, f"{TENSORS} holds no LoRA tensors")
-    if halves := sorted(module for module, pair in found.items() if len(pair) == 1):
-        raise AdapterFormatError(name, f"{halves[0]} has lora_{next(iter(found[halves[0]]))} alone, without its pair")
-    if outside := sorted(module for module in found if module not in layout.targets):
-        raise AdapterMismatchError(
-            name,
-            f"{len(outside)} modules are not in the base model or take no adapters (--lora-target-modules): "
-            f"{outside[:3]}; it was made for {config.base_model_name_or_path!r}",
-        )
-    if isinstance(config.target_modules, list):
-        for wanted in config.target_modules:
-            meant = [module for module in layout.targets if stands_for(wanted, module)]
-            if not meant and wanted.rpartition(".")[2] in _HEADS and not config.spares(wanted):
-                raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
-            # any other name that stands for nothing is of another model: PEFT passes it by
-            if bare := [module for module in meant if module not in found and not config.spares(module)]:
-                raise AdapterFormatError(
-                    name,
-                    f"target_modules names {wanted!r}, but no tensor belongs to it in {len(bare)} of {len(meant)} "
-                    f"modules: {bare[:3]}",
-                )
-    return {module: (found[module]["A"], found[module]["B"]) for module in sorted(found)}
-
-
-def _checked_rank(name: str, config: PeftConfig, module: str, a: Entry, b: Entry, inputs: int, outputs: int) -> int:
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != inputs or b.shape[0] != outputs:
-        raise AdapterMismatchError(
-            name,
-            f"{module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, the base model needs [r, {inputs}] and "
-            f"[{outputs}, r]; it was made for {config.base_model_name_or_path!r}",
-        )
-    rank = a.shape[0]
-    if rank == 0 or b.shape[1] != rank:
-        raise AdapterFormatError(name, f"{module} has rank {rank} in lora_A and {b.shape[1]} in lora_B")
-    if rank != config.rank(module):
-        raise AdapterFormatError(name, f"{module} has rank {rank}, {CONFIG} says {config.rank(module)}")
-    return rank
-
-
-def _kind_scales(name: str, scales: dict[str, float], layout: Layout) -> dict[int, float]:
-    """The one scale of each kind: the largest of its modules'. The others have the ratio folded into B."""
-    kind_scales: dict[int, float] = {}
-    for module, scale in scales.items():
-        kind = layout.targets[module].kind
-        if not math.isfinite(scale) or abs(scale) > _MAX_SCALE:
-            raise AdapterFormatError(name, f"{module} has the scale {scale}; the limit is {_MAX_SCALE:g}")
-        if abs(scale) >= abs(kind_scales.get(kind, 0.0)):
-            kind_scales[kind] = scale
-    return kind_scales
-
-
-def _digest(contents: dict[Entry, str], scales: dict[str, float], own: list[Brought]) -> str:
-    """sha256 over every tensor's own, every module's scale and where rows belong: two configs of one file differ."""
+def _digest(contents: dict[Entry, str], outline: Outline) -> str:
+    """sha256 over every tensor's own and what the config adds: two configs with one set of tensors differ."""
     total = hashlib.sha256()
     for entry in sorted(contents):
         total.update(f"{entry.name} {entry.dtype} {list(entry.shape)} {contents[entry]}\n".encode())
-    for module in sorted(scales):
-        total.update(f"{module} {scales[module]!r}\n".encode())
-    for one in own:
+    for module, scale in sorted(outline.scales.items()):
+        total.update(f"{module} {scale!r}\n".encode())
+    for one in outline.brought:
         if one.tokens is not None:
             total.update(f"{one.weight} {one.tokens.name} {list(one.rows)}\n".encode())
+    if outline.invocation:
+        total.update(f"invocation {outline.invocation}\n".encode())
     return total.hexdigest()
 
 

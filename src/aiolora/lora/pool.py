@@ -1,4 +1,4 @@
-"""AdapterPool: the store of rank pages on the device, attached once to the model's Linears."""
+"""AdapterPool: the store of adapters' pages on the device, attached once to the model's Linears."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aiolora.lora.layout import EMBEDDING, Layout, Room
+from aiolora.lora.kinds import Room
+from aiolora.lora.layout import EMBEDDING, Layout
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.rows import Block
 from aiolora.models.decoder import Decoder
@@ -34,38 +35,47 @@ class Arrival:
 class AdapterPool:
     """Pages of 8 ranks of one kind of site over all layers: a [P, L, S, 8, K], b [P, L, 8, N] a kind.
 
-    And pages of blocks of rows: [P, 128, H].
-    One page is one contiguous copy a factor, written whole before it is read. Which page holds what is `Residency`'s
-    business. A GPU copies in a stream of its own while steps run: nothing launched reads the pages of an evicted
-    version, and no step reads a version that is launched before its `Arrival` is done, so neither stream waits for the
-    other. Engine thread only.
+    And vector pages [V, L, 2, N], float32: gain and shift, and pages of blocks of rows [P, 128, H]. A page is one
+    contiguous copy, written whole before it is read. Which page holds what is `Residency`'s business. A GPU copies in
+    a stream of its own while steps run: nothing launched reads the pages of an evicted version, and no step reads a
+    version that is launched before its `Arrival` is done, so neither stream waits for the other. Engine thread only.
     """
 
     def __init__(self, layout: Layout, room: Room, device: str) -> None:
         self.layout = layout
         self._a: list[Tensor] = []
         self._b: list[Tensor] = []
-        *counts, num_blocks = layout.pages(room)
-        for kind, num_pages in zip(layout.kinds, counts):
+        self._vectors: list[Tensor] = []
+        page_kinds = layout.page_kinds
+        counts = room.pages(page_kinds)
+        for number, kind in enumerate(layout.kinds):
+            num_pages, num_vectors = counts[number], counts[page_kinds.vectors_of(number)]
             a = (num_pages, kind.layers, kind.slices, RANKS_PER_PAGE, kind.inputs)
             b = (num_pages, kind.layers, RANKS_PER_PAGE, kind.bounds[-1])
+            vectors = (num_vectors, kind.layers, 2, kind.bounds[-1])
             self._a.append(torch.empty(a, dtype=layout.dtype, device=device))
             self._b.append(torch.empty(b, dtype=layout.dtype, device=device))
+            self._vectors.append(torch.empty(vectors, dtype=torch.float32, device=device))
         base = layout.weights[EMBEDDING].base
-        self.rows = base.new_empty((num_blocks, ROWS_PER_BLOCK, base.shape[1]))
+        self.rows = base.new_empty((counts[page_kinds.blocks], ROWS_PER_BLOCK, base.shape[1]))
         self._copies = torch.cuda.Stream() if device.startswith("cuda") else None  # type: ignore[no-untyped-call]
 
     def attach(self, model: Decoder) -> None:
         """Give every Linear inside the layers, the embedding and the head their Sites."""
         for layer, linear in model.linears():
             linear.site = self._site(self.layout.kind_of(layer, linear), layer)
-        ends = self.layout.ends
-        model.embed.site = self._site(ends.embedding, 0) if ends.embedding >= 0 else None
-        model.head.site = self._site(ends.head, 0) if ends.head >= 0 else None
+        kinds = self.layout.page_kinds
+        model.embed.site = self._site(kinds.embedding, 0) if kinds.embedding >= 0 else None
+        model.head.site = self._site(kinds.head, 0) if kinds.head >= 0 else None
 
     def _site(self, kind: int, layer: int) -> Site:
-        a, b = self._a[kind][:, layer].transpose(0, 1), self._b[kind][:, layer]
-        return Site(kind, a, b, list(self.layout.kinds[kind].bounds))
+        return Site(
+            kind,
+            self._a[kind][:, layer].transpose(0, 1),
+            self._b[kind][:, layer],
+            self._vectors[kind][:, layer],
+            list(self.layout.kinds[kind].bounds),
+        )
 
     def write(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> Arrival:
         """Begin to copy every page of `weights` to its place (kind -> page numbers)."""
@@ -77,11 +87,14 @@ class AdapterPool:
             return Arrival(weights, self._copies.record_event())
 
     def _copy(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> None:
-        for kind, numbers in pages.items():
-            if kind == self.layout.ends.blocks:
-                self._copy_blocks(weights.blocks, numbers)
-                continue
-            for source, page in enumerate(numbers):
+        kinds = self.layout.page_kinds
+        for kind, vectors in weights.vectors.items():
+            (page,) = pages[kinds.vectors_of(kind)]
+            self._vectors[kind][page].copy_(vectors, non_blocking=True)
+        if weights.blocks:
+            self._copy_blocks(weights.blocks, pages[kinds.blocks])
+        for kind in weights.a:
+            for source, page in enumerate(pages[kind]):
                 self._a[kind][page].copy_(weights.a[kind][source], non_blocking=True)
                 self._b[kind][page].copy_(weights.b[kind][source], non_blocking=True)
 

@@ -1,11 +1,12 @@
 """Residency: the book of where each adapter version is - on disk, in host memory, in device pages. Pure Python."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from aiolora.errors import AdapterMemoryError
+from aiolora.lora.kinds import PageKinds, Room
 from aiolora.pages import PagePool
 from aiolora.types import AdapterVersion
 
@@ -24,17 +25,17 @@ class Placement(Generic[W]):
 class Residency(Generic[W]):
     """Two levels: host memory (a count of versions) and device pages (a pool a kind), both least recently used first.
 
-    A version is leased by every sequence that runs with it; a leased version is never evicted from either level. A
-    placed version is on the device once its bytes have landed there; until then it is neither leased nor evicted.
-    A version without a source cannot be read again and is never evicted from host memory, only dropped. A pinned
-    version is evicted from neither level, a retired one (its name is gone, requests under way still need it) not from
-    host memory: its source may hold something else by now. Engine thread only.
+    Each kind of page has a pool, of as many as there is `room` for. A version is leased by every sequence that runs
+    with it; a leased version is never evicted from either level. A placed version is on the device once its bytes have
+    landed there; until then it is neither leased nor evicted. A version without a source cannot be read again and is
+    never evicted from host memory, only dropped. A pinned version is evicted from neither level, a retired one (its
+    name is gone, requests under way still need it) not from host memory: its source may hold something else by now.
+    Engine thread only.
     """
 
-    def __init__(self, *, num_kinds: int, num_pages: int, max_host: int, ends: Sequence[int] = ()) -> None:
-        """`num_pages` of each of the kinds that every adapter may need; `ends`: how many of each further kind."""
-        self._pools = [PagePool(count) for count in (*[num_pages] * num_kinds, *ends)]
-        self._num_kinds = num_kinds
+    def __init__(self, kinds: PageKinds, room: Room, *, max_host: int) -> None:
+        self._kinds = kinds
+        self._pools = [PagePool(count) for count in room.pages(kinds)]
         self._max_host = max_host
         self._host: OrderedDict[int, tuple[AdapterVersion, W]] = OrderedDict()
         self._device: OrderedDict[int, tuple[AdapterVersion, dict[int, list[int]]]] = OrderedDict()
@@ -124,7 +125,8 @@ class Residency(Generic[W]):
         """Evict `version` from neither level until `unpin` or `drop`. Pinned already: nothing.
 
         Raises `AdapterMemoryError` where host memory would have room for no other version, or the device for none of
-        `room` pages a kind: whoever is not pinned must still be served, if one at a time.
+        `room` rank pages and a vector page a kind inside the layers: whoever is not pinned must still be served, if one
+        at a time. At the ends a pin need leave nothing.
         """
         if version.id in self._pinned:
             return
@@ -135,14 +137,21 @@ class Residency(Generic[W]):
                 "one that is not; raise --max-cpu-loras or unpin another",
             )
         spare = self._spare_pages([*self._pinned.values(), version])
-        least = min(spare[: self._num_kinds], default=0)
+        vectors = [self._kinds.vectors_of(site) for site in range(self._kinds.layers)]
+        if any(site.kind in vectors for site in version.pages) and min(spare[kind] for kind in vectors) < 1:
+            raise AdapterMemoryError(
+                version.name,
+                "cannot be pinned: it would leave no vector page of a kind for another adapter with DoRA or biases; "
+                "raise --max-loras or unpin another",
+            )
+        least = min(spare[: self._kinds.layers], default=0)
         if least < room:
             raise AdapterMemoryError(
                 version.name,
                 f"cannot be pinned: it would leave {max(0, least)} rank pages of a kind, and one "
                 f"adapter of max_lora_rank needs {room}; raise --lora-memory or unpin another",
             )
-        if min(spare[self._num_kinds :], default=0) < 0:
+        if min(spare, default=0) < 0:
             raise AdapterMemoryError(
                 version.name,
                 "cannot be pinned beside the others: there is no room for all their embeddings, heads or norms; raise "

@@ -57,7 +57,7 @@ def read_blocks(
             raise AdapterMemoryError(
                 file.adapter,
                 f"brings {count} or more blocks of {ROWS_PER_BLOCK} rows of the embedding, the head or the norms, "
-                f"{layout.block_nbytes} bytes each; there is room for {room}; start with "
+                f"{layout.page_nbytes(layout.page_kinds.blocks)} bytes each; there is room for {room}; start with "
                 f"--lora-ends-memory {enough(most)}",
             )
 

@@ -12,7 +12,7 @@ from aiolora.models.layers import Embedding, Linear, Norm
 from aiolora.ops.activation import gated
 from aiolora.ops.attention import attention_op, stored
 from aiolora.ops.blocks import OwnNorms, own_logits_op, own_norm_op
-from aiolora.ops.linear import complete_op, shrink_op
+from aiolora.ops.linear import Partial, complete_op, shrink_op
 from aiolora.ops.norm import norm_after
 
 
@@ -139,17 +139,16 @@ class Decoder(nn.Module):
         """
         if adapters is None:
             return logits
-        perm, tiles, items, pages, scales, owners, tile = adapters.routing
+        routing, site = adapters.routing, self.head.site
         vocabulary = logits.shape[1]
         if adapters.widest > vocabulary:
             logits = F.pad(logits, (0, adapters.widest - vocabulary))
         if adapters.own is not None:
-            own_logits_op(logits, hidden, *adapters.own, perm, tiles, tile)
-        if self.head.site is not None and adapters.low_rank:
-            kind, a, b, bounds = self.head.site
-            h = shrink_op(hidden, a, [perm, tiles, items, pages, scales], [kind, tile])
-            owed = [h, b, perm, tiles, pages, owners]
-            of_base = complete_op(logits[:, :vocabulary].contiguous(), None, owed, [kind, tile, *bounds])
+            own_logits_op(logits, hidden, *adapters.own, routing.perm, routing.tiles, routing.tile)
+        if site is not None and adapters.low_rank:
+            tables = [routing.perm, routing.tiles, routing.items, routing.pages, routing.scales]
+            h = shrink_op(hidden, site.a, tables, [site.kind, routing.tile])
+            of_base = complete_op(*Partial(logits[:, :vocabulary].contiguous(), None, h, site, routing).flat)
             logits = of_base if logits.shape[1] == vocabulary else torch.cat((of_base, logits[:, vocabulary:]), dim=1)
         if adapters.vocabularies is None:
             return logits

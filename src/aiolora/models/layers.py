@@ -75,10 +75,9 @@ class Embedding(nn.Module):
             x = embed_own_op(x, tokens, previous, *own)
         if self.site is None or routing is None:
             return x
-        kind, a, b, bounds = self.site
-        _, _, _, pages, scales, owners, tile = routing
-        h = embed_shrink_op(tokens, previous, a, pages, scales, owners, kind)
-        return complete_op(x, None, [h, b, routing.perm, routing.tiles, pages, owners], [kind, tile, *bounds])
+        tables = routing.pages, routing.scales, routing.owners
+        h = embed_shrink_op(tokens, previous, self.site.a, *tables, self.site.kind)
+        return complete_op(*Partial(x, None, h, self.site, routing).flat)
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         yield f"{self.name}.weight", self.weight

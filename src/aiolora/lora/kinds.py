@@ -1,0 +1,45 @@
+"""Kinds of pages, numbered: rank pages of each kind of site, behind them vector pages of each, and blocks of rows."""
+
+from typing import NamedTuple
+
+
+class PageKinds(NamedTuple):
+    """The one numbering of pages that layout, books, store and packer share."""
+
+    sites: int  # kinds of sites: those inside the layers, then the embedding and the head if they take adapters
+    embedding: int = -1  # which of them; -1: none
+    head: int = -1
+
+    @property
+    def layers(self) -> int:
+        """So many first kinds of sites are inside the layers, where any adapter may need them."""
+        return self.sites - (self.embedding >= 0) - (self.head >= 0)
+
+    @property
+    def ends(self) -> range:
+        """The others: the embedding and the head, which few adapters change."""
+        return range(self.layers, self.sites)
+
+    def vectors_of(self, site: int) -> int:
+        """The kind of the vector pages that go with rank pages of `site`."""
+        return self.sites + site
+
+    @property
+    def blocks(self) -> int:
+        """Of rows: the last kind."""
+        return 2 * self.sites
+
+
+class Room(NamedTuple):
+    """Pages on the device."""
+
+    layers: int  # rank pages of each kind inside the layers
+    vectors: int = 0  # vector pages of each kind
+    ends: int = 0  # rank pages of embedding and head each
+    blocks: int = 0
+
+    def pages(self, kinds: PageKinds) -> list[int]:
+        """How many of each kind. The ends have no more vector pages than rank pages: those never come alone."""
+        ranks = [self.layers] * kinds.layers + [self.ends for _ in kinds.ends]
+        vectors = [self.vectors] * kinds.layers + [min(self.vectors, self.ends) for _ in kinds.ends]
+        return [*ranks, *vectors, self.blocks]

@@ -1,0 +1,215 @@
+"""What an adapter will be, as its config and its tensors' names and shapes say: checked before any of them is read."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aiolora.errors import (
+    AdapterFormatError,
+    AdapterMemoryError,
+    AdapterMismatchError,
+    AdapterRankError,
+    AdapterUnsupportedError,
+)
+from aiolora.lora.adapter import PeftConfig, stands_for, weight_of
+from aiolora.lora.brought import Brought, brought
+from aiolora.lora.contents import BIAS, VECTORS, A, B, Contents, sort, trained_vectors
+from aiolora.lora.kinds import Room
+from aiolora.lora.layout import EMBED_TOKENS, LM_HEAD, Layout, Target
+from aiolora.lora.paging import Module
+from aiolora.lora.tensorfile import Entry
+from aiolora.lora.vectors import Vectors
+from aiolora.ops.linear import RANKS_PER_PAGE
+
+_HEADS = (LM_HEAD, EMBED_TOKENS.rpartition(".")[2])
+_MAX_SCALE = 1e4  # alpha / r is of order 1; float32 and bfloat16 hold products with it
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the operator allows."""
+
+    max_rank: int
+    room: Room  # pages on the device
+    base_model: str  # the served base, to warn of an adapter made for another name
+    full_ends: int = 0  # rank pages of embedding and head that there are where --lora-ends-memory is large enough
+    pinned: bool = False  # pages in page-locked memory, from where a GPU copies while it computes
+
+
+class Outline(NamedTuple):
+    """All of it but the values, and which of its rows are the base's."""
+
+    modules: list[Module]
+    vectors: list[Vectors]
+    scales: dict[str, float]  # of each module
+    kind_scales: dict[int, float]
+    pages: dict[int, int]  # kind of pages -> count, without blocks
+    rank: int  # the largest
+    vocabulary: int  # 0: the base's
+    brought: list[Brought]
+    invocation: tuple[int, ...]
+
+
+def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: Layout, limits: Limits) -> Outline:
+    """Raises an `AdapterError` for whatever can be told from these."""
+    found = sort(name, config, entries.values(), layout)
+    _check_parts(name, config, found, layout)
+    vocabulary, rows = brought(name, config, found, layout)
+    invocation = tuple(config.alora_invocation_tokens or ())
+    if invocation:
+        _check_activated(name, config, found)
+    ranks: dict[int, int] = {}
+    scales: dict[str, float] = {}
+    adapted = dict(sorted(found.adapted.items()))
+    for module, own in adapted.items():
+        target = layout.targets[module]
+        rank = _checked_rank(name, config, module, own[A], own[B], target.inputs, target.outputs)
+        if rank > limits.max_rank:
+            raise AdapterRankError(
+                name,
+                f"rank {rank} of {module} exceeds max_lora_rank={limits.max_rank}; start with --max-lora-rank {rank}",
+            )
+        scales[module] = config.scale(module, rank)
+        ranks[target.kind] = max(ranks.get(target.kind, 0), rank)
+    pages = {kind: -(-rank // RANKS_PER_PAGE) for kind, rank in sorted(ranks.items())}
+    _check_room(name, pages, layout, limits)
+    kind_scales = _kind_scales(name, scales, layout)
+    modules = [
+        Module(
+            own[A], own[B], layout.targets[module], scales[module] / (kind_scales[layout.targets[module].kind] or 1.0)
+        )
+        for module, own in adapted.items()
+    ]
+    vectors = [
+        Vectors(module, layout.targets[module], scales.get(module, 0.0), *map(own.get, VECTORS))
+        for module, own in sorted(found.parts.items())
+        if own.keys() & set(VECTORS)
+    ]
+    pages |= dict.fromkeys(sorted({layout.page_kinds.vectors_of(one.target.kind) for one in vectors}), 1)
+    rank = max(ranks.values())
+    return Outline(modules, vectors, scales, kind_scales, pages, rank, vocabulary, rows, invocation)
+
+
+def _check_parts(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> None:
+    """Every tensor must be served, no part of a module missing, every target there."""
+    found, adapted, strange = contents.parts, contents.adapted, contents.strange
+    beside = [part for part in trained_vectors(config) if part != BIAS]
+    if saved := [key for key in strange if config.saves(key.removesuffix(".weight"))]:
+        raise AdapterUnsupportedError(
+            name,
+            f"modules_to_save trained {len(saved)} modules whole that are no embedding, head or norm of the residual "
+            f"stream: {saved[:2]}; retrain without them in modules_to_save",
+        )
+    if strange:
+        raise AdapterUnsupportedError(
+            name, f"{len(strange)} tensors are no lora_A/lora_B of a linear module and not served: {strange[:3]}"
+        )
+    if not adapted:
+        raise AdapterFormatError(name, "adapter_model.safetensors holds no LoRA tensors")
+    for module, own in sorted(adapted.items()):
+        if not {A, B} <= own.keys():
+            alone = min(part for part in own if part != BIAS)
+            raise AdapterFormatError(name, f"{module} has {alone} alone, without its pair")
+        if missing := [part for part in beside if part not in own]:
+            raise AdapterFormatError(
+                name, f"{module} has no {missing[0]}, and adapter_config.json says that it was trained"
+            )
+    if outside := sorted(module for module in found if module not in layout.targets):
+        raise AdapterMismatchError(
+            name,
+            f"{len(outside)} modules are not in the base model or take no adapters (--lora-target-modules): "
+            f"{outside[:3]}; it was made for {config.base_model_name_or_path!r}",
+        )
+    if isinstance(config.target_modules, list):
+        for wanted in config.target_modules:
+            meant = [module for module in layout.targets if stands_for(wanted, module)]
+            if not meant and wanted.rpartition(".")[2] in _HEADS and not config.spares(wanted):
+                raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
+            # any other name that stands for nothing is of another model: PEFT passes it by
+            if bare := [module for module in meant if module not in adapted and not config.spares(module)]:
+                raise AdapterFormatError(
+                    name,
+                    f"target_modules names {wanted!r}, but no tensor belongs to it in {len(bare)} of {len(meant)} "
+                    f"modules: {bare[:3]}",
+                )
+    for wanted in config.target_parameters or ():
+        if bare := [
+            module for module in layout.targets if stands_for(wanted, weight_of(module)) and module not in adapted
+        ]:
+            raise AdapterFormatError(
+                name,
+                f"target_parameters names {wanted!r}, but no tensor belongs to it in {len(bare)} modules: {bare[:3]}",
+            )
+    for module, own in sorted(found.items()):
+        _check_vectors(name, config, module, own, layout.targets[module])
+
+
+def _check_activated(name: str, config: PeftConfig, contents: Contents) -> None:
+    """What an aLoRA may not have, for PEFT puts only low-rank factors of linear modules to sleep."""
+    awake = [module for module in contents.adapted if stands_for(EMBED_TOKENS, module)]
+    awake += [f"{module}.bias" for module, own in contents.parts.items() if BIAS in own]
+    awake += contents.tokens
+    awake += [module for module in contents.trained if config.saves(module)]
+    if awake:
+        raise AdapterUnsupportedError(
+            name,
+            f"alora_invocation_tokens with trained {sorted(awake)[:2]}, which in PEFT act on what is before the "
+            "invocation, too; retrain with low-rank factors of linear modules only",
+        )
+
+
+def _check_vectors(name: str, config: PeftConfig, module: str, own: dict[str, Entry], target: Target) -> None:
+    """What the module has beside lora_A and lora_B must be of the base model's shape."""
+    for part in own.keys() & set(VECTORS):
+        if own[part].shape != (target.outputs,):
+            raise AdapterMismatchError(
+                name,
+                f"{module} has {part} {list(own[part].shape)}, the base model needs [{target.outputs}]; it was "
+                f"made for {config.base_model_name_or_path!r}",
+            )
+    if BIAS in own and target.bias is None:
+        raise AdapterMismatchError(
+            name,
+            f"{module} has a bias, the base model's has none; it was made for {config.base_model_name_or_path!r}",
+        )
+
+
+def _check_room(name: str, pages: dict[int, int], layout: Layout, limits: Limits) -> None:
+    """Each kind must have room for so many rank pages (kind -> count)."""
+    kinds = layout.page_kinds
+    there = limits.room.pages(kinds)
+    for kind, count in pages.items():
+        if count > there[kind]:
+            half = count * sum(layout.page_nbytes(end) for end in kinds.ends)
+            raise AdapterMemoryError(
+                name,
+                f"needs {count} rank pages of {layout.kinds[kind].name}, the room for adapters has {there[kind]}; "
+                + (f"start with --lora-ends-memory {2 * half}" if kind in kinds.ends else "raise --lora-memory"),
+            )
+
+
+def _checked_rank(name: str, config: PeftConfig, module: str, a: Entry, b: Entry, inputs: int, outputs: int) -> int:
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != inputs or b.shape[0] != outputs:
+        raise AdapterMismatchError(
+            name,
+            f"{module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, the base model needs [r, {inputs}] and "
+            f"[{outputs}, r]; it was made for {config.base_model_name_or_path!r}",
+        )
+    rank = a.shape[0]
+    if rank == 0 or b.shape[1] != rank:
+        raise AdapterFormatError(name, f"{module} has rank {rank} in lora_A and {b.shape[1]} in lora_B")
+    if rank != config.rank(module):
+        raise AdapterFormatError(name, f"{module} has rank {rank}, adapter_config.json says {config.rank(module)}")
+    return rank
+
+
+def _kind_scales(name: str, scales: dict[str, float], layout: Layout) -> dict[int, float]:
+    """The one scale of each kind: the largest of its modules'. The others have the ratio folded into B."""
+    kind_scales: dict[int, float] = {}
+    for module, scale in scales.items():
+        kind = layout.targets[module].kind
+        if not math.isfinite(scale) or abs(scale) > _MAX_SCALE:
+            raise AdapterFormatError(name, f"{module} has the scale {scale}; the limit is {_MAX_SCALE:g}")
+        if abs(scale) >= abs(kind_scales.get(kind, 0.0)):
+            kind_scales[kind] = scale
+    return kind_scales
