@@ -9,8 +9,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from aiolora.config import EngineArgs
+from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.build import READERS, Built, build
-from aiolora.engine.core import AdapterStanding, Snapshot
+from aiolora.engine.core import Snapshot
 from aiolora.engine.intake import LoRA
 from aiolora.engine.output import Assembler
 from aiolora.errors import AdapterFormatError, AioloraError, RequestError
@@ -141,20 +142,20 @@ class LLMEngine:
         name = self._intake.registry.named(lora)
         version = self._intake.registry.forget(name) if name is not None else None
         if version is not None:
-            self._engine.drop_adapter(version, force=force)
+            self._engine.adapters.drop(version, force=force)
         return version is not None
 
     def pin_lora(self, lora: str | int) -> None:
         """Never evict it: as `AsyncLLMEngine.pin_lora`. Raises `UnknownModelError` and `AdapterMemoryError`."""
-        self._engine.pin_adapter(self._intake.registry.get(lora))
+        self._engine.adapters.pin(self._intake.registry.get(lora))
 
     def unpin_lora(self, lora: str | int) -> None:
         """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
-        self._engine.unpin_adapter(self._intake.registry.get(lora))
+        self._engine.adapters.unpin(self._intake.registry.get(lora))
 
     def lora_standing(self) -> list[AdapterStanding]:
         """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""
-        return self._engine.standing(self._intake.registry.versions())
+        return self._engine.adapters.standing(self._intake.registry.versions())
 
     @contextlib.contextmanager
     def read_ahead(self, loras: Iterable[LoRA]) -> Iterator[None]:
@@ -205,9 +206,9 @@ class LLMEngine:
     def _publish(self, weights: AdapterWeights, number: int, *, replace: bool) -> AdapterVersion:
         old = self._intake.registry.publish(weights.version, number, replace=replace)
         if old is None:
-            self._engine.add_adapter(weights)
+            self._engine.adapters.add(weights)
         else:
-            self._engine.replace_adapter(old, weights)
+            self._engine.adapters.replace(old, weights)
         return weights.version
 
     def _read_again(self, version: AdapterVersion) -> None:
@@ -224,9 +225,9 @@ class LLMEngine:
             except Exception as error:
                 known = error if isinstance(error, AioloraError) else None
                 failure = known or AdapterFormatError(version.name, f"could not be read again: {error!r}")
-                self._engine.adapter_failed(version, failure)
+                self._engine.adapters.failed(version, failure)
             else:
-                self._engine.adapter_landed(version, weights)
+                self._engine.adapters.landed(version, weights)
 
 
 class LLM:

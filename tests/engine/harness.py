@@ -138,7 +138,7 @@ class World:
         digest = sha256(f"{name} {self._num_versions}".encode()).hexdigest()
         pages = tuple(SitePages(kind, count, 1.0) for kind, count in needs.items())
         version = AdapterVersion(self._num_versions, name, digest, source, 8, pages, 0)
-        self.engine.add_adapter(self._weights(version))
+        self.engine.adapters.add(self._weights(version))
         if source is None:
             self.in_memory.append(version)
         return version
@@ -152,7 +152,7 @@ class World:
             for ticket in self.tickets.values():
                 if ticket.open and ticket.request.mix is not None and version in ticket.request.mix.versions:
                     ticket.aborted = True
-        self.engine.drop_adapter(version, force=force)
+        self.engine.adapters.drop(version, force=force)
 
     def answer(self, version: AdapterVersion, outcome: str) -> None:
         """What `read_again(version)` brought: "ok", "changed" or "error"."""
@@ -160,14 +160,14 @@ class World:
         if outcome == "error":
             failed = ReadFailedError(version.name, "the folder is gone")
             self.failures.setdefault(version.id, []).append(failed)
-            self.engine.adapter_failed(version, failed)
+            self.engine.adapters.failed(version, failed)
             return
         self._num_versions += 1
         digest = version.digest if outcome == "ok" else sha256(f"changed {self._num_versions}".encode()).hexdigest()
         again = AdapterVersion(self._num_versions, version.name, digest, version.source, 8, version.pages, 0)
         if outcome == "changed":
             self.failures.setdefault(version.id, []).append(AdapterChangedError(version.name, ""))
-        self.engine.adapter_landed(version, self._weights(again))
+        self.engine.adapters.landed(version, self._weights(again))
 
     def _weights(self, version: AdapterVersion) -> AdapterWeights:
         return cast("AdapterWeights", FakeWeights(version))
@@ -239,8 +239,8 @@ class World:
         require(self.pool.num_available == self.pool.num_pages, "all pages are available")
         require(not self.residency._leases, "no leases are left")
         require(self.scheduler.idle and not self.scheduler._slots.active, "nothing is active")
-        require(not self.runner.outstanding and not self.engine._reading, "nothing is under way")
-        arriving = {version.id for version, _ in self.engine._copying}
+        require(not self.runner.outstanding and not self.engine.adapters.reading, "nothing is under way")
+        arriving = {version.id for version, _ in self.engine.adapters.copying}
         require(self.residency._arriving == arriving, "whoever arrives is watched", arriving)
 
     def _deliver(self, delta: TokenDelta) -> None:
@@ -313,7 +313,9 @@ class World:
         self._kept = kept
         needed = {version for mix in mixes if mix is not None for version in mix.versions}
         for version in self.removed:
-            under_way = self.residency.leased(version) or version in needed or version.id in self.engine._reading
+            under_way = (
+                self.residency.leased(version) or version in needed or version.id in self.engine.adapters.reading
+            )
             held = self.residency.in_host(version) or self.residency.placed(version)
             arriving = version.id in self.residency._arriving
             require(under_way or arriving or not held, "what has no name and no request is free", version.label)

@@ -109,7 +109,7 @@ def test_a_removed_adapter_is_dropped_unless_somebody_needs_it() -> None:
         world.submit(PROMPT, mix, max_tokens=4, ignore_eos=True)
     steps(world, 1)
     for mix in (used, waited_for, unused):
-        world.engine.drop_adapter(mix.versions[0])
+        world.engine.adapters.drop(mix.versions[0])
     in_host = [world.residency.in_host(mix.versions[0]) for mix in (used, waited_for, unused)]
     assert in_host == [True, True, False]
     world.submit(PROMPT, unused, max_tokens=1)

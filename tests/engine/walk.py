@@ -120,10 +120,10 @@ class Swarm:
     def pin(self) -> None:
         version = self.current[self.rng.choice(self.names)]
         if self.rng.random() < 0.4:
-            self.world.engine.unpin_adapter(version)
+            self.world.engine.adapters.unpin(version)
         else:
             with contextlib.suppress(AdapterMemoryError):
-                self.world.engine.pin_adapter(version)
+                self.world.engine.adapters.pin(version)
 
     def fault(self) -> None:
         """The next numbers of one sequence are NaN: its logits, or all it computes."""

@@ -14,7 +14,7 @@ from aiolora.api.decode import parse
 from aiolora.api.errors import HTTPRequest, SwitchedOffError
 from aiolora.api.serving import Served
 from aiolora.config import Environment
-from aiolora.engine.core import AdapterStanding
+from aiolora.engine.adapters import AdapterStanding
 from aiolora.errors import AdapterConflictError, AdapterMemoryError, AdapterNotFoundError, RequestError
 from aiolora.types import LoRARequest
 

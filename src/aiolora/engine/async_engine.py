@@ -9,7 +9,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,17 +19,17 @@ from msgspec import structs
 from torch import Tensor
 
 from aiolora.config import EngineArgs, Environment
+from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.build import Built, build
-from aiolora.engine.core import AdapterStanding, Engine, Snapshot
+from aiolora.engine.core import Engine, Snapshot
 from aiolora.engine.intake import Intake, LoRA
+from aiolora.engine.loading import Loading, Message
 from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
-from aiolora.errors import AdapterFormatError, AioloraError, EngineDeadError, RequestError
-from aiolora.lora.loader import AdapterWeights
-from aiolora.lora.memory import AnyConfig, InMemory, in_memory
+from aiolora.errors import AioloraError, EngineDeadError, RequestError
+from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.lora.resolvers import choose_resolvers
-from aiolora.lora.resolving import Resolving
 from aiolora.types import (
     AdapterVersion,
     LoRARequest,
@@ -41,11 +41,9 @@ from aiolora.types import (
     SamplingParams,
     TokenDelta,
     TokenOutput,
-    read_again,
 )
 
 T = TypeVar("T")
-Message = Callable[[Engine], None]
 
 
 class AsyncLLMEngine:
@@ -71,12 +69,9 @@ class AsyncLLMEngine:
         self._mailboxes: dict[str, Mailbox] = {}  # by ticket
         self._tickets: dict[str, str] = {}  # request id -> the name the engine knows it by, never used twice
         self._num_tickets = itertools.count()
-        self._loading: dict[object, asyncio.Future[AdapterVersion]] = {}
-        self._reloading = asyncio.Lock()  # what was asked for later is read later
+        self._loading: Loading | None = None
         self._questions: set[asyncio.Future[Any]] = set()  # to the engine thread, not answered
-        self._resolving: Resolving | None = None  # None: unknown names stay unknown
         self._starting = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._snapshot: Snapshot | None = None
 
     @classmethod
@@ -103,13 +98,13 @@ class AsyncLLMEngine:
                 self._alive()
                 return
             self._loop = asyncio.get_running_loop()
-            environment = Environment.read()
+            environment, resolvers = Environment.read(), None
             if environment.runtime_lora_updating and self.args.enable_lora:
-                chosen = await anyio.to_thread.run_sync(choose_resolvers, environment)
-                self._resolving = Resolving(
-                    self.args.model, chosen, self._load_resolved, timeout_s=environment.resolver_timeout_s
-                )
+                resolvers = await anyio.to_thread.run_sync(choose_resolvers, environment)
             self._built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
+            self._loading = Loading(
+                self._built, self._post, resolvers, resolver_timeout_s=environment.resolver_timeout_s
+            )
             self._snapshot = self._built.engine.snapshot()
             engine = self._built.engine
             self._thread = threading.Thread(target=self._run, args=(engine,), name="aiolora-engine", daemon=True)
@@ -121,12 +116,7 @@ class AsyncLLMEngine:
             return
         self._stopping = True
         self._wake.set()
-        for task in self._tasks:
-            task.cancel()
-        if self._resolving is not None:
-            self._resolving.stop()
-        for loading in self._loading.values():
-            loading.cancel()
+        self._adapters.stop()
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self._thread.join)
         self._fail(RuntimeError("it was shut down"))
@@ -203,7 +193,7 @@ class AsyncLLMEngine:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here."""
         self._alive()
         parts = self.intake.parts(lora)
-        mix = Mix(tuple([(await self._version(part), weight) for part, weight in parts])) if parts else None
+        mix = Mix(tuple([(await self._adapters.version(part), weight) for part, weight in parts])) if parts else None
         request = self.intake.request(
             prompt,
             sampling_params,
@@ -212,8 +202,8 @@ class AsyncLLMEngine:
             lora_request=lora if isinstance(lora, LoRARequest) else None,
         )
         if mix is not None:  # removed or replaced from now on, it still serves this request, be it run soon or late
-            self._post(lambda engine: engine.hold_adapters(mix))
-            weakref.finalize(request, self._post, lambda engine: engine.let_go(mix)).atexit = False
+            self._post(lambda engine: engine.adapters.hold(mix))
+            weakref.finalize(request, self._post, lambda engine: engine.adapters.let_go(mix)).atexit = False
         return request
 
     async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
@@ -278,11 +268,10 @@ class AsyncLLMEngine:
         self._alive()
         if isinstance(lora, LoRARequest):
             self.intake.parts(lora)
-            return await self._version(lora)
+            return await self._adapters.version(lora)
         source = in_memory(lora, tensors, config)
         self.intake.parts(lora)
-        number = self.intake.registry.number(lora)
-        return await self._shared(object(), self._load(source, number, replace=load_inplace))
+        return await self._adapters.add(source, replace=load_inplace)
 
     async def resolve_lora(self, lora_name: str) -> bool:
         """Load the adapter that a resolver finds for a name; True: it is loaded, or was before. False: nobody knows it.
@@ -290,9 +279,7 @@ class AsyncLLMEngine:
         Resolvers are asked only with `AIOLORA_ALLOW_RUNTIME_LORA_UPDATING`. Raises `AdapterError`.
         """
         self._alive()
-        if self.intake.registry.knows(lora_name):
-            return True
-        return self._resolving is not None and await self._resolving.resolve(lora_name)
+        return await self._adapters.resolve(lora_name)
 
     async def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
         """Forget an adapter, by name or `lora_int_id`. False: it was not known.
@@ -304,7 +291,7 @@ class AsyncLLMEngine:
         name = registry.named(lora)
         version = registry.forget(name) if name is not None else None
         if version is not None:
-            self._post(lambda engine: engine.drop_adapter(version, force=force))
+            self._post(lambda engine: engine.adapters.drop(version, force=force))
         return version is not None
 
     async def pin_lora(self, lora: str | int) -> None:
@@ -314,17 +301,17 @@ class AsyncLLMEngine:
         and `AdapterMemoryError` where what is left beside all pinned ones would hold no adapter of `max_lora_rank`.
         """
         version = self.intake.registry.get(lora)
-        await self._ask(lambda engine: engine.pin_adapter(version))
+        await self._ask(lambda engine: engine.adapters.pin(version))
 
     async def unpin_lora(self, lora: str | int) -> None:
         """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
         version = self.intake.registry.get(lora)
-        await self._ask(lambda engine: engine.unpin_adapter(version))
+        await self._ask(lambda engine: engine.adapters.unpin(version))
 
     async def lora_standing(self) -> list[AdapterStanding]:
         """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""
         versions = self.intake.registry.versions()
-        return await self._ask(lambda engine: engine.standing(versions))
+        return await self._ask(lambda engine: engine.adapters.standing(versions))
 
     async def list_loras(self) -> list[AdapterVersion]:
         """Loaded adapters in the order they came."""
@@ -340,62 +327,15 @@ class AsyncLLMEngine:
             raise EngineDeadError("the engine is not started; use `async with engine:` or `await engine.start()`")
         return self._built
 
+    @property
+    def _adapters(self) -> Loading:
+        assert self._loading is not None, "started engines have it"
+        return self._loading
+
     def _alive(self) -> None:
         if self._death is not None:
             raise EngineDeadError(f"the engine has stopped: {self._death}") from self._death
         assert self._parts is not None
-
-    async def _version(self, lora: str | LoRARequest) -> AdapterVersion:
-        """The version that `lora` means, loaded once however many ask at the same time."""
-        registry = self.intake.registry
-        if isinstance(lora, str):
-            await self.resolve_lora(lora)
-            return registry.find(lora)
-        known = registry.match(lora)
-        if known is not None:
-            return known
-        number, replace = lora.lora_int_id, lora.load_inplace
-        return await self._shared(object() if replace else lora, self._load(lora, number, replace=replace))
-
-    async def _shared(self, key: object, load: Coroutine[Any, Any, AdapterVersion]) -> AdapterVersion:
-        """Run `load`, or wait for the one that runs under `key`: nobody's in particular, no caller can take it away."""
-        loading = self._loading.get(key)
-        if loading is None:
-            loading = self._loading[key] = asyncio.ensure_future(load)
-
-            def end(done: asyncio.Future[AdapterVersion]) -> None:
-                del self._loading[key]
-                if not done.cancelled():
-                    done.exception()  # who asked may have left
-
-            loading.add_done_callback(end)
-        else:
-            load.close()
-        try:
-            return await asyncio.shield(loading)
-        except asyncio.CancelledError:
-            if loading.cancelled():
-                raise EngineDeadError("the engine has stopped") from self._death
-            raise
-
-    async def _load_resolved(self, lora: LoRARequest) -> None:
-        if not self.intake.registry.knows(lora.lora_name):  # else somebody has loaded it while it was looked for
-            await self._version(lora)
-
-    async def _load(self, source: LoRARequest | InMemory, number: int, *, replace: bool) -> AdapterVersion:
-        """Read and publish."""
-        registry = self.intake.registry
-        registry.check(source.lora_name, number)
-        async with self._reloading if replace else contextlib.nullcontext():
-            weights = await anyio.to_thread.run_sync(self._parts.load, source)
-            if isinstance(source, LoRARequest) and (known := registry.match(source)) is not None:
-                return known  # others have loaded it since then
-            old = registry.publish(weights.version, number, replace=replace)
-        if old is None:
-            self._post(lambda engine: engine.add_adapter(weights))
-        else:
-            self._post(lambda engine: engine.replace_adapter(old, weights))
-        return weights.version
 
     async def _ask(self, question: Callable[[Engine], T]) -> T:
         """Let the engine thread do something between two steps; its answer, or the `AioloraError` it raises."""
@@ -460,25 +400,7 @@ class AsyncLLMEngine:
             self._loop.call_soon_threadsafe(call)
 
     def _read_again(self, version: AdapterVersion) -> None:
-        self._to_loop(lambda: self._start_reading(version))
-
-    # ---- on the loop again ----
-
-    def _start_reading(self, version: AdapterVersion) -> None:
-        task = asyncio.ensure_future(self._reading(version))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _reading(self, version: AdapterVersion) -> None:
-        message: Message
-        try:
-            weights: AdapterWeights = await anyio.to_thread.run_sync(self._parts.load, read_again(version))
-            message = partial(_landed, version=version, weights=weights)
-        except Exception as error:
-            known = error if isinstance(error, AioloraError) else None
-            failure = known or AdapterFormatError(version.name, f"could not be read again: {error!r}")
-            message = partial(_failed, version=version, error=failure)
-        self._post(message)
+        self._to_loop(lambda: self._adapters.read_again(version))
 
 
 def _add(engine: Engine, *, request: Request) -> None:
@@ -493,11 +415,3 @@ def _resolve(answer: asyncio.Future[T], result: T) -> None:
 def _reject(answer: asyncio.Future[Any], error: AioloraError) -> None:
     if not answer.done():
         answer.set_exception(error)
-
-
-def _landed(engine: Engine, *, version: AdapterVersion, weights: AdapterWeights) -> None:
-    engine.adapter_landed(version, weights)
-
-
-def _failed(engine: Engine, *, version: AdapterVersion, error: AioloraError) -> None:
-    engine.adapter_failed(version, error)

@@ -1,0 +1,277 @@
+"""Adapters: what the engine thread does with them - reads asked for, copies begun, names that are gone."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+from aiolora.errors import AdapterChangedError, AdapterError, AdapterMemoryError, AdapterNotFoundError
+from aiolora.lora.loader import AdapterWeights
+from aiolora.lora.residency import Residency
+from aiolora.types import AdapterVersion, Mix
+
+logger = logging.getLogger(__name__)
+
+
+class Arrival(Protocol):
+    """Bytes of an adapter on their way to the device, as `lora.pool.Arrival`."""
+
+    def done(self) -> bool: ...
+
+    def wait(self) -> None: ...
+
+
+class Store(Protocol):
+    """What is asked of `lora.pool.AdapterPool`."""
+
+    def write(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> Arrival: ...
+
+
+class UnderWay(Protocol):
+    """What is asked of the engine, which has the requests."""
+
+    def mixes(self) -> list[Mix]:
+        """Of every request under way, waiting ones too."""
+        ...
+
+    def wanted(self, arriving: Collection[int]) -> list[Mix]:
+        """As `Scheduler.wanted`."""
+        ...
+
+    def fail_waiting(self, version: AdapterVersion, error: Exception) -> None:
+        """End the sequences that wait for `version`."""
+        ...
+
+    def abort_all(self, version: AdapterVersion) -> None:
+        """End the sequences with `version`, running or not."""
+        ...
+
+
+class AdapterStanding(Struct, frozen=True, kw_only=True):
+    """Where one version is and who needs it, at one moment."""
+
+    version: AdapterVersion
+    residency: Literal["gpu", "cpu", "disk"]  # the fastest place that it is in; "gpu": the device's pages
+    pinned: bool
+    in_use: bool  # a sequence runs with it
+    requests: int  # under way with it, waiting ones too
+    draining: bool  # its name is gone, or stands for another version
+
+
+class Adapters:
+    """Versions on their way: read again, copied to the device, held for requests to come, dropped after the last.
+
+    `Residency` is the book of where they are; this asks for what is missing. `room_of_one`: rank pages of a kind that
+    pinned adapters leave to the others, enough for the largest. `read_again(version)` is called when an evicted one is
+    needed: it must not block, and answers by `landed` or `failed` later (or at once). Engine thread only.
+    """
+
+    def __init__(
+        self,
+        requests: UnderWay,
+        residency: Residency[AdapterWeights],
+        store: Store | None,
+        *,
+        room_of_one: int,
+        read_again: Callable[[AdapterVersion], None],
+    ) -> None:
+        self._requests = requests
+        self._residency = residency
+        self._store = store
+        self._room = room_of_one
+        self._read_again = read_again
+        self.reading: set[int] = set()  # ids of versions that `read_again` was asked for
+        self.copying: list[tuple[AdapterVersion, Arrival]] = []  # placed and not landed, oldest first
+        self.stirred = False  # somebody called since this was set to False last
+        self._holds: Counter[int] = Counter()  # version id -> requests that were prepared with it and are alive
+        self._going: dict[int, AdapterVersion] = {}  # names are gone, somebody under way may need them
+        self._barred: set[int] = set()  # those of them that nobody may begin with any more
+
+    # ---- what callers ask for ----
+
+    def add(self, weights: AdapterWeights) -> None:
+        """Keep a version that was just read in host memory."""
+        self.stirred = True
+        self._residency.store(weights.version, weights, wanted=self._wanted())
+
+    def replace(self, old: AdapterVersion, weights: AdapterWeights) -> None:
+        """`add` of what the name of `old` stands for from now on; a pin goes over to it."""
+        pinned = self._residency.pinned(old)
+        self.drop(old)
+        self.add(weights)
+        if pinned:
+            try:
+                self.pin(weights.version)
+            except AdapterMemoryError as error:
+                logger.warning("%s is not pinned any more: %s", weights.version.label, error)
+
+    def drop(self, version: AdapterVersion, *, force: bool = False) -> None:
+        """Its name is gone: what it takes is free as soon as nobody under way needs it. `force`: they are aborted."""
+        self._residency.retire(version)
+        self._going[version.id] = version
+        if force:
+            self.stirred = True
+            self._barred.add(version.id)
+            self._requests.abort_all(version)
+        self.sweep()
+
+    def pin(self, version: AdapterVersion) -> None:
+        """Keep it in host memory (read again at once where it is not) and, once there, on the device.
+
+        Raises `AdapterMemoryError` where that would leave somebody else without room.
+        """
+        for mix in set(self._requests.mixes()):
+            if not self._residency.fits([version, *mix.versions]):
+                names = "+".join(other.name for other in mix.versions)
+                raise AdapterMemoryError(
+                    version.name,
+                    f"cannot be pinned: requests under way with {names} need its room; raise --lora-memory or wait",
+                )
+        self._residency.pin(version, room=self._room)
+        if not self._residency.in_host(version) and version.id not in self.reading:
+            self._read(version)
+
+    def unpin(self, version: AdapterVersion) -> None:
+        """It may be evicted again."""
+        self._residency.unpin(version)
+
+    def hold(self, mix: Mix) -> None:
+        """A request was prepared with `mix` and may be added any time: its adapters are not dropped before `let_go`."""
+        self._holds.update(version.id for version in mix.versions)
+
+    def let_go(self, mix: Mix) -> None:
+        """That request has ended, or will never be added."""
+        self._holds.subtract(version.id for version in mix.versions)
+        self._holds += Counter()  # without the zeros
+        self.sweep()
+
+    def standing(self, versions: Iterable[AdapterVersion]) -> list[AdapterStanding]:
+        """How it is with each of `versions`, then with those whose names are gone and that are not free yet."""
+        requests: Counter[int] = Counter()
+        for mix in self._requests.mixes():
+            requests.update({version.id for version in mix.versions})
+        return [
+            AdapterStanding(
+                version=version,
+                residency="gpu"
+                if self._residency.on_device(version)
+                else "cpu"
+                if self._residency.in_host(version)
+                else "disk",
+                pinned=self._residency.pinned(version),
+                requests=requests[version.id],
+                in_use=bool(self._residency.leased(version)),
+                draining=version.id in self._going,
+            )
+            for version in dict.fromkeys([*versions, *self._going.values()])
+        ]
+
+    def landed(self, version: AdapterVersion, weights: AdapterWeights) -> None:
+        """`read_again(version)` brought these weights, in the name of `version` if they are the same."""
+        if weights.version.digest != version.digest:
+            self.failed(
+                version,
+                AdapterChangedError(
+                    version.name,
+                    f"{version.source} now holds {weights.version.digest[:12]}, not {version.digest[:12]} as when "
+                    "it was loaded; load it again with load_inplace=True",
+                ),
+            )
+            return
+        self.stirred = True
+        self.reading.discard(version.id)
+        self._residency.store(version, weights, wanted=self._wanted())
+        self.sweep()
+
+    def failed(self, version: AdapterVersion, error: Exception) -> None:
+        """`read_again(version)` failed: whoever waits for it fails, nobody else."""
+        self.stirred = True
+        self.reading.discard(version.id)
+        self._requests.fail_waiting(version, error)
+        self.sweep()
+
+    # ---- what the engine asks for, every step ----
+
+    def refusal(self, mix: Mix) -> AdapterError | None:
+        """Why a request with `mix` would wait for ever; None: it would not."""
+        name = "+".join(version.name for version in mix.versions)
+        if not self._residency.fits(mix.versions):
+            return AdapterMemoryError(
+                name,
+                "together they need more rank pages than the room for adapters has, beside those that are pinned; "
+                "raise --lora-memory",
+            )
+        if any(version.source is None and not self._residency.in_host(version) for version in mix.versions):
+            return AdapterNotFoundError(name, "was removed, and it came from memory: load it again")
+        return None
+
+    def barred(self, mix: Mix) -> bool:
+        """Whether a version of `mix` was removed by force."""
+        return any(version.id in self._barred for version in mix.versions)
+
+    def sweep(self) -> None:
+        """Drop what has no name any more and that nobody under way needs."""
+        if not self._going:
+            return
+        needed = {version.id for mix in self._requests.mixes() for version in mix.versions}
+        for version in list(self._going.values()):
+            if version.id in needed or version.id in self.reading or self._holds[version.id]:
+                continue
+            if self._residency.drop(version):
+                del self._going[version.id]
+                self._barred.discard(version.id)
+
+    def place(self) -> None:
+        """Bring what the next steps need onto the device, as far as there is room; nobody waits for it.
+
+        A mix may take the room of those behind it in line: were they spared too, two that do not fit together could
+        each wait for the other.
+        """
+        self._look_for_landed()
+        reads = -1
+        while reads != len(self.reading):  # a read that has just begun is passed over: look again who comes next
+            reads = len(self.reading)
+            spared: set[int] = set()
+            for mix in self._requests.wanted(self.reading):
+                spared.update(version.id for version in mix.versions)
+                for version in mix.versions:
+                    if not self._residency.placed(version) and version.id not in self.reading:
+                        self._bring(version, spared)
+
+    def wait(self) -> None:
+        """Block until the copy begun first has landed; there must be one."""
+        self.copying[0][1].wait()
+
+    def resident(self) -> list[AdapterVersion]:
+        """As `Residency.resident`."""
+        return self._residency.resident()
+
+    def _look_for_landed(self) -> None:
+        under_way = []
+        for version, arrival in self.copying:
+            if arrival.done():
+                self._residency.landed(version)
+            else:
+                under_way.append((version, arrival))
+        self.copying = under_way
+
+    def _bring(self, version: AdapterVersion, spared: set[int]) -> None:
+        if not self._residency.in_host(version):
+            self._read(version)
+        if self._residency.in_host(version):
+            placement = self._residency.place(version, wanted=spared)
+            if placement is not None:
+                arrival = self._store.write(placement.weights, placement.pages) if self._store is not None else None
+                if arrival is None or arrival.done():
+                    self._residency.landed(version)
+                else:
+                    self.copying.append((version, arrival))
+
+    def _read(self, version: AdapterVersion) -> None:
+        self.reading.add(version.id)
+        self._read_again(version)
+
+    def _wanted(self) -> set[int]:
+        return {version.id for mix in self._requests.wanted(self.reading) for version in mix.versions}
