@@ -1,18 +1,12 @@
-"""AsyncLLMEngine: the one bridge between the asyncio loop and the engine thread.
-
-Down: a message into a deque and an event, once a request. Up: one `call_soon_threadsafe` a step with all its deltas.
-"""
+"""AsyncLLMEngine: the engine for those on an asyncio loop."""
 
 import asyncio
 import contextlib
 import itertools
-import threading
 import weakref
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
 
 import anyio.to_thread
 from msgspec import structs
@@ -20,14 +14,15 @@ from torch import Tensor
 
 from aiolora.config import EngineArgs, Environment
 from aiolora.engine.adapters import AdapterStanding
+from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import Engine, Snapshot
 from aiolora.engine.intake import Intake, LoRA
-from aiolora.engine.loading import Loading, Message
+from aiolora.engine.loading import Loading
 from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
-from aiolora.errors import AioloraError, EngineDeadError, RequestError
+from aiolora.errors import EngineDeadError, RequestError
 from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.lora.resolvers import choose_resolvers
 from aiolora.types import (
@@ -42,8 +37,6 @@ from aiolora.types import (
     TokenDelta,
     TokenOutput,
 )
-
-T = TypeVar("T")
 
 
 class AsyncLLMEngine:
@@ -60,17 +53,11 @@ class AsyncLLMEngine:
     def __init__(self, args: EngineArgs) -> None:
         self.args = args
         self._built: Built | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._inbox: deque[Message] = deque()
-        self._wake = threading.Event()
-        self._stopping = False
-        self._death: BaseException | None = None
+        self._bridge: Bridge | None = None
+        self._loading: Loading | None = None
         self._mailboxes: dict[str, Mailbox] = {}  # by ticket
         self._tickets: dict[str, str] = {}  # request id -> the name the engine knows it by, never used twice
         self._num_tickets = itertools.count()
-        self._loading: Loading | None = None
-        self._questions: set[asyncio.Future[Any]] = set()  # to the engine thread, not answered
         self._starting = asyncio.Lock()
         self._snapshot: Snapshot | None = None
 
@@ -94,32 +81,25 @@ class AsyncLLMEngine:
         Raises `ConfigError`, a `ModelError`, or `EngineDeadError` where it has stopped before.
         """
         async with self._starting:
-            if self._thread is not None:
+            if self._built is not None:
                 self._alive()
                 return
-            self._loop = asyncio.get_running_loop()
             environment, resolvers = Environment.read(), None
             if environment.runtime_lora_updating and self.args.enable_lora:
                 resolvers = await anyio.to_thread.run_sync(choose_resolvers, environment)
-            self._built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
-            self._loading = Loading(
-                self._built, self._post, resolvers, resolver_timeout_s=environment.resolver_timeout_s
-            )
-            self._snapshot = self._built.engine.snapshot()
-            engine = self._built.engine
-            self._thread = threading.Thread(target=self._run, args=(engine,), name="aiolora-engine", daemon=True)
-            self._thread.start()
+            self._bridge = bridge = Bridge(self._deliver, self._fail)
+            built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
+            self._loading = Loading(built, bridge.post, resolvers, resolver_timeout_s=environment.resolver_timeout_s)
+            self._snapshot = built.engine.snapshot()
+            self._built = built
+            bridge.start(built.engine)
 
     async def stop(self) -> None:
         """End every stream with `EngineDeadError` and the thread with its step. Idempotent."""
-        if self._thread is None:
+        if self._built is None or self._bridge is None:
             return
-        self._stopping = True
-        self._wake.set()
         self._adapters.stop()
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self._thread.join)
-        self._fail(RuntimeError("it was shut down"))
+        await self._bridge.stop()
 
     @property
     def intake(self) -> Intake:
@@ -134,12 +114,12 @@ class AsyncLLMEngine:
     @property
     def started(self) -> bool:
         """Whether `start` has been called and has loaded the model."""
-        return self._thread is not None
+        return self._built is not None
 
     @property
     def death(self) -> BaseException | None:
         """Why the engine has stopped; None while it lives."""
-        return self._death
+        return None if self._bridge is None else self._bridge.death
 
     def snapshot(self) -> Snapshot:
         """The engine as of its last step, or of its falling idle."""
@@ -202,8 +182,8 @@ class AsyncLLMEngine:
             lora_request=lora if isinstance(lora, LoRARequest) else None,
         )
         if mix is not None:  # removed or replaced from now on, it still serves this request, be it run soon or late
-            self._post(lambda engine: engine.adapters.hold(mix))
-            weakref.finalize(request, self._post, lambda engine: engine.adapters.let_go(mix)).atexit = False
+            self._across.post(lambda engine: engine.adapters.hold(mix))
+            weakref.finalize(request, self._across.post, lambda engine: engine.adapters.let_go(mix)).atexit = False
         return request
 
     async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
@@ -224,7 +204,7 @@ class AsyncLLMEngine:
             for request, ticket in zip(requests, tickets):
                 self._tickets[request.id] = ticket
                 self._mailboxes[ticket] = mailbox
-                self._post(partial(_add, request=structs.replace(request, id=ticket)))
+                self._across.post(partial(_add, request=structs.replace(request, id=ticket)))
             while not all(assembler.finished for assembler in assemblers):
                 burst = []
                 for delta in await mailbox.get():
@@ -291,7 +271,7 @@ class AsyncLLMEngine:
         name = registry.named(lora)
         version = registry.forget(name) if name is not None else None
         if version is not None:
-            self._post(lambda engine: engine.adapters.drop(version, force=force))
+            self._across.post(lambda engine: engine.adapters.drop(version, force=force))
         return version is not None
 
     async def pin_lora(self, lora: str | int) -> None:
@@ -301,17 +281,17 @@ class AsyncLLMEngine:
         and `AdapterMemoryError` where what is left beside all pinned ones would hold no adapter of `max_lora_rank`.
         """
         version = self.intake.registry.get(lora)
-        await self._ask(lambda engine: engine.adapters.pin(version))
+        await self._across.ask(lambda engine: engine.adapters.pin(version))
 
     async def unpin_lora(self, lora: str | int) -> None:
         """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
         version = self.intake.registry.get(lora)
-        await self._ask(lambda engine: engine.adapters.unpin(version))
+        await self._across.ask(lambda engine: engine.adapters.unpin(version))
 
     async def lora_standing(self) -> list[AdapterStanding]:
         """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""
         versions = self.intake.registry.versions()
-        return await self._ask(lambda engine: engine.adapters.standing(versions))
+        return await self._across.ask(lambda engine: engine.adapters.standing(versions))
 
     async def list_loras(self) -> list[AdapterVersion]:
         """Loaded adapters in the order they came."""
@@ -328,37 +308,21 @@ class AsyncLLMEngine:
         return self._built
 
     @property
+    def _across(self) -> Bridge:
+        assert self._bridge is not None, "started engines have it"
+        return self._bridge
+
+    @property
     def _adapters(self) -> Loading:
         assert self._loading is not None, "started engines have it"
         return self._loading
 
     def _alive(self) -> None:
-        if self._death is not None:
-            raise EngineDeadError(f"the engine has stopped: {self._death}") from self._death
         assert self._parts is not None
-
-    async def _ask(self, question: Callable[[Engine], T]) -> T:
-        """Let the engine thread do something between two steps; its answer, or the `AioloraError` it raises."""
-        self._alive()
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._questions.add(answer)
-        answer.add_done_callback(self._questions.discard)
-
-        def asked(engine: Engine) -> None:
-            try:
-                self._to_loop(partial(_resolve, answer, question(engine)))
-            except AioloraError as error:
-                self._to_loop(partial(_reject, answer, error))
-
-        self._post(asked)
-        return await answer
+        self._across.check()
 
     def _abort(self, ticket: str, index: int | None = None) -> None:
-        self._post(lambda engine: engine.abort(ticket, index))
-
-    def _post(self, message: Message) -> None:
-        self._inbox.append(message)
-        self._wake.set()
+        self._across.post(lambda engine: engine.abort(ticket, index))
 
     def _deliver(self, deltas: list[TokenDelta], snapshot: Snapshot) -> None:
         """On the loop: what one step brought, onto each stream."""
@@ -370,48 +334,13 @@ class AsyncLLMEngine:
 
     def _fail(self, error: BaseException) -> None:
         """On the loop: the engine has stopped; say so to every stream."""
-        self._death = self._death or error
         for mailbox in self._mailboxes.values():
-            mailbox.fail(self._death)
-        for question in list(self._questions):
-            _reject(question, EngineDeadError(f"the engine has stopped: {self._death}"))
-
-    # ---- below: the engine thread ----
-
-    def _run(self, engine: Engine) -> None:
-        try:
-            while True:
-                self._wake.clear()  # before reading what it announces, or the last word could be missed
-                if self._stopping:
-                    return
-                while self._inbox:
-                    self._inbox.popleft()(engine)
-                working = engine.has_work and not engine.stalled
-                deltas = engine.step() if working else []
-                self._to_loop(partial(self._deliver, deltas, engine.snapshot()))
-                if not working:
-                    self._wake.wait()
-        except BaseException as error:
-            self._to_loop(partial(self._fail, error))
-
-    def _to_loop(self, call: Callable[[], None]) -> None:
-        assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
-            self._loop.call_soon_threadsafe(call)
+            mailbox.fail(error)
 
     def _read_again(self, version: AdapterVersion) -> None:
-        self._to_loop(lambda: self._adapters.read_again(version))
+        """On the engine thread."""
+        self._across.to_loop(lambda: self._adapters.read_again(version))
 
 
 def _add(engine: Engine, *, request: Request) -> None:
     engine.add(request)
-
-
-def _resolve(answer: asyncio.Future[T], result: T) -> None:
-    if not answer.done():
-        answer.set_result(result)
-
-
-def _reject(answer: asyncio.Future[Any], error: AioloraError) -> None:
-    if not answer.done():
-        answer.set_exception(error)

@@ -3,19 +3,17 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import anyio.to_thread
 
+from aiolora.engine.bridge import Message
 from aiolora.engine.build import Built
-from aiolora.engine.core import Engine
 from aiolora.errors import AdapterFormatError, AioloraError, EngineDeadError
 from aiolora.lora.memory import InMemory
 from aiolora.lora.resolver import LoRAResolver
 from aiolora.lora.resolving import Resolving
 from aiolora.types import AdapterVersion, LoRARequest, read_again
-
-Message: TypeAlias = Callable[[Engine], None]  # what the engine thread does between two steps
 
 
 class Loading:
