@@ -56,7 +56,7 @@ class AsyncLLMEngine:
         self._bridge: Bridge | None = None
         self._loading: Loading | None = None
         self._mailboxes: dict[str, Mailbox] = {}  # by ticket
-        self._tickets: dict[str, str] = {}  # request id -> the name the engine knows it by, never used twice
+        self._tickets: dict[str, Request] = {}  # request id -> the request as the engine knows it: no id is used twice
         self._num_tickets = itertools.count()
         self._starting = asyncio.Lock()
         self._snapshot: Snapshot | None = None
@@ -197,14 +197,14 @@ class AsyncLLMEngine:
         if taken is not None:
             raise RequestError(f"request_id {taken!r} is in use; give each request its own", param="request_id")
         # a delta of a request that was left may still be on its way when its id is used again: tickets tell them apart
-        tickets = [f"{request.id}#{next(self._num_tickets)}" for request in requests]
-        positions = {ticket: position for position, ticket in enumerate(tickets)}
+        tickets = [structs.replace(request, id=f"{request.id}#{next(self._num_tickets)}") for request in requests]
+        positions = {ticket.id: position for position, ticket in enumerate(tickets)}
         mailbox = Mailbox()
         try:
             for request, ticket in zip(requests, tickets):
                 self._tickets[request.id] = ticket
-                self._mailboxes[ticket] = mailbox
-                self._across.post(partial(_add, request=structs.replace(request, id=ticket)))
+                self._mailboxes[ticket.id] = mailbox
+                self._across.post(partial(_add, request=ticket))
             while not all(assembler.finished for assembler in assemblers):
                 burst = []
                 for delta in await mailbox.get():
@@ -220,16 +220,17 @@ class AsyncLLMEngine:
         finally:
             for assembler, ticket in zip(assemblers, tickets):
                 self._tickets.pop(assembler.request.id, None)
-                self._mailboxes.pop(ticket, None)
+                self._mailboxes.pop(ticket.id, None)
                 if not assembler.finished:
-                    self._abort(ticket)
+                    self._abort(ticket.id)
 
     def abort(self, request_id: str) -> None:
         """End a request: its stream simply ends, its answers with "abort". Unknown ids are fine."""
         ticket = self._tickets.get(request_id)
         if ticket is not None:
-            self._abort(ticket)
-            self._mailboxes[ticket].put(TokenDelta(ticket, 0, token_id=None, finish_reason="abort"))
+            self._abort(ticket.id)
+            for index in range(ticket.params.n):
+                self._mailboxes[ticket.id].put(TokenDelta(ticket.id, index, token_id=None, finish_reason="abort"))
 
     async def add_lora(
         self,
