@@ -56,8 +56,13 @@ class LLMEngine:
         prompt: Prompt | Messages,
         params: SamplingParams | None = None,
         lora_request: LoRA = None,
+        *,
+        priority: int = 0,
     ) -> None:
-        """Queue a request. Raises `RequestError` or `AdapterError`; nothing is queued then."""
+        """Queue a request; `priority` as in `AsyncLLMEngine.stream`.
+
+        Raises `RequestError` or `AdapterError`; nothing is queued then.
+        """
         if request_id in self._assemblers:
             raise RequestError(f"request_id {request_id!r} is in use; give each request its own", param="request_id")
         mix = self._mix(lora_request)
@@ -67,6 +72,7 @@ class LLMEngine:
             mix,
             request_id=request_id,
             lora_request=lora_request if isinstance(lora_request, LoRARequest) else None,
+            priority=priority,
         )
         self._assemblers[request_id] = Assembler(request, self._intake.tokenizer)
         self._engine.add(request)
@@ -189,7 +195,7 @@ class LLMEngine:
 
     def _mix(self, lora: LoRA) -> Mix | None:
         parts = self._intake.parts(lora)
-        return Mix(tuple((self._version(part), weight) for part, weight in parts)) if parts else None
+        return self._intake.mix([(self._version(part), weight) for part, weight in parts])
 
     def _version(self, lora: str | LoRARequest) -> AdapterVersion:
         registry = self._intake.registry
@@ -249,14 +255,16 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         lora_request: LoRA | Sequence[LoRA] = None,
+        priority: int | Sequence[int] = 0,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """An output a prompt, in order. `sampling_params` and `lora_request`: one for all, or a list of equal length.
+        """An output a prompt, in order.
 
-        In a list of adapters None means the base model. `use_tqdm` shows a progress bar on a terminal.
+        `sampling_params`, `lora_request` and `priority`: one for all, or a list of equal length. In a list of adapters
+        None means the base model. `use_tqdm` shows a progress bar on a terminal.
         """
         several: list[Prompt | Messages] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
-        return self._run(several, sampling_params, lora_request, use_tqdm)
+        return self._run(several, sampling_params, lora_request, priority, use_tqdm)
 
     def chat(
         self,
@@ -264,28 +272,31 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         lora_request: LoRA | Sequence[LoRA] = None,
+        priority: int | Sequence[int] = 0,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """The same for one conversation or a list of them, through the model's chat template."""
         several = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self._run(several, sampling_params, lora_request, use_tqdm)  # type: ignore[arg-type]
+        return self._run(several, sampling_params, lora_request, priority, use_tqdm)  # type: ignore[arg-type]
 
     def _run(
         self,
         prompts: list[Prompt | Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         lora_request: LoRA | Sequence[LoRA],
+        priority: int | Sequence[int],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = _spread("sampling_params", sampling_params, len(prompts))
         loras = _spread("lora_request", lora_request, len(prompts))
+        priorities = _spread("priority", priority, len(prompts))
         ids = []
         try:
             with self._engine.read_ahead(loras):
-                for prompt, one_params, lora in zip(prompts, params, loras):
+                for prompt, one_params, lora, rank in zip(prompts, params, loras, priorities):
                     request_id = str(self._number)
                     self._number += 1
-                    self._engine.add_request(request_id, prompt, one_params, lora_request=lora)
+                    self._engine.add_request(request_id, prompt, one_params, lora_request=lora, priority=rank)
                     ids.append(request_id)
             return self._drain(ids, use_tqdm)
         except BaseException:

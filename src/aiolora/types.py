@@ -183,6 +183,7 @@ class Request(Struct, frozen=True, kw_only=True, weakref=True):
     mix: Mix | None = None
     prompt: str | None = None
     lora_request: LoRARequest | None = None
+    priority: int = 0  # lower is earlier, among those of the same mix
     arrival_s: float = 0.0  # time.monotonic()
 
 

@@ -182,7 +182,15 @@ class World:
 
     # -- requests --
 
-    def submit(self, prompt: Items[int], mix: Mix | None = None, *, id: str | None = None, **params: Any) -> Ticket:  # noqa: A002
+    def submit(
+        self,
+        prompt: Items[int],
+        mix: Mix | None = None,
+        *,
+        id: str | None = None,  # noqa: A002
+        priority: int = 0,
+        **params: Any,
+    ) -> Ticket:
         self._num_requests += 1
         params.setdefault("seed", self._num_requests * 1000)
         request = Request(
@@ -190,6 +198,7 @@ class World:
             prompt_token_ids=tuple(prompt),
             params=SamplingParams(**params),
             mix=mix,
+            priority=priority,
             arrival_s=self.now_s,
         )
         ticket = self.tickets[request.id] = Ticket(request, self.shape.max_model_len)
@@ -324,8 +333,8 @@ class World:
         scheduler = self.scheduler
         waiting = list(scheduler.waiting())
         for mix, queue in scheduler._queues._queues.items():
-            numbers = [seq.number for seq in queue]
-            require(bool(queue) and numbers == sorted(numbers), "a queue is in order of arrival", numbers)
+            turns = [seq.turn for seq in queue]
+            require(bool(queue) and turns == sorted(turns), "a queue is in order of arrival and priority", turns)
             require(all(seq.mix == mix and seq.status is Status.WAITING for seq in queue), "a queue of one mix")
         live = [seq for seqs in self.engine._sequences.values() for seq in seqs if not seq.finished]
         places = Counter(map(id, [*scheduler.running, *waiting]))

@@ -47,6 +47,7 @@ class Swarm:
     def __init__(self, seed: int, *, overlaps: bool) -> None:
         self.rng = rng = random.Random(seed)
         lags = random.Random(seed)
+        self.ranks = random.Random(seed)
         delays = lags.choice(((0,), (0, 1, 2), (1, 3, 8)))  # in steps; the first: a device that copies at once
         self.world = World(shape_of(rng), overlaps=overlaps, seed=seed, copy_delay=lambda: lags.choice(delays))
         self.names = [f"adapter{number}" for number in range(rng.randrange(2, 6))]
@@ -86,6 +87,7 @@ class Swarm:
             prompt[:longest],
             self._mix(),
             id=rng.choice(closed) if closed and rng.random() < 0.2 else None,
+            priority=self.ranks.choice((0, 0, 0, -1, 2)),
             n=rng.choice((1, 1, 1, 2, 3)),
             max_tokens=rng.choice((1, 2, 4, 8, None)),
             ignore_eos=rng.random() < 0.5,

@@ -29,7 +29,6 @@ from aiolora.types import (
     AdapterVersion,
     LoRARequest,
     Messages,
-    Mix,
     Prompt,
     Request,
     RequestOutput,
@@ -134,14 +133,15 @@ class AsyncLLMEngine:
         *,
         lora: LoRA = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[TokenOutput]:
         """Every token as it comes. Leaving the iteration (break, cancellation, aclose) aborts the request.
 
         `lora`: the name of an adapter that is loaded or that a resolver finds, a LoRARequest (loaded on first use), or
-        {name: weight}.
-        Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
+        {name: weight}. `priority`: lower is earlier, among the requests of the same adapters: a unit is worth 10 s of
+        waiting. Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
         """
-        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
+        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id, priority=priority)
         async with contextlib.aclosing(self.run([Assembler(request, self.intake.tokenizer)])) as bursts:
             async for burst in bursts:
                 for _, output in burst:
@@ -154,9 +154,10 @@ class AsyncLLMEngine:
         *,
         lora: LoRA = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> RequestOutput:
         """The whole answer. Cancelling aborts the request."""
-        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
+        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id, priority=priority)
         assembler = Assembler(request, self.intake.tokenizer)
         async for _ in self.run([assembler]):
             pass
@@ -169,17 +170,19 @@ class AsyncLLMEngine:
         *,
         lora: LoRA = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> Request:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here."""
         self._alive()
         parts = self.intake.parts(lora)
-        mix = Mix(tuple([(await self._adapters.version(part), weight) for part, weight in parts])) if parts else None
+        mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
         request = self.intake.request(
             prompt,
             sampling_params,
             mix,
             request_id=request_id,
             lora_request=lora if isinstance(lora, LoRARequest) else None,
+            priority=priority,
         )
         if mix is not None:  # removed or replaced from now on, it still serves this request, be it run soon or late
             self._across.post(lambda engine: engine.adapters.hold(mix))

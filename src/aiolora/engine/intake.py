@@ -1,18 +1,20 @@
 """Intake: from what a caller says to a checked Request, and from a name to the adapter version it stands for."""
 
-import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestError
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
+from aiolora.types import AdapterVersion, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
 
 LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
+
+MAX_WEIGHT = 100  # of one adapter in a request
+MAX_PRIORITY = 1000  # either way
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,13 @@ class Intake:
         *,
         request_id: str | None = None,
         lora_request: LoRARequest | None = None,
+        priority: int = 0,
     ) -> Request:
         """Tokenise and check. Raises `RequestError` naming the field, the value and the limit."""
+        if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise RequestError(
+                f"priority={priority}: must be {-MAX_PRIORITY} to {MAX_PRIORITY}, lower is earlier", param="priority"
+            )
         text, ids = self._tokens(prompt)
         params = params or SamplingParams()
         self._check(ids, params)
@@ -55,6 +62,7 @@ class Intake:
             mix=mix,
             prompt=text,
             lora_request=lora_request,
+            priority=priority,
             arrival_s=time.monotonic(),
         )
 
@@ -72,9 +80,18 @@ class Intake:
         if not isinstance(lora, Mapping) or not lora:
             raise RequestError(f"lora={lora!r}: give a name, a LoRARequest or {{name: weight}}", param="lora")
         for key, weight in lora.items():
-            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise RequestError(f"lora: weight {weight} of {key!r} is not a finite number", param="lora")
+            if not isinstance(weight, (int, float)) or not abs(weight) <= MAX_WEIGHT:  # NaN neither
+                raise RequestError(
+                    f"lora: weight {weight} of {key!r} is no number of {-MAX_WEIGHT} to {MAX_WEIGHT}", param="lora"
+                )
         return [(key, float(weight)) for key, weight in lora.items()]
+
+    def mix(self, parts: Iterable[tuple[AdapterVersion, float]]) -> Mix | None:
+        """The sum of those adapters, one that comes twice with both weights; None: there are none, the base model."""
+        weights: dict[AdapterVersion, float] = {}
+        for version, weight in parts:
+            weights[version] = weights.get(version, 0.0) + weight
+        return Mix(tuple(weights.items())) if weights else None
 
     def _tokens(self, prompt: Prompt | Messages) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):

@@ -14,11 +14,11 @@ from aiolora.types import Mix
 
 MAX_ABSENT = 256  # counters of mixes that have nothing waiting, before those that say nothing are forgotten
 
-number_of = attrgetter("number")
+turn_of, seniority_of = attrgetter("turn"), attrgetter("seniority")
 
 
 class Queues:
-    """Waiting sequences, a queue a mix (the base model is one), each in order of arrival.
+    """Waiting sequences, a queue a mix (the base model is one), each in order of arrival and priority.
 
     Mixes are ordered by virtual token counters (VTC, arXiv 2401.00588): a mix is charged for what the device does for
     it, and the one charged least comes first, ties by arrival. So two mixes that both have something waiting get the
@@ -42,12 +42,12 @@ class Queues:
         return mix in self._queues
 
     def add(self, seq: Sequence) -> None:
-        """Let `seq` wait, behind those of its mix that came before it; a preempted one came before some that wait."""
+        """Let `seq` wait, behind those of its mix that it does not come before; so a preempted one is soon back."""
         queue = self._queues.get(seq.mix)
         if queue is None:
             self._lift(seq.mix)
             queue = self._queues[seq.mix] = deque()
-        insort(queue, seq, key=number_of)
+        insort(queue, seq, key=turn_of)
 
     def remove(self, seq: Sequence) -> None:
         """`seq` waits no more; fine if it never did."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from aiolora.engine.queues import Queues, Slots, number_of
+from aiolora.engine.queues import Queues, Slots, seniority_of
 from aiolora.engine.sequence import Sequence, Status
 from aiolora.pages import PagePool
 from aiolora.types import AdapterVersion, FinishReason, Mix
@@ -60,17 +60,17 @@ class Scheduler:
     """Fair among mixes of adapters, within three bounds: KV pages, tokens a step, distinct mixes (`max_loras`).
 
     Sequences wait in a queue a mix, so that an adapter that is not on the device holds up nobody else. The mix served
-    least comes first (`Queues`); within one, and among equals, first come, first served. The first in line that finds
-    no pages is not overtaken: as every running sequence ends, so does its wait. With more mixes than `max_loras` they
-    take turns (`Slots` says how long one waits at most). Under page pressure the latest arrival is preempted and
-    computed again.
+    least comes first (`Queues`); within one, and among equals, first come, first served, but for priorities within a
+    mix. The first in line that finds no pages is not overtaken by other mixes: as every running sequence ends, so does
+    its wait. With more mixes than `max_loras` they take turns (`Slots` says how long one waits at most). Under page
+    pressure the latest arrival is preempted and computed again, earlier than it those that said they have time.
 
     Owns page and lease accounting of sequences; nobody else takes or releases. Engine thread only.
     """
 
     def __init__(self, limits: SchedulerLimits, pool: PagePool, residency: Leases) -> None:
         self.limits = limits
-        self.running: list[Sequence] = []  # in order of arrival
+        self.running: list[Sequence] = []  # by seniority
         self.pool = pool
         self._residency = residency
         self._queues = Queues()
@@ -183,7 +183,7 @@ class Scheduler:
         self.pool.check()
         self._residency.check()
         assert len(self._slots.active) <= self.limits.max_loras, "more mixes than max_loras"
-        assert self.running == sorted(self.running, key=number_of), "running ones are out of order"
+        assert self.running == sorted(self.running, key=seniority_of), "running ones are out of order"
         for seq in self.running:
             assert seq.holds
             assert len(seq.pages) >= -(-seq.num_computed // self.limits.page_size)
@@ -239,7 +239,7 @@ class Scheduler:
         self.num_cached_tokens += start
         seq.status = Status.RUNNING
         seq.holds = True
-        insort(self.running, seq, key=number_of)
+        insort(self.running, seq, key=seniority_of)
         if seq.mix is not None:
             self._slots.enter(seq.mix)
             for version in seq.mix.versions:
