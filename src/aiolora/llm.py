@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from anyio.from_thread import start_blocking_portal
 from rich.progress import Progress
 from torch import Tensor
 
-from aiolora.config import EngineArgs
+from aiolora.config import EngineArgs, Environment
 from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.build import READERS, Built, build
 from aiolora.engine.core import Snapshot
@@ -17,6 +18,8 @@ from aiolora.engine.output import Assembler
 from aiolora.errors import AdapterFormatError, AioloraError, RequestError
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.memory import AnyConfig, in_memory
+from aiolora.lora.resolvers import choose_resolvers
+from aiolora.lora.resolving import Resolving
 from aiolora.types import (
     AdapterVersion,
     LoRARequest,
@@ -39,6 +42,8 @@ class LLMEngine:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="aiolora-read")
         self._ahead: dict[LoRARequest, Future[AdapterWeights]] = {}
         self._again: dict[AdapterVersion, Future[AdapterWeights]] = {}
+        self._resolved: list[LoRARequest] = []  # what a resolver gave and is still to be loaded
+        self._resolving = self._resolvers(args)
         self._built: Built = build(args, self._read_again)
         self._engine = self._built.engine
         self._intake = self._built.intake
@@ -140,6 +145,21 @@ class LLMEngine:
         self._intake.registry.check(lora, number)
         return self._publish(self._built.load(source), number, replace=load_inplace)
 
+    def resolve_lora(self, lora_name: str) -> bool:
+        """Load the adapter that a resolver finds for a name: as `AsyncLLMEngine.resolve_lora`. Blocks.
+
+        Resolvers run on a loop of their own, which lives as long as the call.
+        """
+        if self._intake.registry.knows(lora_name):
+            return True
+        if self._resolving is None:
+            return False
+        with start_blocking_portal() as portal:
+            found = portal.call(self._resolving.resolve, lora_name)
+        while self._resolved:
+            self._version(self._resolved.pop())
+        return found
+
     def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
         """Forget an adapter, by name or `lora_int_id`. False: it was not known.
 
@@ -188,6 +208,17 @@ class LLMEngine:
         """Counts for those who watch."""
         return self._engine.snapshot()
 
+    def _resolvers(self, args: EngineArgs) -> Resolving | None:
+        """None: unknown names stay unknown."""
+        environment = Environment.read()
+        if not (environment.runtime_lora_updating and args.enable_lora):
+            return None
+
+        async def keep(found: LoRARequest) -> None:
+            self._resolved.append(found)
+
+        return Resolving(args.model, choose_resolvers(environment), keep, timeout_s=environment.resolver_timeout_s)
+
     def _drop(self, request_id: str) -> None:
         self._engine.abort(request_id)
         self._assemblers.pop(request_id, None)
@@ -200,6 +231,7 @@ class LLMEngine:
     def _version(self, lora: str | LoRARequest) -> AdapterVersion:
         registry = self._intake.registry
         if isinstance(lora, str):
+            self.resolve_lora(lora)
             return registry.find(lora)
         known = registry.match(lora)
         if known is not None:
