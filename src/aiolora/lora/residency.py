@@ -1,11 +1,12 @@
 """Residency: the book of where each adapter version is - on disk, in host memory, in device pages. Pure Python."""
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from aiolora.errors import AdapterMemoryError
+from aiolora.lora.eviction import FROM_DISK, worth
 from aiolora.pages import PagePool
 from aiolora.types import AdapterVersion
 
@@ -22,7 +23,7 @@ class Placement(Generic[W]):
 
 
 class Residency(Generic[W]):
-    """Two levels: host memory (a count of versions) and device pages (a pool a kind), both least recently used first.
+    """Two levels: host memory (a count of versions) and device pages (a pool a kind). `worth` says who goes first.
 
     A version is leased by every sequence that runs with it; a leased version is never evicted from either level. A
     placed version is on the device once its bytes have landed there; until then it is neither leased nor evicted.
@@ -34,26 +35,32 @@ class Residency(Generic[W]):
     def __init__(self, *, num_kinds: int, num_pages: int, max_host: int) -> None:
         self._pools = [PagePool(num_pages) for _ in range(num_kinds)]
         self._max_host = max_host
-        self._host: OrderedDict[int, tuple[AdapterVersion, W]] = OrderedDict()
-        self._device: OrderedDict[int, tuple[AdapterVersion, dict[int, list[int]]]] = OrderedDict()
+        self._host: dict[int, tuple[AdapterVersion, W]] = {}
+        self._device: dict[int, tuple[AdapterVersion, dict[int, list[int]]]] = {}
+        self._uses = 0  # of any version, so far
+        self._used: dict[int, int] = {}  # version id -> which of those was its last
         self._arriving: set[int] = set()  # placed, their bytes still on the way
         self._leases: Counter[int] = Counter()
         self._pinned: dict[int, AdapterVersion] = {}
         self._retired: set[int] = set()
 
     def store(self, version: AdapterVersion, weights: W, *, wanted: Collection[int] = ()) -> None:
-        """Keep `weights` in host memory, evicting the least recently used above the limit.
+        """Keep `weights` in host memory, evicting who is worth least above the limit.
 
         Versions whose ids are `wanted` are spared: two that wait for room must not push each other out.
         """
         self._host[version.id] = (version, weights)
-        self._host.move_to_end(version.id)
-        for old in list(self._host):
-            if len(self._host) <= self._max_host:
-                break
-            spared = old == version.id or self._leases[old] or old in wanted or self._stays(old)
-            if not spared:
-                del self._host[old]
+        self._use(version)
+        surplus = len(self._host) - self._max_host
+        if surplus <= 0:
+            return
+        victims = [
+            old
+            for old in self._host
+            if not (old == version.id or self._leases[old] or old in wanted or self._stays(old))
+        ]
+        for old in sorted(victims, key=self._worth_in_host)[:surplus]:
+            del self._host[old]
 
     def in_host(self, version: AdapterVersion) -> bool:
         return version.id in self._host
@@ -72,7 +79,8 @@ class Residency(Generic[W]):
 
     def resident(self) -> list[AdapterVersion]:
         """Versions on the device, least recently used first."""
-        return [version for version, _ in self._device.values() if version.id not in self._arriving]
+        there = [version for version, _ in self._device.values() if version.id not in self._arriving]
+        return sorted(there, key=lambda version: self._used[version.id])
 
     def leased(self, version: AdapterVersion) -> int:
         return self._leases[version.id]
@@ -85,13 +93,16 @@ class Residency(Generic[W]):
         and no change, where there is no room now.
         """
         _, weights = self._host[version.id]
-        self._host.move_to_end(version.id)
+        self._use(version)
         needs = {site.kind: site.count for site in version.pages}
-        victims = [
-            old
-            for old in self._device
-            if not (self._leases[old] or old in wanted or old in self._arriving or old in self._pinned)
-        ]
+        victims = sorted(
+            (
+                old
+                for old in self._device
+                if not (self._leases[old] or old in wanted or old in self._arriving or old in self._pinned)
+            ),
+            key=self._worth_on_device,
+        )
         room = {kind: self._pools[kind].num_available for kind in needs}
         chosen = []
         for old in victims:
@@ -165,6 +176,7 @@ class Residency(Generic[W]):
         self._host.pop(version.id, None)
         if version.id in self._device:
             self._evict(version.id)
+        self._used.pop(version.id, None)
         return True
 
     def pages(self, version: AdapterVersion) -> dict[int, list[int]]:
@@ -175,9 +187,7 @@ class Residency(Generic[W]):
         """A sequence runs with `version`, which is on the device."""
         assert self.on_device(version), f"{version.label} is leased but not on the device"
         self._leases[version.id] += 1
-        self._device.move_to_end(version.id)
-        if version.id in self._host:
-            self._host.move_to_end(version.id)
+        self._use(version)
 
     def release(self, version: AdapterVersion) -> None:
         """That sequence runs no more."""
@@ -198,6 +208,19 @@ class Residency(Generic[W]):
             assert version_id in self._device, "a leased version was evicted"
             assert version_id not in self._arriving, "a version is leased before it has landed"
         assert self._arriving <= self._device.keys(), "a version was evicted before it had landed"
+
+    def _use(self, version: AdapterVersion) -> None:
+        self._uses += 1
+        self._used[version.id] = self._uses
+
+    def _worth_in_host(self, version_id: int) -> float:
+        return worth(max(self._host[version_id][0].nbytes, 1), self._age(version_id))
+
+    def _worth_on_device(self, version_id: int) -> float:
+        return worth(1 if version_id in self._host else FROM_DISK, self._age(version_id))
+
+    def _age(self, version_id: int) -> int:
+        return self._uses - self._used[version_id] + 1
 
     def _stays(self, version_id: int) -> bool:
         """Whether what is in host memory may go only by `drop`."""
