@@ -264,7 +264,7 @@ def an_adapter_from_memory_is_evicted(patch: pytest.MonkeyPatch) -> None:
 
     def store(self: Residency[Any], version: AdapterVersion, weights: Any, *, wanted: Collection[int] = ()) -> None:
         original(self, version, weights, wanted=wanted)
-        for old in list(self._host)[: max(0, len(self._host) - self._max_host)]:
+        for old in list(self._host)[: max(0, len(self._host) - self.max_host)]:
             if old != version.id and not self._leases[old]:
                 del self._host[old]
 
@@ -300,7 +300,7 @@ def later_mixes_are_spared(patch: pytest.MonkeyPatch) -> None:
     def place(self: Adapters) -> None:
         self._look_for_landed()
         spared = self._wanted()
-        for mix in self._requests.wanted(self.reading):
+        for mix in self._scheduler.wanted(self.reading):
             for version in mix.versions:
                 if not self._residency.on_device(version) and version.id not in self.reading:
                     self._bring(version, spared)

@@ -2,11 +2,12 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, Protocol
 
 from msgspec import Struct
 
+from aiolora.engine.scheduler import Scheduler
 from aiolora.errors import AdapterChangedError, AdapterError, AdapterMemoryError, AdapterNotFoundError
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.residency import Residency
@@ -29,15 +30,14 @@ class Store(Protocol):
     def write(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> Arrival: ...
 
 
+READS_AHEAD = 4  # side by side, for those whose turn is not near; each read has several threads
+
+
 class UnderWay(Protocol):
     """What is asked of the engine, which has the requests."""
 
     def mixes(self) -> list[Mix]:
         """Of every request under way, waiting ones too."""
-        ...
-
-    def wanted(self, arriving: Collection[int]) -> list[Mix]:
-        """As `Scheduler.wanted`."""
         ...
 
     def fail_waiting(self, version: AdapterVersion, error: Exception) -> None:
@@ -71,6 +71,7 @@ class Adapters:
     def __init__(
         self,
         requests: UnderWay,
+        scheduler: Scheduler,
         residency: Residency[AdapterWeights],
         store: Store | None,
         *,
@@ -78,6 +79,7 @@ class Adapters:
         read_again: Callable[[AdapterVersion], None],
     ) -> None:
         self._requests = requests
+        self._scheduler = scheduler
         self._residency = residency
         self._store = store
         self._room = room_of_one
@@ -227,18 +229,20 @@ class Adapters:
         """Bring what the next steps need onto the device, as far as there is room; nobody waits for it.
 
         A mix may take the room of those behind it in line: were they spared too, two that do not fit together could
-        each wait for the other.
+        each wait for the other. What is wanted later is begun now, as far as that costs nobody before it anything: the
+        next in line for a slot are copied to the device, those behind them are read from disk.
         """
         self._look_for_landed()
         reads = -1
         while reads != len(self.reading):  # a read that has just begun is passed over: look again who comes next
             reads = len(self.reading)
             spared: set[int] = set()
-            for mix in self._requests.wanted(self.reading):
+            for mix in self._scheduler.wanted(self.reading):
                 spared.update(version.id for version in mix.versions)
                 for version in mix.versions:
                     if not self._residency.placed(version) and version.id not in self.reading:
                         self._bring(version, spared)
+        self._look_ahead(spared)
 
     def wait(self) -> None:
         """Block until the copy begun first has landed; there must be one."""
@@ -247,6 +251,40 @@ class Adapters:
     def resident(self) -> list[AdapterVersion]:
         """As `Residency.resident`."""
         return self._residency.resident()
+
+    def _look_ahead(self, spared: set[int]) -> None:
+        line = self._scheduler.line()
+        for mix in line[: self._scheduler.limits.max_loras]:
+            spared.update(version.id for version in mix.versions)
+            for version in mix.versions:
+                if self._residency.in_host(version) and not self._residency.placed(version):
+                    self._bring(version, spared)
+        if not any(self._missing(version) for mix in line for version in mix.versions):
+            return
+        for version in self._kept_ready():
+            if len(self.reading) >= READS_AHEAD:
+                return
+            if self._missing(version):
+                self._read(version)
+
+    def _missing(self, version: AdapterVersion) -> bool:
+        there = self._residency.in_host(version) or self._residency.placed(version)
+        return not there and version.id not in self.reading
+
+    def _kept_ready(self) -> list[AdapterVersion]:
+        """As many as host memory holds beside what stays there anyway: of those that run, then of those in line."""
+        taken = self._residency.staying()
+        ready: list[AdapterVersion] = []
+        for mix in self._scheduler.mixes():
+            for version in mix.versions:
+                if version.id not in taken and (
+                    self._residency.in_host(version) or not self._residency.placed(version)
+                ):
+                    taken.add(version.id)
+                    if len(taken) > self._residency.max_host:
+                        return ready
+                    ready.append(version)
+        return ready
 
     def _look_for_landed(self) -> None:
         under_way = []
@@ -274,4 +312,6 @@ class Adapters:
         self._read_again(version)
 
     def _wanted(self) -> set[int]:
-        return {version.id for mix in self._requests.wanted(self.reading) for version in mix.versions}
+        """What host memory must not lose for others: they would push each other out for ever."""
+        next_ones = {version.id for mix in self._scheduler.wanted(self.reading) for version in mix.versions}
+        return next_ones | {version.id for version in self._kept_ready()}

@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from msgspec import Struct
@@ -62,7 +62,7 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
-        self.adapters = Adapters(self, residency, store, room_of_one=room_of_one, read_again=read_again)
+        self.adapters = Adapters(self, scheduler, residency, store, room_of_one=room_of_one, read_again=read_again)
         self._ends = ends
         self._random = random.Random(seed)
         self._clock = clock
@@ -119,10 +119,6 @@ class Engine:
     def mixes(self) -> list[Mix]:
         """Of every request under way that has one, waiting ones too."""
         return [seqs[0].mix for seqs in self._sequences.values() if seqs[0].mix is not None]
-
-    def wanted(self, arriving: Collection[int]) -> list[Mix]:
-        """As `Scheduler.wanted`."""
-        return self.scheduler.wanted(arriving)
 
     def fail_waiting(self, version: AdapterVersion, error: Exception) -> None:
         """End the sequences that wait for `version`; nobody else's."""

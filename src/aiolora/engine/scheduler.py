@@ -116,6 +116,14 @@ class Scheduler:
                 mixes.append(mix)
         return mixes
 
+    def line(self) -> list[Mix]:
+        """Mixes that wait for a slot, the longest wait first."""
+        return self._slots.line()
+
+    def mixes(self) -> list[Mix]:
+        """Mixes that run, then those that wait for a slot, the longest wait first."""
+        return [*self._slots.active, *self._slots.line()]
+
     def schedule(self, now: float, arriving: Collection[int] = ()) -> Batch:
         """The next step. Sequences in it have their pages and leases; `num_computed` counts them as computed.
 

@@ -34,7 +34,7 @@ class Residency(Generic[W]):
 
     def __init__(self, *, num_kinds: int, num_pages: int, max_host: int) -> None:
         self._pools = [PagePool(num_pages) for _ in range(num_kinds)]
-        self._max_host = max_host
+        self.max_host = max_host
         self._host: dict[int, tuple[AdapterVersion, W]] = {}
         self._device: dict[int, tuple[AdapterVersion, dict[int, list[int]]]] = {}
         self._uses = 0  # of any version, so far
@@ -51,7 +51,7 @@ class Residency(Generic[W]):
         """
         self._host[version.id] = (version, weights)
         self._use(version)
-        surplus = len(self._host) - self._max_host
+        surplus = len(self._host) - self.max_host
         if surplus <= 0:
             return
         victims = [
@@ -61,6 +61,10 @@ class Residency(Generic[W]):
         ]
         for old in sorted(victims, key=self._worth_in_host)[:surplus]:
             del self._host[old]
+
+    def staying(self) -> set[int]:
+        """Ids of versions that leave host memory only by `unpin` or `drop`."""
+        return {number for number in self._host if self._stays(number)}
 
     def in_host(self, version: AdapterVersion) -> bool:
         return version.id in self._host
@@ -137,10 +141,10 @@ class Residency(Generic[W]):
         """
         if version.id in self._pinned:
             return
-        if len(self._pinned) + 1 >= self._max_host:
+        if len(self._pinned) + 1 >= self.max_host:
             raise AdapterMemoryError(
                 version.name,
-                f"cannot be pinned: {len(self._pinned)} are, and max_cpu_loras={self._max_host} must leave room for "
+                f"cannot be pinned: {len(self._pinned)} are, and max_cpu_loras={self.max_host} must leave room for "
                 "one that is not; raise --max-cpu-loras or unpin another",
             )
         spare = self._spare_pages([*self._pinned.values(), version])
