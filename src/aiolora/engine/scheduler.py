@@ -9,6 +9,7 @@ from typing import Protocol
 
 from aiolora.engine.queues import Queues, Slots, seniority_of
 from aiolora.engine.sequence import Sequence, Status
+from aiolora.engine.shares import Shares
 from aiolora.pages import PagePool
 from aiolora.types import AdapterVersion, FinishReason, Mix
 
@@ -74,6 +75,7 @@ class Scheduler:
         self.pool = pool
         self._residency = residency
         self._queues = Queues()
+        self.shares = Shares()
         self._slots = Slots(limits.max_loras, limits.patience_s)
         self._now_s = 0.0  # of the step made last
         self._leaving: list[Sequence] = []  # preempted or ended, their pages held until their flights have landed
@@ -200,14 +202,18 @@ class Scheduler:
         """Let waiting heads in, of the mix served least first."""
         self._slots.turn(
             now,
-            held_up=lambda mix: any(version.id in arriving for version in mix.versions),
+            held_up=lambda mix: self.shares.full(mix) or any(version.id in arriving for version in mix.versions),
             ready=self._on_device,
             served=self._queues.served,
         )
         heads = self._queues.heads()
         heapq.heapify(heads)
+        limited: list[Mix] = []
         while heads and budget > 0 and len(self.running) < self.limits.max_num_seqs:
             _, _, seq = heapq.heappop(heads)
+            if seq.mix is not None and self.shares.full(seq.mix):
+                limited.append(seq.mix)
+                continue
             if not (self._slots.admits(seq) and self._on_device(seq.mix)) or self._held_back(seq):
                 continue
             count = self._start(seq, budget)
@@ -217,6 +223,8 @@ class Scheduler:
             self._queues.remove(seq)
             if seq.mix in self._queues:
                 heapq.heappush(heads, self._queues.rank(seq.mix))
+        if limited:
+            self._queues.keep_up(limited)
 
     def _on_device(self, mix: Mix | None) -> bool:
         return mix is None or all(self._residency.on_device(version) for version in mix.versions)
@@ -250,6 +258,7 @@ class Scheduler:
         insort(self.running, seq, key=seniority_of)
         if seq.mix is not None:
             self._slots.enter(seq.mix)
+            self.shares.enter(seq.mix)
             for version in seq.mix.versions:
                 self._residency.lease(version)
         return count
@@ -312,7 +321,7 @@ class Scheduler:
         seq.num_flights += 1
         if samples:
             seq.num_pending += 1
-        self._queues.charge(seq.mix, count + samples)
+        self._queues.charge(seq.mix, (count + samples) / self.shares.weight(seq.mix))
         return count
 
     def _publish(self, seq: Sequence, run: Scheduled) -> None:
@@ -327,6 +336,7 @@ class Scheduler:
         seq.pages = array("i")
         seq.num_computed = seq.num_landed = 0
         if seq.mix is not None:
+            self.shares.leave(seq.mix)
             if self._slots.leave(seq.mix) and seq.mix in self._queues:
                 self._slots.wait(seq.mix, self._now_s)
             for version in seq.mix.versions:
