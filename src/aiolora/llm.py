@@ -14,6 +14,7 @@ from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.build import READERS, Built, build
 from aiolora.engine.core import Snapshot
 from aiolora.engine.intake import LoRA
+from aiolora.engine.names import Names, not_held
 from aiolora.engine.output import Assembler
 from aiolora.errors import AdapterFormatError, AioloraError, RequestError
 from aiolora.lora.loader import AdapterWeights
@@ -21,6 +22,7 @@ from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.lora.resolvers import choose_resolvers
 from aiolora.lora.resolving import Resolving
 from aiolora.types import (
+    AdapterPolicy,
     AdapterVersion,
     LoRARequest,
     Messages,
@@ -47,6 +49,7 @@ class LLMEngine:
         self._built: Built = build(args, self._read_again)
         self._engine = self._built.engine
         self._intake = self._built.intake
+        self._names = Names(self._intake, lambda message: message(self._engine))
         self._assemblers: dict[str, Assembler] = {}
         self._failures: dict[str, AioloraError] = {}  # request id -> what is still to be raised
 
@@ -71,6 +74,7 @@ class LLMEngine:
         if request_id in self._assemblers:
             raise RequestError(f"request_id {request_id!r} is in use; give each request its own", param="request_id")
         mix = self._mix(lora_request)
+        self._intake.policies.check(mix)
         request = self._intake.request(
             prompt,
             params,
@@ -81,6 +85,7 @@ class LLMEngine:
         )
         self._assemblers[request_id] = Assembler(request, self._intake.tokenizer)
         self._engine.add(request)
+        self._intake.policies.charge(mix, len(request.prompt_token_ids))
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has still something to bring."""
@@ -115,6 +120,8 @@ class LLMEngine:
                 touched.pop(delta.request_id, None)
                 continue
             touched[delta.request_id] = assembler
+            if output is not None:
+                self._intake.policies.charge(assembler.request.mix, 1)
             if output is not None and output.finish_reason is not None and delta.finish_reason is None:
                 self._engine.abort(delta.request_id, delta.index)  # a stop string, which only text can show
         for request_id, assembler in touched.items():
@@ -135,15 +142,20 @@ class LLMEngine:
         tensors: Mapping[str, Tensor] | None = None,
         config: AnyConfig | None = None,
         load_inplace: bool = False,
+        policy: AdapterPolicy | None = None,
     ) -> AdapterVersion:
         """Load an adapter, or find it loaded: as `AsyncLLMEngine.add_lora`, also from memory. Raises `AdapterError`."""
         if isinstance(lora, LoRARequest):
-            return self._version(lora)
-        source = in_memory(lora, tensors, config)
-        self._intake.parts(lora)
-        number = self._intake.registry.number(lora)
-        self._intake.registry.check(lora, number)
-        return self._publish(self._built.load(source), number, replace=load_inplace)
+            version = self._version(lora)
+        else:
+            source = in_memory(lora, tensors, config)
+            self._intake.parts(lora)
+            number = self._intake.registry.number(lora)
+            self._intake.registry.check(lora, number)
+            version = self._names.publish(self._built.load(source), number, replace=load_inplace)
+        if policy is not None:
+            self.set_lora_policy(version.name, policy)
+        return version
 
     def resolve_lora(self, lora_name: str) -> bool:
         """Load the adapter that a resolver finds for a name: as `AsyncLLMEngine.resolve_lora`. Blocks.
@@ -161,15 +173,28 @@ class LLMEngine:
         return found
 
     def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
-        """Forget an adapter, by name or `lora_int_id`. False: it was not known.
+        """Forget an adapter, by name or `lora_int_id`, or an alias: as `AsyncLLMEngine.remove_lora`."""
+        return self._names.remove(lora, force=force)
 
-        Requests under way finish, and what it takes is free after the last; `force`: they end with "abort".
+    def rollback_lora(self, lora: str | int, digest: str | None = None) -> AdapterVersion:
+        """Let a name stand again for what it stood for before: as `AsyncLLMEngine.rollback_lora`."""
+        version = self._names.earlier(lora, digest)
+        if self._engine.adapters.revive(version):
+            return self._names.bring_back(version, None)
+        if version.source is None:
+            raise not_held(version)
+        return self._names.bring_back(version, self._built.load(read_again(version)))
+
+    def alias_lora(self, alias: str, lora: str | int) -> None:
+        """`alias` is another name of an adapter from now on: as `AsyncLLMEngine.alias_lora`."""
+        self._intake.registry.alias(alias, self._intake.registry.get(lora).name)
+
+    def set_lora_policy(self, lora: str | int, policy: AdapterPolicy) -> None:
+        """What an adapter may take from now on: as `AsyncLLMEngine.set_lora_policy`.
+
+        `add_request` raises `AdapterBusyError` where it has used its tokens of the minute.
         """
-        name = self._intake.registry.named(lora)
-        version = self._intake.registry.forget(name) if name is not None else None
-        if version is not None:
-            self._engine.adapters.drop(version, force=force)
-        return version is not None
+        self._names.allow(lora, policy)
 
     def pin_lora(self, lora: str | int) -> None:
         """Never evict it: as `AsyncLLMEngine.pin_lora`. Raises `UnknownModelError` and `AdapterMemoryError`."""
@@ -181,7 +206,8 @@ class LLMEngine:
 
     def lora_standing(self) -> list[AdapterStanding]:
         """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""
-        return self._engine.adapters.standing(self._intake.registry.versions())
+        registry = self._intake.registry
+        return self._engine.adapters.standing(registry.versions(), registry.earlier_versions())
 
     @contextlib.contextmanager
     def read_ahead(self, loras: Iterable[LoRA]) -> Iterator[None]:
@@ -239,15 +265,7 @@ class LLMEngine:
         self._intake.parts(lora)  # refuses where LoRA is off
         ahead = self._ahead.pop(lora, None)
         weights = self._built.load(lora) if ahead is None else ahead.result()
-        return self._publish(weights, lora.lora_int_id, replace=lora.load_inplace)
-
-    def _publish(self, weights: AdapterWeights, number: int, *, replace: bool) -> AdapterVersion:
-        old = self._intake.registry.publish(weights.version, number, replace=replace)
-        if old is None:
-            self._engine.adapters.add(weights)
-        else:
-            self._engine.adapters.replace(old, weights)
-        return weights.version
+        return self._names.publish(weights, lora.lora_int_id, replace=lora.load_inplace)
 
     def _read_again(self, version: AdapterVersion) -> None:
         self._again[version] = self._readers.submit(self._built.load, read_again(version))

@@ -126,6 +126,7 @@ class World:
         self.failures: dict[int, list[Exception]] = {}  # version id -> what its reads failed with
         self.in_memory: list[AdapterVersion] = []
         self.removed: list[AdapterVersion] = []
+        self.shelved: list[AdapterVersion] = []
         self._kept: set[tuple[str, int]] = set()  # pinned versions, by the level that they are on
         self._num_versions = 0
         self._num_requests = 0
@@ -153,6 +154,22 @@ class World:
                 if ticket.open and ticket.request.mix is not None and version in ticket.request.mix.versions:
                     ticket.aborted = True
         self.engine.adapters.drop(version, force=force)
+
+    def replace(self, old: AdapterVersion, new: AdapterVersion) -> None:
+        """The name of `old` stands for `new`, which is in host memory; `old` is kept while there is room."""
+        if old in self.in_memory:
+            self.in_memory.remove(old)
+        self.shelved.append(old)
+        self.engine.adapters.replace(old, new, keep=True)
+
+    def revive(self, version: AdapterVersion) -> bool:
+        """Whether a name may stand for a shelved version again."""
+        if not self.engine.adapters.revive(version):
+            return False
+        self.shelved.remove(version)
+        if version.source is None:
+            self.in_memory.append(version)
+        return True
 
     def answer(self, version: AdapterVersion, outcome: str) -> None:
         """What `read_again(version)` brought: "ok", "changed" or "error"."""
@@ -328,6 +345,14 @@ class World:
             held = self.residency.in_host(version) or self.residency.placed(version)
             arriving = version.id in self.residency._arriving
             require(under_way or arriving or not held, "what has no name and no request is free", version.label)
+        for version in self.shelved:
+            read = version.id in self.engine.adapters.reading
+            under_way = self.residency.leased(version) or version in needed or read
+            arriving = version.id in self.residency._arriving
+            free = not self.residency.placed(version)
+            require(under_way or arriving or free, "what is shelved takes nothing on the device", version.label)
+        guests, surplus = self.residency._shelved, len(self.residency._host) - self.shape.max_host
+        require(surplus <= 0 or not guests, "what is shelved is the first to go", guests)
 
     def _verify_places(self, holders: list[Sequence]) -> None:
         scheduler = self.scheduler

@@ -302,7 +302,9 @@ def later_mixes_are_spared(patch: pytest.MonkeyPatch) -> None:
         spared = self._wanted()
         for mix in self._scheduler.wanted(self.reading):
             for version in mix.versions:
-                if not self._residency.on_device(version) and version.id not in self.reading:
+                if self._missing(version):
+                    self._read(version)
+                if self._residency.in_host(version) and not self._residency.placed(version):
                     self._bring(version, spared)
 
     patch.setattr(Adapters, "place", place)
@@ -467,3 +469,23 @@ def a_removed_version_is_dropped_while_somebody_needs_it(patch: pytest.MonkeyPat
 @mutant
 def a_removed_version_is_never_dropped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Adapters, "sweep", lambda self: None)
+
+
+@mutant
+def a_shelved_version_is_never_evicted(patch: pytest.MonkeyPatch) -> None:
+    original = Residency._stays
+    patch.setattr(Residency, "_stays", lambda self, number: number in self._shelved or original(self, number))
+
+
+@mutant
+def a_shelved_version_keeps_its_pages(patch: pytest.MonkeyPatch) -> None:
+    def shelve(self: Residency[Any], version: AdapterVersion) -> bool:
+        self._retired.discard(version.id)
+        return True
+
+    patch.setattr(Residency, "shelve", shelve)
+
+
+@mutant
+def a_revived_version_is_swept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Adapters, "revive", lambda self, version: self._residency.revive(version))

@@ -171,7 +171,7 @@ def test_counters_of_mixes_that_came_once_are_forgotten_though_the_device_is_nev
 def test_of_two_mixes_that_never_run_out_one_of_twice_the_weight_gets_twice_the_service() -> None:
     street, rng = Street(slots=2, seats=8), random.Random(4)
     light, heavy = street.desk.adapter(1), street.desk.adapter(2)
-    street.desk.scheduler.shares.set("adapter2", AdapterPolicy(weight=2.0))
+    street.desk.scheduler.shares.put("adapter2", AdapterPolicy(weight=2.0))
 
     def customers() -> None:
         for mix in (light, heavy):
@@ -185,7 +185,7 @@ def test_of_two_mixes_that_never_run_out_one_of_twice_the_weight_gets_twice_the_
 def test_an_adapter_at_its_concurrency_waits_in_its_own_queue_and_holds_up_nobody() -> None:
     street = Street(slots=2, seats=8)
     limited, other = street.desk.adapter(1), street.desk.adapter(2)
-    street.desk.scheduler.shares.set("adapter1", AdapterPolicy(max_concurrency=2))
+    street.desk.scheduler.shares.put("adapter1", AdapterPolicy(max_concurrency=2))
     for _ in range(6):
         street.come(limited, tokens=10)
     most = 0
@@ -205,7 +205,7 @@ def test_a_limit_counts_all_mixes_of_an_adapter_and_outlasts_its_reload() -> Non
     alone, other = desk.adapter(1), desk.adapter(2)
     reloaded = desk.adapter(3)
     version = structs.replace(reloaded.versions[0], name="adapter1")
-    desk.scheduler.shares.set("adapter1", AdapterPolicy(max_concurrency=1))
+    desk.scheduler.shares.put("adapter1", AdapterPolicy(max_concurrency=1))
     both = Mix(((alone.versions[0], 0.5), (other.versions[0], 0.5)))
     seqs = [desk.one([1, 2], mix) for mix in (alone, both, Mix(((version, 1.0),)), other)]
     begun = []
@@ -220,7 +220,7 @@ def test_a_limit_counts_all_mixes_of_an_adapter_and_outlasts_its_reload() -> Non
 def test_who_waits_for_a_limit_of_its_own_saves_nothing_up_for_when_it_is_lifted() -> None:
     street = Street(slots=1, seats=4)
     limited, shares = street.desk.adapter(1), street.desk.scheduler.shares
-    shares.set("adapter1", AdapterPolicy(max_concurrency=1))
+    shares.put("adapter1", AdapterPolicy(max_concurrency=1))
 
     def customers() -> None:
         for mix in (limited, None):
@@ -230,7 +230,7 @@ def test_who_waits_for_a_limit_of_its_own_saves_nothing_up_for_when_it_is_lifted
     street.run(200, customers)
     before = dict(street.served)
     assert before[limited] < before[None] / 2
-    shares.set("adapter1", None)
+    shares.put("adapter1", None)
     street.run(60, customers)
     gained = {mix: street.served[mix] - before[mix] for mix in before}
     assert gained[limited] == pytest.approx(gained[None], rel=0.2), "equal from now on, nothing made up for"
@@ -240,7 +240,7 @@ def test_who_waits_for_a_limit_of_its_own_closes_nobodys_slot() -> None:
     street = Street(slots=2, seats=8, patience_s=1.0)
     limited, running, other = (street.desk.adapter(number) for number in (1, 2, 3))
     both = Mix(((limited.versions[0], 0.5), (other.versions[0], 0.5)))
-    street.desk.scheduler.shares.set("adapter1", AdapterPolicy(max_concurrency=1))
+    street.desk.scheduler.shares.put("adapter1", AdapterPolicy(max_concurrency=1))
     street.come(limited, tokens=60)
     street.come(running, tokens=50, prompt=30)
     street.step()

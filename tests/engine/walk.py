@@ -52,6 +52,7 @@ class Swarm:
         self.world = World(shape_of(rng), overlaps=overlaps, seed=seed, copy_delay=lambda: lags.choice(delays))
         self.names = [f"adapter{number}" for number in range(rng.randrange(2, 6))]
         self.current = {name: self._new_version(name) for name in self.names}
+        self.earlier: dict[str, AdapterVersion] = {}
         self.trunks = [[rng.randrange(VOCAB) for _ in range(16)] for _ in range(2)]
         self.outcomes = rng.choice((("ok",), (None,), ("ok", None), ("ok", None, None, "error", "changed")))
         self.world.answer_at_once = lambda version: rng.choice(self.outcomes)
@@ -60,7 +61,8 @@ class Swarm:
             self.step: 6,
             self.abort: 0.7,
             self.answer: 2,
-            self.publish: 0.3,
+            self.publish: 0.4,
+            self.roll_back: 0.2,
             self.pin: 0.3,
             self.fault: 0.4,
             self.jump: 0.3,
@@ -118,6 +120,22 @@ class Swarm:
         old, self.current[name] = self.current[name], self._new_version(name)
         if self.rng.random() < 0.7:
             self.world.remove(old, force=self.rng.random() < 0.3)
+        else:
+            self._replace(name, old)
+
+    def roll_back(self) -> None:
+        """A name stands again for what it stood for before."""
+        name = self.ranks.choice(list(self.earlier) or self.names)
+        if name in self.earlier and self.world.revive(self.earlier[name]):
+            old, self.current[name] = self.current[name], self.earlier.pop(name)
+            self._replace(name, old)
+
+    def _replace(self, name: str, old: AdapterVersion) -> None:
+        self.world.replace(old, self.current[name])
+        before, self.earlier[name] = self.earlier.get(name), old
+        if before is not None:
+            self.world.shelved.remove(before)
+            self.world.remove(before)
 
     def pin(self) -> None:
         version = self.current[self.rng.choice(self.names)]

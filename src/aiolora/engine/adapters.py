@@ -58,6 +58,7 @@ class AdapterStanding(Struct, frozen=True, kw_only=True):
     in_use: bool  # a sequence runs with it
     requests: int  # under way with it, waiting ones too
     draining: bool  # its name is gone, or stands for another version
+    earlier: AdapterVersion | None = None  # what `rollback_lora` of its name would bring back
 
 
 class Adapters:
@@ -89,6 +90,7 @@ class Adapters:
         self.stirred = False  # somebody called since this was set to False last
         self._holds: Counter[int] = Counter()  # version id -> requests that were prepared with it and are alive
         self._going: dict[int, AdapterVersion] = {}  # names are gone, somebody under way may need them
+        self._kept: set[int] = set()  # those of them that are shelved then, not dropped
         self._barred: set[int] = set()  # those of them that nobody may begin with any more
 
     # ---- what callers ask for ----
@@ -98,26 +100,42 @@ class Adapters:
         self.stirred = True
         self._residency.store(weights.version, weights, wanted=self._wanted())
 
-    def replace(self, old: AdapterVersion, weights: AdapterWeights) -> None:
-        """`add` of what the name of `old` stands for from now on; a pin goes over to it."""
+    def replace(self, old: AdapterVersion, new: AdapterWeights | AdapterVersion, *, keep: bool = False) -> None:
+        """The name of `old` stands for `new` from now on, which is added, or was revived; a pin goes over to it.
+
+        `old` is dropped; `keep`: host memory may have it for longer, for who wants it back.
+        """
         pinned = self._residency.pinned(old)
-        self.drop(old)
-        self.add(weights)
+        self._retire(old, keep=keep)
+        if not isinstance(new, AdapterVersion):
+            self.add(new)
+            new = new.version
         if pinned:
             try:
-                self.pin(weights.version)
+                self.pin(new)
             except AdapterMemoryError as error:
-                logger.warning("%s is not pinned any more: %s", weights.version.label, error)
+                logger.warning("%s is not pinned any more: %s", new.label, error)
+
+    def revive(self, version: AdapterVersion) -> bool:
+        """A name is to stand again for a version that was replaced and kept. False: it is not in host memory any more.
+
+        `drop` it where the name stands for something else after all.
+        """
+        if not self._residency.revive(version):
+            return False
+        self._going.pop(version.id, None)
+        self._kept.discard(version.id)
+        return True
 
     def drop(self, version: AdapterVersion, *, force: bool = False) -> None:
         """Its name is gone: what it takes is free as soon as nobody under way needs it. `force`: they are aborted."""
-        self._residency.retire(version)
-        self._going[version.id] = version
+        if force:
+            self._barred.add(version.id)
+        self._retire(version, keep=False)
         if force:
             self.stirred = True
-            self._barred.add(version.id)
             self._requests.abort_all(version)
-        self.sweep()
+            self.sweep()
 
     def pin(self, version: AdapterVersion) -> None:
         """Keep it in host memory (read again at once where it is not) and, once there, on the device.
@@ -149,8 +167,14 @@ class Adapters:
         self._holds += Counter()  # without the zeros
         self.sweep()
 
-    def standing(self, versions: Iterable[AdapterVersion]) -> list[AdapterStanding]:
-        """How it is with each of `versions`, then with those whose names are gone and that are not free yet."""
+    def standing(
+        self, versions: Iterable[AdapterVersion], earlier: Mapping[str, AdapterVersion] | None = None
+    ) -> list[AdapterStanding]:
+        """How it is with each of `versions`, then with those whose names are gone and that are not free yet.
+
+        `earlier`: by name, what the names of `versions` stood for before.
+        """
+        before = {name: version for name, version in (earlier or {}).items() if self._may_come_back(version)}
         requests: Counter[int] = Counter()
         for mix in self._requests.mixes():
             requests.update({version.id for version in mix.versions})
@@ -166,6 +190,7 @@ class Adapters:
                 requests=requests[version.id],
                 in_use=bool(self._residency.leased(version)),
                 draining=version.id in self._going,
+                earlier=None if version.id in self._going else before.get(version.name),
             )
             for version in dict.fromkeys([*versions, *self._going.values()])
         ]
@@ -221,9 +246,11 @@ class Adapters:
         for version in list(self._going.values()):
             if version.id in needed or version.id in self.reading or self._holds[version.id]:
                 continue
-            if self._residency.drop(version):
+            kept = version.id in self._kept
+            if self._residency.shelve(version) if kept else self._residency.drop(version):
                 del self._going[version.id]
                 self._barred.discard(version.id)
+                self._kept.discard(version.id)
 
     def place(self) -> None:
         """Bring what the next steps need onto the device, as far as there is room; nobody waits for it.
@@ -233,15 +260,10 @@ class Adapters:
         next in line for a slot are copied to the device, those behind them are read from disk.
         """
         self._look_for_landed()
-        reads = -1
-        while reads != len(self.reading):  # a read that has just begun is passed over: look again who comes next
-            reads = len(self.reading)
-            spared: set[int] = set()
-            for mix in self._scheduler.wanted(self.reading):
-                spared.update(version.id for version in mix.versions)
-                for version in mix.versions:
-                    if not self._residency.placed(version) and version.id not in self.reading:
-                        self._bring(version, spared)
+        spared: set[int] = set()
+        while (missing := self._place_wanted(spared)) is not None:
+            self._read(missing)  # passed over from now on, or there, or failed: look again who comes next
+            spared.clear()
         self._look_ahead(spared)
 
     def wait(self) -> None:
@@ -252,6 +274,29 @@ class Adapters:
         """As `Residency.resident`."""
         return self._residency.resident()
 
+    def _retire(self, version: AdapterVersion, *, keep: bool) -> None:
+        self._residency.retire(version)
+        self._going[version.id] = version
+        if keep:
+            self._kept.add(version.id)
+        else:
+            self._kept.discard(version.id)
+        self.sweep()
+
+    def _may_come_back(self, version: AdapterVersion) -> bool:
+        return version.source is not None or self._residency.in_host(version)
+
+    def _place_wanted(self, spared: set[int]) -> AdapterVersion | None:
+        """Up to the first that is to be read; `spared` becomes the ids of all that are wanted up to there."""
+        for mix in self._scheduler.wanted(self.reading):
+            spared.update(version.id for version in mix.versions)
+            for version in mix.versions:
+                if self._missing(version):
+                    return version
+                if not self._residency.placed(version) and version.id not in self.reading:
+                    self._bring(version, spared)
+        return None
+
     def _look_ahead(self, spared: set[int]) -> None:
         line = self._scheduler.line()
         for mix in line[: self._scheduler.limits.max_loras]:
@@ -261,11 +306,11 @@ class Adapters:
                     self._bring(version, spared)
         if not any(self._missing(version) for mix in line for version in mix.versions):
             return
-        for version in self._kept_ready():
-            if len(self.reading) >= READS_AHEAD:
+        while len(self.reading) < READS_AHEAD:
+            missing = next(filter(self._missing, self._kept_ready()), None)
+            if missing is None:
                 return
-            if self._missing(version):
-                self._read(version)
+            self._read(missing)
 
     def _missing(self, version: AdapterVersion) -> bool:
         there = self._residency.in_host(version) or self._residency.placed(version)
@@ -296,16 +341,13 @@ class Adapters:
         self.copying = under_way
 
     def _bring(self, version: AdapterVersion, spared: set[int]) -> None:
-        if not self._residency.in_host(version):
-            self._read(version)
-        if self._residency.in_host(version):
-            placement = self._residency.place(version, wanted=spared)
-            if placement is not None:
-                arrival = self._store.write(placement.weights, placement.pages) if self._store is not None else None
-                if arrival is None or arrival.done():
-                    self._residency.landed(version)
-                else:
-                    self.copying.append((version, arrival))
+        placement = self._residency.place(version, wanted=spared)
+        if placement is not None:
+            arrival = self._store.write(placement.weights, placement.pages) if self._store is not None else None
+            if arrival is None or arrival.done():
+                self._residency.landed(version)
+            else:
+                self.copying.append((version, arrival))
 
     def _read(self, version: AdapterVersion) -> None:
         self.reading.add(version.id)

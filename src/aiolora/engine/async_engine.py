@@ -20,12 +20,14 @@ from aiolora.engine.core import Engine, Snapshot
 from aiolora.engine.intake import Intake, LoRA
 from aiolora.engine.loading import Loading
 from aiolora.engine.mailbox import Mailbox
+from aiolora.engine.names import Names
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
 from aiolora.errors import EngineDeadError, RequestError
 from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.lora.resolvers import choose_resolvers
 from aiolora.types import (
+    AdapterPolicy,
     AdapterVersion,
     LoRARequest,
     Messages,
@@ -54,6 +56,7 @@ class AsyncLLMEngine:
         self._built: Built | None = None
         self._bridge: Bridge | None = None
         self._loading: Loading | None = None
+        self._names: Names | None = None
         self._mailboxes: dict[str, Mailbox] = {}  # by ticket
         self._tickets: dict[str, Request] = {}  # request id -> the request as the engine knows it: no id is used twice
         self._num_tickets = itertools.count()
@@ -88,7 +91,10 @@ class AsyncLLMEngine:
                 resolvers = await anyio.to_thread.run_sync(choose_resolvers, environment)
             self._bridge = bridge = Bridge(self._deliver, self._fail)
             built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
-            self._loading = Loading(built, bridge.post, resolvers, resolver_timeout_s=environment.resolver_timeout_s)
+            self._names = Names(built.intake, bridge.post)
+            self._loading = Loading(
+                built, bridge, self._names, resolvers, resolver_timeout_s=environment.resolver_timeout_s
+            )
             self._snapshot = built.engine.snapshot()
             self._built = built
             bridge.start(built.engine)
@@ -176,6 +182,7 @@ class AsyncLLMEngine:
         self._alive()
         parts = self.intake.parts(lora)
         mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
+        self.intake.policies.check(mix)
         request = self.intake.request(
             prompt,
             sampling_params,
@@ -202,12 +209,13 @@ class AsyncLLMEngine:
         # a delta of a request that was left may still be on its way when its id is used again: tickets tell them apart
         tickets = [structs.replace(request, id=f"{request.id}#{next(self._num_tickets)}") for request in requests]
         positions = {ticket.id: position for position, ticket in enumerate(tickets)}
-        mailbox = Mailbox()
+        mailbox, charge = Mailbox(), self.intake.policies.charge
         try:
             for request, ticket in zip(requests, tickets):
                 self._tickets[request.id] = ticket
                 self._mailboxes[ticket.id] = mailbox
                 self._across.post(partial(_add, request=ticket))
+                charge(request.mix, len(request.prompt_token_ids))
             while not all(assembler.finished for assembler in assemblers):
                 burst = []
                 for delta in await mailbox.get():
@@ -215,6 +223,7 @@ class AsyncLLMEngine:
                     output = assemblers[position].feed(delta)
                     if output is None:
                         continue
+                    charge(requests[position].mix, 1)
                     if output.finish_reason is not None and delta.finish_reason is None:
                         self._abort(delta.request_id, delta.index)  # a stop string, which only text can show
                     burst.append((position, output))
@@ -242,20 +251,25 @@ class AsyncLLMEngine:
         tensors: Mapping[str, Tensor] | None = None,
         config: AnyConfig | None = None,
         load_inplace: bool = False,
+        policy: AdapterPolicy | None = None,
     ) -> AdapterVersion:
         """Load an adapter, or find it loaded. Raises `AdapterError`; a failed load changes nothing.
 
         With a name for `lora`, from memory: `tensors` under the names that PEFT saves, on any device, and `config` as
         in adapter_config.json, or a `peft.LoraConfig`. They are copied. `load_inplace` replaces what the name stands
-        for; requests under way finish on the old version.
+        for; requests under way finish on the old version. `policy`: as `set_lora_policy`, once it is loaded.
         """
         self._alive()
         if isinstance(lora, LoRARequest):
             self.intake.parts(lora)
-            return await self._adapters.version(lora)
-        source = in_memory(lora, tensors, config)
-        self.intake.parts(lora)
-        return await self._adapters.add(source, replace=load_inplace)
+            version = await self._adapters.version(lora)
+        else:
+            source = in_memory(lora, tensors, config)
+            self.intake.parts(lora)
+            version = await self._adapters.add(source, replace=load_inplace)
+        if policy is not None:
+            self.set_lora_policy(version.name, policy)
+        return version
 
     async def resolve_lora(self, lora_name: str) -> bool:
         """Load the adapter that a resolver finds for a name; True: it is loaded, or was before. False: nobody knows it.
@@ -266,17 +280,41 @@ class AsyncLLMEngine:
         return await self._adapters.resolve(lora_name)
 
     async def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
-        """Forget an adapter, by name or `lora_int_id`. False: it was not known.
+        """Forget an adapter, by name or `lora_int_id`, or an alias. False: it was not known.
 
-        Requests under way finish, and what it takes is free after the last; `force`: they end with "abort".
+        Requests under way finish, and what it takes is free after the last; `force`: they end with "abort". Raises
+        `AdapterConflictError` where it has aliases; `force` removes those, too.
         """
         self._alive()
-        registry = self.intake.registry
-        name = registry.named(lora)
-        version = registry.forget(name) if name is not None else None
-        if version is not None:
-            self._across.post(lambda engine: engine.adapters.drop(version, force=force))
-        return version is not None
+        return self._naming.remove(lora, force=force)
+
+    async def rollback_lora(self, lora: str | int, digest: str | None = None) -> AdapterVersion:
+        """Let a name stand again for what it stood for before it was replaced last, which becomes what it was before.
+
+        One version a name is kept, in host memory while nobody else needs the room, and is read again where its source
+        still holds it. `digest`, or its beginning: roll back to that version or not at all. Requests under way finish
+        on what they began with. Raises `UnknownModelError`, `AdapterNotFoundError` where there is no such version, and
+        `AdapterChangedError` where its source holds something else by now; nothing has changed then.
+        """
+        self._alive()
+        return await self._adapters.roll_back(lora, digest)
+
+    async def alias_lora(self, alias: str, lora: str | int) -> None:
+        """`alias` is another name of an adapter from now on, also of what replaces it; it may have been another's.
+
+        `remove_lora(alias)` ends it. Raises `UnknownModelError`, and `AdapterConflictError` where `alias` is the name
+        of a model or adapter.
+        """
+        self._alive()
+        self.intake.registry.alias(alias, self.intake.registry.get(lora).name)
+
+    def set_lora_policy(self, lora: str | int, policy: AdapterPolicy) -> None:
+        """What an adapter may take from now on: a weight in the turns, answers at a time, tokens a minute.
+
+        It belongs to the name: a reload keeps it, `remove_lora` ends it. Raises `UnknownModelError`.
+        """
+        self._alive()
+        self._naming.allow(lora, policy)
 
     async def pin_lora(self, lora: str | int) -> None:
         """Keep an adapter, by name or `lora_int_id`, in host memory and, once it is there, on the device.
@@ -294,8 +332,9 @@ class AsyncLLMEngine:
 
     async def lora_standing(self) -> list[AdapterStanding]:
         """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""
-        versions = self.intake.registry.versions()
-        return await self._across.ask(lambda engine: engine.adapters.standing(versions))
+        registry = self.intake.registry
+        versions, earlier = registry.versions(), registry.earlier_versions()
+        return await self._across.ask(lambda engine: engine.adapters.standing(versions, earlier))
 
     async def list_loras(self) -> list[AdapterVersion]:
         """Loaded adapters in the order they came."""
@@ -315,6 +354,11 @@ class AsyncLLMEngine:
     def _across(self) -> Bridge:
         assert self._bridge is not None, "started engines have it"
         return self._bridge
+
+    @property
+    def _naming(self) -> Names:
+        assert self._names is not None, "started engines have it"
+        return self._names
 
     @property
     def _adapters(self) -> Loading:

@@ -9,16 +9,15 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import anyio.to_thread
 
-from aiolora.engine.core import Engine, Snapshot
+from aiolora.engine.core import Engine, Message, Snapshot
 from aiolora.errors import AioloraError, EngineDeadError
 from aiolora.types import TokenDelta
 
 T = TypeVar("T")
-Message: TypeAlias = Callable[[Engine], None]  # what the engine thread does between two steps
 
 
 class Bridge:

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from msgspec import Struct
 
@@ -265,3 +266,6 @@ class Engine:
                 chosen = (run.seq.tokens[len(kept)], sampled.logprob, sampled.rank)
                 others = ((token, logprob, rank) for rank, (token, logprob) in enumerate(sampled.top, start=1))
                 kept.append((chosen, *others))
+
+
+Message: TypeAlias = Callable[[Engine], None]  # what the thread that owns an engine does between two steps

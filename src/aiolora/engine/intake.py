@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestError
+from aiolora.lora.policies import Policies
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import AdapterVersion, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
@@ -33,6 +34,7 @@ class Intake:
     ) -> None:
         self.tokenizer = tokenizer
         self.registry = registry
+        self.policies = Policies()
         self.limits = limits
         self.model = model
         self._lora_enabled = lora_enabled

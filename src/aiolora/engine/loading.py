@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import anyio.to_thread
 
-from aiolora.engine.bridge import Message
+from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built
+from aiolora.engine.names import Names, not_held
 from aiolora.errors import AdapterFormatError, AioloraError, EngineDeadError
 from aiolora.lora.memory import InMemory
 from aiolora.lora.resolver import LoRAResolver
@@ -19,21 +20,22 @@ from aiolora.types import AdapterVersion, LoRARequest, read_again
 class Loading:
     """What is being read, in worker threads: once however many ask, and what is to be replaced in the order asked.
 
-    `post` gives the engine thread a message. `resolvers`: who is asked for unknown names, before the registered ones;
-    None: nobody ever is. Owned by the loop.
+    `resolvers`: who is asked for unknown names, before the registered ones; None: nobody ever is. Owned by the loop.
     """
 
     def __init__(
         self,
         built: Built,
-        post: Callable[[Message], None],
+        bridge: Bridge,
+        names: Names,
         resolvers: Mapping[str, LoRAResolver] | None,
         *,
         resolver_timeout_s: float,
     ) -> None:
         self._registry = built.intake.registry
         self._load = built.load
-        self._post = post
+        self._bridge = bridge
+        self._names = names
         self._loading: dict[object, asyncio.Future[AdapterVersion]] = {}
         self._replacing = asyncio.Lock()  # what was asked for later is read later
         self._tasks: set[asyncio.Task[None]] = set()
@@ -58,6 +60,10 @@ class Loading:
         """The version made of what is in memory. Raises `AdapterError`."""
         number = self._registry.number(source.lora_name)
         return await self._shared(object(), self._publish(source, number, replace=replace))
+
+    async def roll_back(self, lora: str | int, digest: str | None) -> AdapterVersion:
+        """What the name of `lora` stands for again. Raises as `Names.earlier` and `Names.bring_back`."""
+        return await self._shared(object(), self._roll_back(lora, digest))
 
     async def resolve(self, name: str) -> bool:
         """Whether `name` is known, if need be after a resolver found it and it was loaded."""
@@ -113,12 +119,17 @@ class Loading:
             weights = await anyio.to_thread.run_sync(self._load, source)
             if isinstance(source, LoRARequest) and (known := registry.match(source)) is not None:
                 return known  # others have loaded it since then
-            old = registry.publish(weights.version, number, replace=replace)
-        if old is None:
-            self._post(lambda engine: engine.adapters.add(weights))
-        else:
-            self._post(lambda engine: engine.adapters.replace(old, weights))
-        return weights.version
+            return self._names.publish(weights, number, replace=replace)
+
+    async def _roll_back(self, lora: str | int, digest: str | None) -> AdapterVersion:
+        async with self._replacing:
+            version = self._names.earlier(lora, digest)
+            weights = None
+            if not await self._bridge.ask(lambda engine: engine.adapters.revive(version)):
+                if version.source is None:
+                    raise not_held(version)
+                weights = await anyio.to_thread.run_sync(self._load, read_again(version))
+            return self._names.bring_back(version, weights)
 
     async def _reading(self, version: AdapterVersion) -> None:
         try:
@@ -126,6 +137,6 @@ class Loading:
         except Exception as error:
             known = error if isinstance(error, AioloraError) else None
             failure = known or AdapterFormatError(version.name, f"could not be read again: {error!r}")
-            self._post(lambda engine: engine.adapters.failed(version, failure))
+            self._bridge.post(lambda engine: engine.adapters.failed(version, failure))
         else:
-            self._post(lambda engine: engine.adapters.landed(version, weights))
+            self._bridge.post(lambda engine: engine.adapters.landed(version, weights))

@@ -18,7 +18,7 @@ class Shares:
         self._weights: dict[Mix, float] = {}  # worked out already
         self._running: Counter[str] = Counter()  # answers that hold leases
 
-    def set(self, name: str, policy: AdapterPolicy | None) -> None:
+    def put(self, name: str, policy: AdapterPolicy | None) -> None:
         """From now on; None: the adapter may take what it gets."""
         self._weights.clear()
         if policy is None:

@@ -3,19 +3,22 @@
 import difflib
 import itertools
 
-from aiolora.errors import AdapterConflictError, UnknownModelError
+from aiolora.errors import AdapterConflictError, RequestError, UnknownModelError
 from aiolora.types import AdapterVersion, LoRARequest
 
 
 class AdapterRegistry:
-    """Names of adapters, in the order they came, each with the version it means now.
+    """Names of adapters, in the order they came, each with the version it means now and the last other one before.
 
-    Owned by the loop (or by the caller of a blocking face). A name is forgotten at once; holders keep the version.
+    An alias stands for a name, and so for whatever that name means. Owned by the loop (or by the caller of a blocking
+    face). A name is forgotten at once; holders keep the version.
     """
 
     def __init__(self, base_model: str) -> None:
         self._base_models = [base_model]
         self._versions: dict[str, AdapterVersion] = {}
+        self._earlier: dict[str, AdapterVersion] = {}  # what a name meant before; of another digest
+        self._aliases: dict[str, str] = {}
         self._ids: dict[str, int] = {}
         self._name_of_id: dict[int, str] = {}
         self._numbers = itertools.count(2**63 - 1, -1)  # far from those that callers count up from 1
@@ -26,32 +29,32 @@ class AdapterRegistry:
 
     def reserve(self, name: str) -> None:
         """`name` is another name of the base model: no adapter may have it. Raises `AdapterConflictError`."""
-        if name in self._versions:
+        if name in self._versions or name in self._aliases:
             raise AdapterConflictError(name, "is to be the served name of the base model; choose another")
         if name not in self._base_models:
             self._base_models.append(name)
 
     def knows(self, name: str) -> bool:
         """Whether `name` stands for an adapter, or for the base model."""
-        return name in self._versions or name in self._base_models
+        return name in self._versions or name in self._aliases or name in self._base_models
 
     def find(self, name: str) -> AdapterVersion:
         """The version that `name` stands for. Raises `UnknownModelError` with the nearest known names."""
-        version = self._versions.get(name)
+        version = self._versions.get(self._aliases.get(name, name))
         if version is None:
-            known = [*self._base_models, *self._versions]
+            known = [*self._base_models, *self._versions, *self._aliases]
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known[:8])}"
             raise UnknownModelError(f"the model {name!r} does not exist; {hint}")
         return version
 
     def named(self, lora: str | int) -> str | None:
-        """The name of an adapter by its name or `lora_int_id`; None: there is none."""
-        name = self._name_of_id.get(lora) if isinstance(lora, int) else lora
+        """The name of an adapter by its name, an alias or its `lora_int_id`; None: there is none."""
+        name = self._name_of_id.get(lora) if isinstance(lora, int) else self._aliases.get(lora, lora)
         return name if name in self._versions else None
 
     def get(self, lora: str | int) -> AdapterVersion:
-        """As `find`, by name or `lora_int_id`."""
+        """As `find`, by name, alias or `lora_int_id`."""
         return self.find(self.named(lora) or str(lora))
 
     def number(self, name: str) -> int:
@@ -77,6 +80,10 @@ class AdapterRegistry:
         """Raises `AdapterConflictError` where the name is the base model's, or name and id do not belong together."""
         if name in self._base_models:
             raise AdapterConflictError(name, "is the name of the base model; choose another")
+        if name in self._aliases:
+            raise AdapterConflictError(
+                name, f"is an alias of {self._aliases[name]!r}; remove it, or choose another name"
+            )
         owner = self._name_of_id.get(number)
         if owner is not None and owner != name:
             raise AdapterConflictError(name, f"lora_int_id={number} already stands for {owner!r}; give each its own")
@@ -94,17 +101,56 @@ class AdapterRegistry:
         if old is not None and not replace:
             raise _taken(old, "and is not to be replaced")
         self.check(name, number)
+        if old is not None and old.digest != version.digest:
+            self._earlier[name] = old
         self._versions[name] = version
         self._ids[name] = number
         self._name_of_id[number] = name
         return old
 
-    def forget(self, name: str) -> AdapterVersion | None:
-        """The name stands for nothing any more; what it stood for until now, if anything."""
-        number = self._ids.pop(name, None)
-        if number is None:
+    def earlier(self, name: str) -> AdapterVersion | None:
+        """What the name meant before what it means now; None: nothing, or it is forgotten."""
+        return self._earlier.get(name)
+
+    def earlier_versions(self) -> dict[str, AdapterVersion]:
+        """All that `earlier` gives, by name."""
+        return dict(self._earlier)
+
+    def alias(self, alias: str, name: str) -> None:
+        """`alias` means what `name` means from now on, also after a reload; it may have meant something else.
+
+        Raises `RequestError` for an empty one, `UnknownModelError`, and `AdapterConflictError` where `alias` is the
+        name of a model or adapter.
+        """
+        if not alias.strip():
+            raise RequestError("the alias is empty", param="alias")
+        version = self.find(name)
+        if alias in self._base_models or alias in self._versions:
+            raise AdapterConflictError(alias, "is the name of a model that is served; an alias needs one of its own")
+        self._aliases[alias] = version.name
+
+    def aliases(self) -> dict[str, str]:
+        """The name that each alias stands for."""
+        return dict(self._aliases)
+
+    def forget_alias(self, alias: str) -> bool:
+        """It means nothing any more; whether it was one."""
+        return self._aliases.pop(alias, None) is not None
+
+    def forget(self, name: str, *, aliases: bool = False) -> AdapterVersion | None:
+        """The name stands for nothing any more; what it stood for until now, if anything.
+
+        Raises `AdapterConflictError` where it has aliases, unless they are to be forgotten with it.
+        """
+        if name not in self._ids:
             return None
-        self._name_of_id.pop(number)
+        others = [alias for alias, meant in self._aliases.items() if meant == name]
+        if others and not aliases:
+            raise AdapterConflictError(name, f"has the alias {others[0]!r}; remove that first, or let it mean another")
+        for alias in others:
+            del self._aliases[alias]
+        self._name_of_id.pop(self._ids.pop(name))
+        self._earlier.pop(name, None)
         return self._versions.pop(name)
 
 

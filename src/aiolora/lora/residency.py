@@ -29,7 +29,8 @@ class Residency(Generic[W]):
     placed version is on the device once its bytes have landed there; until then it is neither leased nor evicted.
     A version without a source cannot be read again and is never evicted from host memory, only dropped. A pinned
     version is evicted from neither level, a retired one (its name is gone, requests under way still need it) not from
-    host memory: its source may hold something else by now. Engine thread only.
+    host memory: its source may hold something else by now. A shelved one (no request needs it, its name may come back
+    to it) is a guest in host memory, the first to be evicted. Engine thread only.
     """
 
     def __init__(self, *, num_kinds: int, num_pages: int, max_host: int) -> None:
@@ -43,6 +44,7 @@ class Residency(Generic[W]):
         self._leases: Counter[int] = Counter()
         self._pinned: dict[int, AdapterVersion] = {}
         self._retired: set[int] = set()
+        self._shelved: set[int] = set()
 
     def store(self, version: AdapterVersion, weights: W, *, wanted: Collection[int] = ()) -> None:
         """Keep `weights` in host memory, evicting who is worth least above the limit.
@@ -61,6 +63,7 @@ class Residency(Generic[W]):
         ]
         for old in sorted(victims, key=self._worth_in_host)[:surplus]:
             del self._host[old]
+            self._shelved.discard(old)
 
     def staying(self) -> set[int]:
         """Ids of versions that leave host memory only by `unpin` or `drop`."""
@@ -168,6 +171,31 @@ class Residency(Generic[W]):
         self.unpin(version)
         self._retired.add(version.id)
 
+    def shelve(self, version: AdapterVersion) -> bool:
+        """Nobody needs a retired `version` now: free what it takes on the device; host memory keeps it while it can.
+
+        False, and nothing done, as `drop`.
+        """
+        if self._leases[version.id] or version.id in self._arriving:
+            return False
+        self._retired.discard(version.id)
+        if len(self._host) > self.max_host:
+            self._host.pop(version.id, None)
+        elif version.id in self._host:
+            self._shelved.add(version.id)
+        if version.id in self._device:
+            self._evict(version.id)
+        return True
+
+    def revive(self, version: AdapterVersion) -> bool:
+        """A name stands for a retired or shelved version again, if host memory has it; whether it has."""
+        if version.id not in self._host:
+            return False
+        self._retired.discard(version.id)
+        self._shelved.discard(version.id)
+        self._use(version)
+        return True
+
     def drop(self, version: AdapterVersion) -> bool:
         """Nobody will ask for `version` any more: free what it takes on both levels.
 
@@ -177,6 +205,7 @@ class Residency(Generic[W]):
             return False
         self.unpin(version)
         self._retired.discard(version.id)
+        self._shelved.discard(version.id)
         self._host.pop(version.id, None)
         if version.id in self._device:
             self._evict(version.id)
@@ -212,13 +241,16 @@ class Residency(Generic[W]):
             assert version_id in self._device, "a leased version was evicted"
             assert version_id not in self._arriving, "a version is leased before it has landed"
         assert self._arriving <= self._device.keys(), "a version was evicted before it had landed"
+        assert self._shelved <= self._host.keys(), "a version is on no shelf"
+        assert not self._shelved & self._device.keys(), "a shelved version is on the device"
 
     def _use(self, version: AdapterVersion) -> None:
         self._uses += 1
         self._used[version.id] = self._uses
 
     def _worth_in_host(self, version_id: int) -> float:
-        return worth(max(self._host[version_id][0].nbytes, 1), self._age(version_id))
+        cost = 0 if version_id in self._shelved else max(self._host[version_id][0].nbytes, 1)
+        return worth(cost, self._age(version_id))
 
     def _worth_on_device(self, version_id: int) -> float:
         return worth(1 if version_id in self._host else FROM_DISK, self._age(version_id))
@@ -228,6 +260,8 @@ class Residency(Generic[W]):
 
     def _stays(self, version_id: int) -> bool:
         """Whether what is in host memory may go only by `drop`."""
+        if version_id in self._shelved:
+            return False
         return version_id in self._pinned or version_id in self._retired or self._host[version_id][0].source is None
 
     def _spare_pages(self, versions: Collection[AdapterVersion]) -> list[int]:
