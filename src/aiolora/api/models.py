@@ -1,4 +1,4 @@
-"""GET /v1/models: the base model, then its adapters in the order they came."""
+"""GET /v1/models: the base model, then its adapters in the order they came, then their aliases."""
 
 from typing import Literal
 
@@ -7,7 +7,6 @@ from litestar.params import FromPath
 from msgspec import Struct
 
 from aiolora.api.serving import Served, Serving
-from aiolora.types import AdapterVersion
 
 
 class ModelCard(Struct, frozen=True):
@@ -32,7 +31,9 @@ class ModelList(Struct, frozen=True):
 @get("/v1/models", operation_id="models", tags=["models"])
 async def models(serving: Served) -> ModelList:
     """Everything that is served."""
-    return ModelList([_base_card(serving), *(_card(serving, version) for version in await serving.engine.list_loras())])
+    registry = serving.engine.intake.registry
+    names = [*(version.name for version in registry.versions()), *registry.aliases()]
+    return ModelList([_base_card(serving), *(_card(serving, name) for name in names)])
 
 
 @get("/v1/models/{model_id:path}", operation_id="model", tags=["models"])
@@ -42,7 +43,7 @@ async def model(model_id: FromPath[str], serving: Served) -> ModelCard:
     adapter = None if serving.base in (name, model_id) else serving.adapter(name)
     if adapter is None:
         return _base_card(serving)
-    return _card(serving, serving.engine.intake.registry.find(adapter))
+    return _card(serving, adapter)
 
 
 def _base_card(serving: Serving) -> ModelCard:
@@ -50,10 +51,11 @@ def _base_card(serving: Serving) -> ModelCard:
     return ModelCard(serving.base, int(serving.since), engine.args.model, None, engine.plan.max_model_len)
 
 
-def _card(serving: Serving, version: AdapterVersion) -> ModelCard:
+def _card(serving: Serving, name: str) -> ModelCard:
     engine = serving.engine
+    version = engine.intake.registry.find(name)
     return ModelCard(
-        version.name,
+        name,
         int(version.loaded_at),
         version.source or version.name,
         version.base_model_name or serving.base,

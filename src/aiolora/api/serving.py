@@ -56,7 +56,8 @@ class Serving:
         """The adapter that `model` names; None: the base. Raises `UnknownModelError` with the nearest known name."""
         if model == self.base:
             return None
-        adapters = [version.name for version in self.engine.intake.registry.versions()]
+        registry = self.engine.intake.registry
+        adapters = [*(version.name for version in registry.versions()), *registry.aliases()]
         if model in adapters:
             return model
         close = difflib.get_close_matches(model, [self.base, *adapters], n=1)
