@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aiolora import LLM, LoRARequest, SamplingParams
-from aiolora.errors import AdapterFormatError, AdapterResolveError, UnknownModelError
+from aiolora.errors import AdapterFormatError, AdapterResolveError, RequestError, UnknownModelError
 from aiolora.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from tests.conftest import ModelOf
 from tests.tiny import make_adapter
@@ -80,6 +80,18 @@ def test_no_resolver_is_asked_where_it_is_not_allowed(
     with pytest.raises(UnknownModelError):
         llm_of(model_of).generate([PROMPT], SHORT, lora_request="good", use_tqdm=False)
     assert not resolver.asked
+
+
+def test_priorities_are_one_for_all_or_one_each(model_of: ModelOf) -> None:
+    llm = llm_of(model_of)
+    plain = llm.generate([PROMPT] * 2, SHORT, use_tqdm=False)
+    for priority in (-1, [3, 0]):
+        outputs = llm.generate([PROMPT] * 2, SHORT, priority=priority, use_tqdm=False)
+        assert [each.outputs[0].token_ids for each in outputs] == [each.outputs[0].token_ids for each in plain]
+    with pytest.raises(RequestError, match="priority has 1 items for 2 prompts"):
+        llm.generate([PROMPT] * 2, SHORT, priority=[1], use_tqdm=False)
+    with pytest.raises(RequestError, match="priority=1001"):
+        llm.generate([PROMPT], SHORT, priority=1001, use_tqdm=False)
 
 
 async def test_it_works_where_a_loop_runs_already(model_of: ModelOf, resolver: Finds) -> None:

@@ -320,6 +320,8 @@ class World:
         require(leases == self.residency._leases, "leases equal holders", f"{leases} {self.residency._leases}")
         active = Counter(seq.mix for seq in holders if seq.mix)
         require(active == scheduler._slots.active, "active mixes equal holders")
+        names = Counter(name for seq in holders if seq.mix for name in {version.name for version in seq.mix.versions})
+        require(names == scheduler.shares._running, "answers of an adapter equal holders")
         require(len(active) <= self.shape.limits.max_loras, "max_loras")
         flights = Counter(work.seq for flight in runner.outstanding for work in flight.works)
         size = self.shape.limits.page_size

@@ -249,7 +249,7 @@ async def test_over_its_tokens_a_minute_an_adapter_is_refused_and_nobody_else(
     with pytest.raises(AdapterBusyError):
         await engine.generate(PROMPT, SHORT, lora={"style": 0.5, "sql": 0.5})
     assert await tokens(engine, "style")
-    engine.set_lora_policy("sql", AdapterPolicy())
+    await engine.set_lora_policy("sql", AdapterPolicy())
     assert await tokens(engine, "sql")
 
 
@@ -270,7 +270,7 @@ async def test_over_its_concurrency_an_adapter_waits_and_everybody_is_served(
 
 async def test_a_policy_belongs_to_a_name_that_is_loaded(engine: AsyncLLMEngine, folders: list[Path]) -> None:
     with pytest.raises(UnknownModelError):
-        engine.set_lora_policy("sql", AdapterPolicy())
+        await engine.set_lora_policy("sql", AdapterPolicy())
     policy = AdapterPolicy(tokens_per_minute=1)
     await engine.add_lora(request(folders[0]), policy=policy)
     await engine.add_lora(request(folders[1], replace=True))

@@ -7,7 +7,7 @@ from functools import partial
 
 from aiolora.engine.scheduler import SchedulerLimits
 from aiolora.errors import AdapterMemoryError
-from aiolora.types import AdapterVersion, Mix
+from aiolora.types import AdapterPolicy, AdapterVersion, Mix
 from tests.engine.device import EOS, VOCAB, InvariantError, require
 from tests.engine.harness import Shape, Ticket, World
 
@@ -63,6 +63,7 @@ class Swarm:
             self.answer: 2,
             self.publish: 0.4,
             self.roll_back: 0.2,
+            self.limit: 0.2,
             self.pin: 0.3,
             self.fault: 0.4,
             self.jump: 0.3,
@@ -129,6 +130,13 @@ class Swarm:
         if name in self.earlier and self.world.revive(self.earlier[name]):
             old, self.current[name] = self.current[name], self.earlier.pop(name)
             self._replace(name, old)
+
+    def limit(self) -> None:
+        """What a name may take."""
+        policy = AdapterPolicy(
+            weight=self.ranks.choice((0.5, 1.0, 3.0)), max_concurrency=self.ranks.choice((None, 1, 2))
+        )
+        self.world.scheduler.shares.put(self.ranks.choice(self.names), self.ranks.choice((None, policy, policy)))
 
     def _replace(self, name: str, old: AdapterVersion) -> None:
         self.world.replace(old, self.current[name])

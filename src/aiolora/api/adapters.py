@@ -154,7 +154,7 @@ async def change_lora_adapter(
         version = await engine.rollback_lora(name, parse(RollBack, body or b"{}").digest)
         done = f"rolled back to {version.label}"
     else:
-        engine.set_lora_policy(name, parse(AdapterPolicy, body))
+        await engine.set_lora_policy(name, parse(AdapterPolicy, body))
     return Response(f"Success: LoRA adapter '{name}' {done} successfully", media_type=MediaType.TEXT)
 
 

@@ -320,7 +320,7 @@ class Adapters:
         """As many as host memory holds beside what stays there anyway: of those that run, then of those in line."""
         taken = self._residency.staying()
         ready: list[AdapterVersion] = []
-        for mix in self._scheduler.mixes():
+        for mix in self._scheduler.lineup():
             for version in mix.versions:
                 if version.id not in taken and (
                     self._residency.in_host(version) or not self._residency.placed(version)

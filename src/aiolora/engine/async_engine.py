@@ -268,7 +268,7 @@ class AsyncLLMEngine:
             self.intake.parts(lora)
             version = await self._adapters.add(source, replace=load_inplace)
         if policy is not None:
-            self.set_lora_policy(version.name, policy)
+            self._naming.allow(version.name, policy)
         return version
 
     async def resolve_lora(self, lora_name: str) -> bool:
@@ -308,7 +308,7 @@ class AsyncLLMEngine:
         self._alive()
         self.intake.registry.alias(alias, self.intake.registry.get(lora).name)
 
-    def set_lora_policy(self, lora: str | int, policy: AdapterPolicy) -> None:
+    async def set_lora_policy(self, lora: str | int, policy: AdapterPolicy) -> None:
         """What an adapter may take from now on: a weight in the turns, answers at a time, tokens a minute.
 
         It belongs to the name: a reload keeps it, `remove_lora` ends it. Raises `UnknownModelError`.

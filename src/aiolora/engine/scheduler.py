@@ -122,7 +122,7 @@ class Scheduler:
         """Mixes that wait for a slot, the longest wait first."""
         return self._slots.line()
 
-    def mixes(self) -> list[Mix]:
+    def lineup(self) -> list[Mix]:
         """Mixes that run, then those that wait for a slot, the longest wait first."""
         return [*self._slots.active, *self._slots.line()]
 
