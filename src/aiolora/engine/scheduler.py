@@ -321,7 +321,8 @@ class Scheduler:
         seq.num_flights += 1
         if samples:
             seq.num_pending += 1
-        self._queues.charge(seq.mix, (count + samples) / self.shares.weight(seq.mix))
+        tokens = count + samples
+        self._queues.charge(seq.mix, tokens / self.shares.weight(seq.mix) if self.shares.policies else tokens)
         return count
 
     def _publish(self, seq: Sequence, run: Scheduled) -> None:

@@ -14,7 +14,7 @@ class Shares:
     """
 
     def __init__(self) -> None:
-        self._policies: dict[str, AdapterPolicy] = {}
+        self.policies: dict[str, AdapterPolicy] = {}  # of those that have one
         self._weights: dict[Mix, float] = {}  # worked out already
         self._running: Counter[str] = Counter()  # answers that hold leases
 
@@ -22,27 +22,27 @@ class Shares:
         """From now on; None: the adapter may take what it gets."""
         self._weights.clear()
         if policy is None:
-            self._policies.pop(name, None)
+            self.policies.pop(name, None)
         else:
-            self._policies[name] = policy
+            self.policies[name] = policy
 
     def weight(self, mix: Mix | None) -> float:
         """What a token counts less, the more of it."""
-        if mix is None or not self._policies:
+        if mix is None:
             return 1.0
         known = self._weights.get(mix)
         if known is None:
             if len(self._weights) >= MAX_KNOWN:
                 self._weights.clear()
-            weights = [self._policies[name].weight if name in self._policies else 1.0 for name in _names(mix)]
+            weights = [self.policies[name].weight if name in self.policies else 1.0 for name in _names(mix)]
             known = self._weights[mix] = min(weights)
         return known
 
     def full(self, mix: Mix | None) -> bool:
         """Whether one more answer of `mix` has to wait for another to end."""
-        if mix is None or not self._policies:
+        if mix is None or not self.policies:
             return False
-        limits = ((name, self._policies[name].max_concurrency) for name in _names(mix) if name in self._policies)
+        limits = ((name, self.policies[name].max_concurrency) for name in _names(mix) if name in self.policies)
         return any(limit is not None and self._running[name] >= limit for name, limit in limits)
 
     def enter(self, mix: Mix) -> None:
