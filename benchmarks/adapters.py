@@ -1,6 +1,7 @@
-"""PEFT folders of random adapters on all seven linears, made fast: one noise, rolled differently for each."""
+"""PEFT folders of random adapters, made fast: one noise, rolled differently for each."""
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,21 +16,24 @@ SCALE = 2.0  # lora_alpha / r
 _FILE = "adapter_model.safetensors"
 
 
-def make_adapters(root: Path, model: str, count: int, *, rank: int = 16) -> list[LoRARequest]:
+def make_adapters(
+    root: Path, model: str, count: int, *, rank: int = 16, on: Sequence[str] = (), share: float = 1 / 8
+) -> list[LoRARequest]:
     """`count` adapters of `rank` for the shape `model` in `root`, those that are there reused.
 
-    A has rows of length 1 and B such a size that an adapter adds to a linear about an eighth of what the base gives: an
-    answer with the wrong adapter is far off, and bfloat16's noise is not much above the base's.
+    `on`: ends of the linears' names ("q_proj"); all seven where none is said. A has rows of length 1 and B such a size
+    that an adapter adds to a linear about `share` of what the base gives: an answer with the wrong adapter is far off,
+    and bfloat16's noise is not much above the base's.
     """
-    folders = [root / f"{model}-r{rank}-{number}" for number in range(count)]
+    names = [name for name in SHAPES[model].linears if not on or name.endswith(tuple(on))]
+    kind = f"r{rank}" + "".join(f"-{name}" for name in on)
+    folders = [root / f"{model}-{kind}-{number}" for number in range(count)]
     absent = [folder for folder in folders if not (folder / _FILE).is_file()]
     if absent:
-        noise = _noise(model, rank)
+        noise = _noise(model, rank, names, share)
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda folder: _save(folder, model, rank, noise), absent))
-    return [
-        LoRARequest(f"r{rank}-{number}", 1000 * rank + number, str(folder)) for number, folder in enumerate(folders)
-    ]
+            list(pool.map(lambda folder: _save(folder, model, rank, names, noise), absent))
+    return [LoRARequest(f"{kind}-{number}", 1000 * rank + number, str(folder)) for number, folder in enumerate(folders)]
 
 
 def factors(request: LoRARequest) -> dict[str, tuple[Tensor, Tensor]]:
@@ -43,21 +47,22 @@ def factors(request: LoRARequest) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def _noise(model: str, rank: int) -> dict[str, Tensor]:
+def _noise(model: str, rank: int, names: Sequence[str], share: float) -> dict[str, Tensor]:
     shape = SHAPES[model]
     generator = torch.Generator().manual_seed(rank)
     noise = {}
     for layer in range(shape.layers):
-        for name, (outputs, inputs) in shape.linears.items():
+        for name in names:
+            outputs, inputs = shape.linears[name]
             key = f"base_model.model.model.layers.{layer}.{name}"
-            std = 0.02 * inputs**0.5 / (8 * SCALE * rank**0.5)
+            std = share * shape.std * inputs**0.5 / (SCALE * rank**0.5)
             a = torch.empty(rank, inputs, dtype=torch.bfloat16).normal_(0, inputs**-0.5, generator=generator)
             b = torch.empty(outputs, rank, dtype=torch.bfloat16).normal_(0, std, generator=generator)
             noise |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
     return noise
 
 
-def _save(folder: Path, model: str, rank: int, noise: dict[str, Tensor]) -> None:
+def _save(folder: Path, model: str, rank: int, names: Sequence[str], noise: dict[str, Tensor]) -> None:
     shift = 977 * int(folder.name.rpartition("-")[2])
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -66,7 +71,7 @@ def _save(folder: Path, model: str, rank: int, noise: dict[str, Tensor]) -> None
         "base_model_name_or_path": model,
         "r": rank,
         "lora_alpha": SCALE * rank,
-        "target_modules": [name.rpartition(".")[2] for name in SHAPES[model].linears],
+        "target_modules": [name.rpartition(".")[2] for name in names],
         "bias": "none",
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -24,7 +24,7 @@ from aiolora.types import TokenDelta
 from benchmarks.adapters import make_adapters
 from benchmarks.harness import machine
 from benchmarks.reference import Reference
-from benchmarks.shapes import SHAPES, make_model
+from benchmarks.shapes import SHAPES, started_on
 
 
 @dataclass
@@ -81,10 +81,9 @@ class Answer:
     ttft_ms: float
     gaps_ms: list[float]
     output: RequestOutput
-    lora: LoRARequest
 
 
-async def ask(engine: AsyncLLMEngine, ids: list[int], outputs: int, lora: LoRARequest) -> Answer:
+async def ask(engine: AsyncLLMEngine, ids: list[int], outputs: int, lora: LoRARequest | str) -> Answer:
     start = time.perf_counter()
     params = SamplingParams(temperature=0, max_tokens=outputs, ignore_eos=True)
     assembler = Assembler(await engine.prepare(ids, params, lora=lora), engine.intake.tokenizer)
@@ -92,7 +91,7 @@ async def ask(engine: AsyncLLMEngine, ids: list[int], outputs: int, lora: LoRARe
     async for burst in engine.run([assembler]):
         times += [time.perf_counter()] * len(burst)
     gaps = [(after - before) * 1e3 for before, after in pairwise(times)]
-    return Answer((times[0] - start) * 1e3, gaps, assembler.output(), lora)
+    return Answer((times[0] - start) * 1e3, gaps, assembler.output())
 
 
 async def drive(args: argparse.Namespace, adapters: list[LoRARequest], engine: AsyncLLMEngine) -> list[Answer]:
@@ -146,8 +145,7 @@ async def measure(args: argparse.Namespace) -> None:
     adapters = make_adapters(args.adapters_dir, args.model, args.adapters)
     room = args.slots * shape.adapter_nbytes(16) * (2 if args.dtype == "float32" else 1)
     engine_args = EngineArgs(
-        model=str(make_model(args.adapters_dir, args.model)),
-        load_format="dummy",
+        **started_on(args.adapters_dir, args.model),  # type: ignore[arg-type]
         dtype=args.dtype,
         max_num_seqs=256,
         max_model_len=2048,
@@ -170,7 +168,7 @@ async def measure(args: argparse.Namespace) -> None:
         rows = report(answers, watch.steps, time.perf_counter() - start)
         picked = random.Random(0).sample(answers, min(4, len(answers)))
         reference = Reference(engine._built.engine._runner._model, args.model)  # type: ignore[attr-defined]
-        check = reference.check([answer.output for answer in picked], [answer.lora for answer in picked])
+        check = reference.check([answer.output for answer in picked], [answer.output.lora_request for answer in picked])
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "online.csv").open("w", newline="") as stream:
         stream.write(f"# {machine()}, {args.model}, {args.dtype}, {args.rate} requests/s\n")

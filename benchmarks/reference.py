@@ -136,8 +136,8 @@ def _rotated(x: Tensor) -> Tensor:
 
 
 def _inv_freq(shape: Shape) -> Tensor:
-    """Llama 3's frequencies: short waves as they are, long ones slowed by the factor, a ramp between."""
-    plain = 500000.0 ** -(torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
+    """Llama 3's frequencies: short waves as they are, long ones slowed by the factor (1: none is), a ramp between."""
+    plain = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
     turns = 8192 * plain / (2 * torch.pi)  # within the original context
     keep = ((turns - 1.0) / (4.0 - 1.0)).clamp(0, 1)
     return keep * plain + (1 - keep) * plain / shape.rope_factor

@@ -1,10 +1,12 @@
-"""Shapes of models as data, and folders of them that an engine can start on with `load_format="dummy"`."""
+"""Shapes of models as data, and what an engine starts on: the embedded model, or a folder with random weights."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from aiolora.models.weights import locate
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -28,7 +30,10 @@ class Shape:
     vocab: int = 128256
     tied: bool = False
     rope_factor: float = 8.0
+    rope_theta: float = 500000.0
     positions: int = 131072
+    std: float = 0.02  # of the weights of the linears
+    embedded: bool = False  # real weights come along
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -69,13 +74,35 @@ SHAPES = {
     "llama-3.2-3b": Shape(
         hidden=3072, inner=8192, layers=28, heads=24, kv_heads=8, head_dim=128, tied=True, rope_factor=32.0
     ),
+    "smollm2-135m": Shape(
+        hidden=576,
+        inner=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        vocab=49152,
+        tied=True,
+        rope_factor=1.0,
+        rope_theta=100000.0,
+        positions=8192,
+        std=0.19,
+        embedded=True,
+    ),
     "tiny": Shape(hidden=64, inner=160, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=512, positions=16384),
 }
 
 
+def started_on(root: Path, name: str) -> dict[str, str]:
+    """`model` and `load_format` of the engine's arguments."""
+    return {"model": str(make_model(root, name)), "load_format": "auto" if SHAPES[name].embedded else "dummy"}
+
+
 def make_model(root: Path, name: str) -> Path:
-    """`root/name`: the config and a tokenizer of the shape; what is there already stays."""
+    """`root/name`: the config and a tokenizer of the shape; what is there already stays. An embedded one is pulled."""
     shape, folder = SHAPES[name], root / name
+    if shape.embedded:
+        return locate(name)
     if (folder / "tokenizer.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

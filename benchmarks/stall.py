@@ -1,26 +1,30 @@
 """What loading adapters does to those who are being served: time between tokens with loads and without, in one run.
 
     python -m benchmarks.stall --model llama-3.1-8b --rank 64 --loads 50 --out results
+    python -m benchmarks.stall --model smollm2-135m --rank 64 --loads 50 --threads 1 --pause 0.5 --out results
 
 Streams over a few resident adapters and the base run all the time; half of it is quiet, in the other half adapters
 are loaded one after another, each followed by one token of its own (so that it comes to the device, too). Halves take
-turns.
+turns. `--threads`, `--pause` and `--nice` throttle the loaders, as a machine of few cores wants them.
 """
 
 import argparse
 import asyncio
 import csv
+import os
 import random
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
 from aiolora.engine.output import Assembler
+from aiolora.lora import paging
 from benchmarks.adapters import make_adapters
 from benchmarks.harness import machine
 from benchmarks.online import at
-from benchmarks.shapes import SHAPES, make_model
+from benchmarks.shapes import SHAPES, started_on
 
 RESIDENT = 4
 
@@ -53,14 +57,21 @@ class Streams:
                 last = now
 
 
+def throttle(args: argparse.Namespace) -> None:
+    """Fewer threads that read adapters, and what other threads leave them (Linux: a thread has its own niceness)."""
+    paging._MAX_THREADS = args.threads
+    paging._threads.cache_clear()
+    threads = paging._threads()
+    threads._initializer = lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), args.nice)
+
+
 async def measure(args: argparse.Namespace) -> None:
     shape = SHAPES[args.model]
     adapters = make_adapters(args.adapters_dir, args.model, RESIDENT + args.loads, rank=args.rank)
     resident, fresh = adapters[:RESIDENT], adapters[RESIDENT:]
     double = 2 if args.dtype == "float32" else 1
     engine_args = EngineArgs(
-        model=str(make_model(args.adapters_dir, args.model)),
-        load_format="dummy",
+        **started_on(args.adapters_dir, args.model),  # type: ignore[arg-type]
         dtype=args.dtype,
         max_num_seqs=2 * args.streams,
         max_model_len=2048,
@@ -72,6 +83,7 @@ async def measure(args: argparse.Namespace) -> None:
         kv_cache_memory=2 * args.streams * 2048 * shape.kv_nbytes * double,
     )
     took: list[float] = []
+    throttle(args)
     async with AsyncLLMEngine.from_engine_args(engine_args) as engine:
         kinds = [None, *resident]
         streams = Streams(engine, shape.vocab, [kinds[number % len(kinds)] for number in range(args.streams)])
@@ -85,6 +97,7 @@ async def measure(args: argparse.Namespace) -> None:
                 await engine.add_lora(lora)
                 took.append((time.perf_counter() - before) * 1e3)
                 await engine.generate([300], SamplingParams(max_tokens=1), lora=lora)
+                await asyncio.sleep(args.pause)
             turned = time.perf_counter()
             await asyncio.sleep(turned - begun)
             ended = time.perf_counter()
@@ -97,7 +110,8 @@ async def measure(args: argparse.Namespace) -> None:
     with (args.out / "stall.csv").open("w", newline="") as stream:
         stream.write(f"# {machine()}, {args.model}, {args.dtype}, {args.streams} streams, rank {args.rank}\n")
         csv.writer(stream).writerows([("name", "quiet_ms", "loading_ms"), *rows])
-    print(f"{machine()}, {args.model}, {args.streams} streams, {args.loads} loads of rank {args.rank}, "
+    print(f"{machine()}, load {os.getloadavg()[0]:.1f}, {args.model}, {args.streams} streams, "
+          f"{args.loads} loads of rank {args.rank}, {args.threads} threads at {args.nice}, pause {args.pause} s, "
           f"{shape.adapter_nbytes(args.rank) / 1e6:.0f} MB each: one takes {at(took, 0.5):.0f} ms")  # fmt: skip
     for name, without, with_ in rows:
         print(f"{name:30} quiet {without:8.2f} ms, loading {with_:8.2f} ms, {100 * with_ / without - 100:+.1f} %")
@@ -112,6 +126,9 @@ def main() -> None:
     parser.add_argument("--round", type=int, default=10, help="loads before a quiet while of the same length")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--host", type=int, default=32, help="adapters kept in host memory")
+    parser.add_argument("--threads", type=int, default=paging._MAX_THREADS, help="that read an adapter")
+    parser.add_argument("--nice", type=int, default=0, help="niceness of those threads, up to 19")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two loads")
     parser.add_argument("--settle", type=float, default=3.0, help="seconds before measuring")
     parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
     parser.add_argument("--out", type=Path, default=Path("results"))

@@ -159,6 +159,7 @@ class Routing(NamedTuple):
     items: Tensor
     pages: Tensor
     scales: Tensor
+    vector_pages: Tensor
     owners: Tensor
     tile: int
 
@@ -184,7 +185,8 @@ def route(tokens: int, adapters: int) -> Routing:
     pages += [[-1] * PAGES] * empty
     by_kind = ints(pages).unsqueeze(1)
     scales = torch.ones(by_kind.shape, device="cuda")
-    return Routing(ints(perm), ints(tiles), ints(items), by_kind, scales, ints(owners), tile)
+    none = torch.full((groups, 1), -1, dtype=torch.int32, device="cuda")
+    return Routing(ints(perm), ints(tiles), ints(items), by_kind, scales, none, ints(owners), tile)
 
 
 def ints(values: object) -> Tensor:
@@ -222,7 +224,9 @@ class Chain:
                 return linear.product(x, weight), None, [], []
             a, b = self.factors[layer][name]
             y, h = linear.product_shrink(x, weight, a, [*routing[:5]], [0, routing.tile])
-            owed = [h, b, routing.perm, routing.tiles, routing.pages, routing.owners]
+            vectors = torch.empty((1, 2, b.shape[-1]), device="cuda")
+            tables = [routing.perm, routing.tiles, routing.pages, routing.vector_pages, routing.owners]
+            owed = [h, b, vectors, *tables]
             return y, None, owed, [0, routing.tile, *self.fused[name].bounds]
 
         def step() -> Tensor:

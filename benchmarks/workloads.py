@@ -191,9 +191,9 @@ def new(ours: Ours) -> list[Row]:
     from_host = first(evicted)
     from_disk = first(fresh)
     host = Row("first token from host memory, beyond a resident one's", from_host - known, "ms", "3")
-    session.run(evicted, 128, 16)  # one token says too little to hold against the reference
+    session.run(evicted, 128, 64)  # few tokens say too little to hold against the reference
     host = ours.row(session, host)
-    session.run(fresh, 128, 16)
+    session.run(fresh, 128, 64)
     peer = Row("first token from page cache, beyond a resident one's", from_disk - known, "ms", "20", "hidden", "137")
     rows = [Row("first token of a resident adapter", known, "ms"), host, ours.row(session, peer)]
     read, copied = zip(*(_alone(session, lora) for lora in fresh))

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,9 +141,11 @@ def test_pull_prints_the_folder_of_a_model(capsys: pytest.CaptureFixture[str]) -
     assert names >= {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"}
 
 
-def test_demo_answers_side_by_side_and_says_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
-    adapters = Path(__file__).parent.parent / "examples/adapters"
+def test_demo_answers_side_by_side_and_says_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapters, root = tmp_path / "adapters", Path(__file__).parent.parent
+    shutil.copytree(root / "examples/adapters", adapters)
+    shutil.copytree(root / "tests/data/adapters/upper", adapters / "upper")
     assert main(["demo", "--adapters", str(adapters), "--prompt", "Tell me about a cat.", "--max-tokens", "8"]) == 0
     printed = capsys.readouterr().out
-    assert "4 streams over base and 3 adapters in one batch: " in printed
-    assert "refused: adapter 'dora'" in printed
+    assert "5 streams over base and 4 adapters in one batch: " in printed
+    assert "refused: adapter 'upper'" in printed

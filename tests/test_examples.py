@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -67,29 +68,34 @@ def test_the_async_example_streams_three_models_at_once(environment: dict[str, s
     assert {line.split(":")[0] for line in printed.splitlines()} >= {"base", "sql", "pirate"}
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_readmes_python_runs_as_printed(environment: dict[str, str], number: int) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    assert run([sys.executable, "-c", blocks[number]], environment).strip()
+@contextmanager
+def serving(command: list[str], environment: dict[str, str], port: int) -> Iterator[str]:
+    """The URL of what `command` serves, once it answers. Ends it by SIGTERM, and well."""
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_until_ready(server, url)
+            yield url
+        finally:
+            server.terminate()
+            server.communicate(timeout=60)
+            assert server.returncode == 0, "SIGTERM drains, stops the engine and ends well"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 @pytest.fixture
 def served(environment: dict[str, str], request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     """The script named by the parameter, serving; AIOLORA_URL says where."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [f"examples/online_serving/{request.param}", "--port", str(port), "--max-model-len", "1024"]
-    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _wait_until_ready(server, url)
-            yield environment | {"AIOLORA_URL": url}
-        finally:
-            server.terminate()
-            server.communicate(timeout=60)
-            assert server.returncode == 0, "SIGTERM drains, stops the engine and ends well"
+    with serving(command, environment, port) as url:
+        yield environment | {"AIOLORA_URL": url}
 
 
 def _wait_until_ready(server: "subprocess.Popen[str]", url: str) -> None:
@@ -124,3 +130,39 @@ def test_the_json_form_of_lora_modules_keeps_the_lineage(served: dict[str, str])
     models = httpx.get(f"{served['AIOLORA_URL']}/v1/models").json()["data"]
     assert models[1]["parent"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert models[1]["root"] == "aiolora/smollm2-135m-sql"
+
+
+# ---- documents ----
+
+
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("make")), reason="the documents call curl and make")
+@pytest.mark.parametrize("document", ["README.md", "docs/adapters.md"])
+def test_every_block_of_a_document_runs_as_printed_or_is_marked_as_text(
+    document: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A server that a block starts serves the blocks behind it, until one starts another."""
+    port = free_port()
+    stand_ins = {
+        "make ": "make --dry-run ",  # that would be this very test
+        ".venv/bin/aiolora": "aiolora",
+        "aiolora serve": f"exec aiolora serve --port {port} --max-model-len 1024",
+        "localhost:8000": f"127.0.0.1:{port}",
+        "curl ": "curl --silent --fail-with-body ",
+        "/path/to/lora/directory": str(tmp_path),
+    }
+    blocks = re.findall(r"^```(\S*)\n(.*?)^```$", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+    assert {"python", "sh", "bash"} & {language for language, _ in blocks}
+    with ExitStack() as servers:
+        for language, code in blocks:
+            assert language in ("python", "sh", "bash", "text"), f"{document}: say what this is: {code}"
+            if language == "python":
+                run([sys.executable, "-c", code], environment)
+            elif language != "text":
+                for printed, instead in stand_ins.items():
+                    code = code.replace(printed, instead)
+                shell = ["bash", "-ec", code]
+                if "aiolora serve" in code:
+                    servers.close()
+                    servers.enter_context(serving(shell, environment, port))
+                else:
+                    run(shell, environment)

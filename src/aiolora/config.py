@@ -50,7 +50,7 @@ class EngineArgs(Struct, kw_only=True, frozen=True):
     lora_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Meta(description="auto: the model's dtype")
     ] = "auto"
-    lora_memory: Annotated[Positive | None, Meta(description="bytes for adapters on the device")] = None
+    lora_memory: Annotated[Positive | None, Meta(description="bytes for rank pages of adapters on the device")] = None
     lora_target_modules: Annotated[
         tuple[str, ...] | None, Meta(description="only these modules (suffixes) take adapters")
     ] = None

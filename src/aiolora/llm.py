@@ -158,10 +158,13 @@ class LLMEngine:
         return version
 
     def resolve_lora(self, lora_name: str) -> bool:
-        """Load the adapter that a resolver finds for a name: as `AsyncLLMEngine.resolve_lora`. Blocks.
+        """Read what was announced, or what a resolver finds, for a name: as `AsyncLLMEngine.resolve_lora`. Blocks.
 
         Resolvers run on a loop of their own, which lives as long as the call.
         """
+        announced = self._intake.registry.announced(lora_name)
+        if announced is not None:
+            self._version(announced.request)
         if self._intake.registry.knows(lora_name):
             return True
         if self._resolving is None:
@@ -171,6 +174,14 @@ class LLMEngine:
         while self._resolved:
             self._version(self._resolved.pop())
         return found
+
+    def announce_lora(self, lora: LoRARequest, *, policy: AdapterPolicy | None = None) -> None:
+        """Make a name known, to be read when it is first asked for: as `AsyncLLMEngine.announce_lora`."""
+        self._intake.parts(lora)
+        if self._intake.registry.match(lora) is None:
+            self._intake.registry.announce(self._built.check(lora))
+        if policy is not None:
+            self.set_lora_policy(lora.lora_name, policy)
 
     def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
         """Forget an adapter, by name or `lora_int_id`, or an alias: as `AsyncLLMEngine.remove_lora`."""
@@ -187,7 +198,7 @@ class LLMEngine:
 
     def alias_lora(self, alias: str, lora: str | int) -> None:
         """`alias` is another name of an adapter from now on: as `AsyncLLMEngine.alias_lora`."""
-        self._intake.registry.alias(alias, self._intake.registry.get(lora).name)
+        self._intake.registry.alias(alias, lora)
 
     def set_lora_policy(self, lora: str | int, policy: AdapterPolicy) -> None:
         """What an adapter may take from now on: as `AsyncLLMEngine.set_lora_policy`.
@@ -198,11 +209,13 @@ class LLMEngine:
 
     def pin_lora(self, lora: str | int) -> None:
         """Never evict it: as `AsyncLLMEngine.pin_lora`. Raises `UnknownModelError` and `AdapterMemoryError`."""
-        self._engine.adapters.pin(self._intake.registry.get(lora))
+        self._engine.adapters.pin(self._version(self._intake.registry.name(lora)))
 
     def unpin_lora(self, lora: str | int) -> None:
         """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
-        self._engine.adapters.unpin(self._intake.registry.get(lora))
+        version = self._intake.registry.look_up(self._intake.registry.name(lora))
+        if isinstance(version, AdapterVersion):  # what was never read is not pinned
+            self._engine.adapters.unpin(version)
 
     def lora_standing(self) -> list[AdapterStanding]:
         """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""

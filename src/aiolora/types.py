@@ -4,7 +4,9 @@ A request names an adapter; inside, it carries an `AdapterVersion` (which bytes)
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from hashlib import sha256
 from typing import Annotated, Literal, TypeAlias
 
@@ -22,6 +24,7 @@ MAX_LOGPROBS = 100
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_TOKEN_IDS = 1024
+NEVER = sys.maxsize  # a position that no sequence reaches
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True):
@@ -146,7 +149,7 @@ class AdapterVersion(Struct, frozen=True):
 
     id: int  # unique in this process
     name: str
-    digest: str  # hex sha256 over tensors and scales
+    digest: str  # hex sha256 over tensors, scales and invocation
     source: str | None  # folder it came from; None: from memory, so it cannot be read again
     rank: int  # the largest rank of any module
     pages: tuple[SitePages, ...]
@@ -154,11 +157,33 @@ class AdapterVersion(Struct, frozen=True):
     base_model_name: str | None = None
     loaded_at: float = 0.0  # time.time()
     additive: bool = True  # nothing but low-rank sums, which may be weighted and added to others'
+    invocation: tuple[int, ...] = ()  # aLoRA: tokens of the prompt from which it is at work; (): it always is
 
     @property
     def label(self) -> str:
         """NAME@DIGEST12, the way a response names its adapter."""
         return f"{self.name}@{self.digest[:12]}"
+
+
+class AnnouncedAdapter(Struct, frozen=True, kw_only=True):
+    """A name that is known though nothing was read yet but the config and the header of the tensors."""
+
+    request: LoRARequest
+    rank: int
+    nbytes: int  # of its pages
+    announced_at: float  # time.time()
+
+    @property
+    def name(self) -> str:
+        return self.request.lora_name
+
+    @property
+    def source(self) -> str:
+        return self.request.lora_path
+
+    @property
+    def base_model_name(self) -> str | None:
+        return self.request.base_model_name
 
 
 def read_again(version: AdapterVersion) -> LoRARequest:
@@ -195,8 +220,20 @@ class Mix(Struct, frozen=True, cache_hash=True):
     def versions(self) -> tuple[AdapterVersion, ...]:
         return tuple(version for version, _ in self.parts)
 
+    def active_from(self, prompt: Sequence[int]) -> int:
+        """Position of `prompt` from which the mix is at work; tokens before it are the base's.
 
-class Request(Struct, frozen=True, kw_only=True, weakref=True):
+        Of an activated LoRA (aLoRA, arXiv 2504.12397) where its invocation begins for the last time, as PEFT's
+        `calculate_alora_offsets` finds it; `NEVER` where the prompt has none. What is generated changes nothing.
+        """
+        invocation = self.parts[0][0].invocation  # an aLoRA has no company
+        for start in range(len(prompt) - len(invocation), -1, -1) if invocation else ():
+            if prompt[start] == invocation[0] and tuple(prompt[start : start + len(invocation)]) == invocation:
+                return start
+        return NEVER if invocation else 0
+
+
+class Request(Struct, frozen=True, kw_only=True, weakref=True, dict=True):
     """What was asked, tokenised and checked; crosses from the loop to the engine thread."""
 
     id: str
@@ -207,6 +244,11 @@ class Request(Struct, frozen=True, kw_only=True, weakref=True):
     lora_request: LoRARequest | None = None
     priority: int = 0  # lower is earlier, among those of the same mix
     arrival_s: float = 0.0  # time.monotonic()
+
+    @cached_property
+    def active_from(self) -> int:
+        """Position from which the tokens of all its answers are the mix's, and no more the base's."""
+        return NEVER if self.mix is None else self.mix.active_from(self.prompt_token_ids)
 
 
 class Logprob(Struct, frozen=True):

@@ -1,23 +1,26 @@
 """Adapters over HTTP, row by row: who may load what, what each refusal says, and that nobody else feels any of it."""
 
 import asyncio
+import gc
 import json
+import os
 import shutil
-import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 from litestar import Litestar
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest
 from aiolora.api import create_app
+from aiolora.engine.core import Engine
+from aiolora.lora.loader import AdapterWeights
 from tests.conftest import ModelOf
-from tests.tiny import make_adapter, reconfigure, rewrite
+from tests.malformed import TENSORS, malformed
+from tests.tiny import make_adapter
 
 PROMPT = {"prompt": [5, 6, 7, 8], "temperature": 0, "ignore_eos": True}
 Client = httpx.AsyncClient
@@ -165,111 +168,148 @@ async def test_a_body_that_is_no_json_is_refused(http: Client) -> None:
 # ---- broken folders ----
 
 
-def _header(folder: Path, header: bytes, length: int | None = None) -> None:
-    said = struct.pack("<Q", len(header) if length is None else length)
-    (folder / "adapter_model.safetensors").write_bytes(said + header)
-
-
-def _pickled(folder: Path) -> None:
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-
-
-def _truncated(folder: Path) -> None:
-    file = folder / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-BREAKS: dict[str, Callable[[Path], object]] = {
-    "pickled": _pickled,
-    "truncated": _truncated,
-    "no tensors file": lambda folder: (folder / "adapter_model.safetensors").unlink(),
-    "an empty file": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""),
-    "a huge header": lambda folder: _header(folder, b"{}", 1 << 60),
-    "a header of a list": lambda folder: _header(folder, b"[]"),
-    "a header of nesting": lambda folder: _header(folder, b"[" * 100_000),
-    "no tensors": lambda folder: rewrite(folder, lambda tensors: {}),
-    "not finite": lambda folder: rewrite(folder, lambda tensors: {k: v * torch.nan for k, v in tensors.items()}),
-    "wrong shapes": lambda folder: rewrite(folder, lambda tensors: {k: v[:, :-1] for k, v in tensors.items()}),
-    "half a pair": lambda folder: rewrite(folder, lambda t: {k: v for k, v in t.items() if "lora_A" in k}),
-    "strange tensors": lambda folder: rewrite(folder, lambda t: t | {"model.x": torch.zeros(2)}),
-    "integers": lambda folder: rewrite(folder, lambda t: {k: v.to(torch.int32) for k, v in t.items()}),
-    "a config of no JSON": lambda folder: (folder / "adapter_config.json").write_text("{"),
-    "a config of a list": lambda folder: (folder / "adapter_config.json").write_text("[1]"),
-    "another rank": lambda folder: reconfigure(folder, r=4),
-    "too large a rank": lambda folder: make_adapter_of_rank(folder, 16),
-    "no LoRA": lambda folder: reconfigure(folder, peft_type="IA3"),
-    "an endless pattern": lambda folder: reconfigure(folder, rank_pattern={"(a+)+b": 4}),
-}
-
-
-def make_adapter_of_rank(folder: Path, rank: int) -> None:
-    reconfigure(folder, r=rank)
-    rewrite(folder, lambda t: {k: torch.cat([v, v], 0 if "lora_A" in k else 1) for k, v in t.items()})
-
-
-async def test_a_stream_beside_broken_adapters_says_what_it_says_alone(
+async def test_a_stream_beside_malformed_adapters_says_what_it_says_alone(
     http: Client, folders: list[Path], tmp_path: Path
 ) -> None:
     alone = await text(http, "a0", 200)
     canary = asyncio.create_task(text(http, "a0", 200))
-    for number, (name, spoil) in enumerate(BREAKS.items()):
-        folder = Path(shutil.copytree(folders[1], tmp_path / f"secret-place-{number}" / "x"))
-        spoil(folder)
-        answer = await load(http, f"broken {number}", folder)
-        assert refusal(answer) == (422, None, "adapter_unusable"), name
-        assert "secret-place" not in answer.text, name
-        assert f"'broken {number}'" in answer.json()["error"]["message"], name
+    beside = 0
+    answers = {}
+    for number, one in enumerate(malformed()):
+        folder = Path(shutil.copytree(folders[1], tmp_path / "secret-place" / str(number)))
+        one.spoil(folder)
+        answers[one.name] = await load(http, f"broken {number}", folder)
+        shutil.rmtree(folder)
         if canary.done():
             assert canary.result() == alone
             canary = asyncio.create_task(text(http, "a0", 200))
+            beside += 1
     assert await canary == alone
+    assert beside > 0
+    assert len(answers) == len(malformed()) >= 40, "no two have one name"
+    for number, one in enumerate(malformed()):
+        code = "adapter_not_found" if one.status == 404 else "adapter_unusable"
+        assert refusal(answers[one.name]) == (one.status, None, code), one.name
+        message = answers[one.name].json()["error"]["message"]
+        assert [said for said in (f"'broken {number}'", *one.said) if said not in message] == [], (one.name, message)
+        assert "secret-place" not in message
     assert [card["id"] for card in (await cards(http)).values()] == ["a0"]
-
-
-async def test_a_folder_without_a_config_holds_no_adapter(http: Client, folders: list[Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(folders[1], tmp_path / "x"))
-    (folder / "adapter_config.json").unlink()
-    assert refusal(await load(http, "x", folder)) == (404, None, "adapter_not_found")
+    assert (await load(http, "broken 0", folders[1])).status_code == 200, "nothing was kept of it"
 
 
 # ---- in place ----
 
 
-async def test_reloads_under_load_never_mix_versions(http: Client, folders: list[Path], tmp_path: Path) -> None:
-    solo: dict[str, str] = {}
-    for number, folder in enumerate(folders):  # each version alone, under a name of its own
+LONG_PROMPT = [5 + number % 80 for number in range(40)]  # two whole pages for the prefix cache
+
+
+async def versed(http: Client, model: str) -> tuple[str, str, list[float]]:
+    """Digest of the version that answered, what it said, and the log-probabilities of it."""
+    answer = await http.post(
+        "/v1/completions", json=PROMPT | {"model": model, "prompt": LONG_PROMPT, "max_tokens": 12, "logprobs": 0}
+    )
+    assert answer.status_code == 200, answer.text
+    (choice,) = answer.json()["choices"]
+    return answer.headers["x-aiolora-adapter"].split("@")[1], choice["text"], choice["logprobs"]["token_logprobs"]
+
+
+async def held(engine: AsyncLLMEngine) -> dict[str, object]:
+    """All that adapters and requests take, once nothing is under way."""
+
+    def count(core: Engine) -> dict[str, object]:
+        adapters, pool = core.adapters, core.scheduler.pool
+        residency = adapters._residency
+        core.scheduler.check()
+        return {
+            "host": sorted((version.name, version.nbytes) for version, _ in residency._host.values()),
+            "device pages": [kind.num_pages - kind.num_available for kind in residency._pools],
+            "KV pages": pool.num_pages - pool.num_available,
+            "leases": dict(residency._leases),
+            "pinned, retired, arriving": (dict(residency._pinned), set(residency._retired), set(residency._arriving)),
+            "going, held, barred": (dict(adapters._going), dict(adapters._holds), set(adapters._barred)),
+            "sequences": dict(core._sequences),
+        }
+
+    await until_async(lambda: _none_draining(engine))
+    gc.collect()
+    registry = engine.intake.registry
+    return await engine._across.ask(count) | {
+        "names": [version.name for version in registry.versions()],
+        "ids": sorted(registry._ids) + sorted(registry._name_of_id.values()),
+        "streams": (dict(engine._mailboxes), dict(engine._tickets), dict(engine._adapters._loading)),
+        "weights alive": sum(type(thing) is AdapterWeights for thing in gc.get_objects()),
+    }
+
+
+async def _none_draining(engine: AsyncLLMEngine) -> bool:
+    gc.collect()  # requests that nobody holds
+    return not any(standing.draining for standing in await engine.lora_standing())
+
+
+async def until_async(holds: Callable[[], Awaitable[bool]]) -> None:
+    for _ in range(500):
+        if await holds():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came to hold")
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+async def test_a_hundred_reloads_under_load_never_mix_versions_and_leave_nothing(
+    http: Client, engine: AsyncLLMEngine, folders: list[Path], tmp_path: Path
+) -> None:
+    solo: dict[str, tuple[str, list[float]]] = {}
+    for number, folder in enumerate(folders):  # each version alone, under a name of its own, nothing cached
         assert (await load(http, f"solo{number}", folder)).status_code == 200
-        answer = await complete(http, f"solo{number}", 24)
-        solo[answer.headers["x-aiolora-adapter"].split("@")[1]] = answer.json()["choices"][0]["text"]
+        digest, said, logprobs = await versed(http, f"solo{number}")
+        solo[digest] = said, logprobs
         await unload(http, f"solo{number}")
-    assert len(set(solo.values())) == len(folders)
+    assert len({said for said, _ in solo.values()}) == len(folders)
 
     place = tmp_path / "live"
-    shutil.copytree(folders[0], place)
-    assert (await load(http, "live", place)).status_code == 200
+    for folder in (
+        folders[-1],
+        folders[0],
+    ):  # an earlier version is kept, before and after
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        assert (await load(http, "live", place, load_inplace=True)).status_code == 200
+    published = {(await versed(http, "live"))[0]}
+    await text(http, "a0")
+    before, before_mb = await held(engine), resident_mb()
+    cached = engine.snapshot().cached_tokens
     seen: list[str] = []
     reloading = True
 
     async def ask() -> None:
         while reloading:
-            answer = await complete(http, "live", 24)
-            digest = answer.headers["x-aiolora-adapter"].split("@")[1]
-            assert answer.json()["choices"][0]["text"] == solo[digest]
+            digest, said, logprobs = await versed(http, "live")
+            assert digest in published
+            assert said == solo[digest][0]
+            assert logprobs == pytest.approx(solo[digest][1], abs=1e-3), "keys and values of another version"
             seen.append(digest)
 
     askers = [asyncio.create_task(ask()) for _ in range(4)]
-    for number in range(1, 21):
-        shutil.copytree(folders[number % len(folders)], place, dirs_exist_ok=True)
+    for number in range(1, 101):
+        folder = folders[number % len(folders)]
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        published.add(list(solo)[number % len(folders)])  # it may answer before the load says so
         answer = await load(http, "live", place, load_inplace=True)
         assert answer.status_code == 200, answer.text
-        mark = len(seen) + 4
-        await until(lambda mark=mark: len(seen) > mark)  # so one of four askers has asked since the reload
+        assert (await versed(http, "live"))[0] == list(solo)[number % len(folders)], "who asks later gets the new one"
+        if number % 5 == 0:
+            mark = len(seen) + 4
+            await until(lambda mark=mark: len(seen) > mark or any(asker.done() for asker in askers))
     reloading = False
     await asyncio.gather(*askers)
     assert set(seen) == set(solo)
-    assert (await complete(http, "live", 24)).headers["x-aiolora-adapter"].split("@")[1] in solo
-    await asyncio.sleep(0.05)
-    assert [card["id"] for card in (await cards(http)).values()] == ["a0", "live"]
+    await versed(http, "live")
+    await text(http, "a0")
+    assert engine.snapshot().cached_tokens > cached, "the prefix cache was at work"
+    assert await held(engine) == before
+    assert resident_mb() - before_mb < 32
 
 
 async def test_a_reload_that_fails_leaves_the_old_version_serving(
@@ -277,7 +317,7 @@ async def test_a_reload_that_fails_leaves_the_old_version_serving(
 ) -> None:
     before = await complete(http, "a0")
     folder = Path(shutil.copytree(folders[1], tmp_path / "x"))
-    _truncated(folder)
+    (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-100])
     assert refusal(await load(http, "a0", folder, load_inplace=True))[0] == 422
     assert refusal(await load(http, "a0", tmp_path / "none", load_inplace=True))[0] == 404
     after = await complete(http, "a0")
@@ -286,6 +326,22 @@ async def test_a_reload_that_fails_leaves_the_old_version_serving(
 
 
 # ---- where they are, and pins ----
+
+
+async def test_modules_of_the_start_are_read_when_a_request_names_them(http: Client, folders: list[Path]) -> None:
+    (card,) = (await http.get("/v1/lora_adapters")).json()["data"]
+    assert (card["id"], card["digest"], card["version"], card["residency"]) == ("a0", None, None, "disk")
+    assert (card["rank"], card["requests"], card["draining"]) == (8, 0, False)
+    assert [model["id"] for model in (await http.get("/v1/models")).json()["data"]] == ["base", "a0"]
+    assert (await http.get("/v1/models/a0")).json()["root"] == str(folders[0])
+    assert refusal(await load(http, "a0", folders[1])) == (400, None, "adapter_conflict")
+    nbytes = card["bytes"]
+    answer = await complete(http, "a0")
+    (card,) = (await http.get("/v1/lora_adapters")).json()["data"]
+    assert (card["version"], card["residency"]) == (answer.headers["x-aiolora-adapter"], "gpu")
+    assert card["bytes"] == nbytes
+    assert (await unload(http, "a0")).status_code == 200
+    assert (await http.get("/v1/lora_adapters")).json()["data"] == []
 
 
 async def test_the_list_says_where_an_adapter_is_and_who_needs_it(http: Client, folders: list[Path]) -> None:

@@ -75,6 +75,19 @@ async def test_an_alias_is_a_model_of_its_own_to_clients(http: Client, folders: 
     assert (await unload(http, "a0")).status_code == 200
 
 
+async def test_what_was_never_read_is_listed_with_its_aliases_and_policy(http: Client) -> None:
+    await change(http, "a0", "alias", alias="prod")
+    await change(http, "prod", "policy", weight=3)
+    unread = await card(http, "a0")
+    assert (unread["digest"], unread["earlier"], unread["aliases"]) == (None, None, ["prod"])
+    assert unread["policy"]["weight"] == 3
+    assert [model["id"] for model in (await http.get("/v1/models")).json()["data"]] == ["base", "a0", "prod"]
+    assert (await http.get("/v1/models/prod")).json()["id"] == "prod"
+    asked = await http.post("/v1/completions", json=PROMPT | {"model": "prodd"})
+    assert "did you mean 'prod'" in asked.json()["error"]["message"]
+    assert (await complete(http, "prod")).headers["x-aiolora-adapter"] == (await card(http, "a0"))["version"]
+
+
 async def test_over_its_tokens_a_minute_it_is_429_with_the_seconds_to_wait(http: Client, folders: list[Path]) -> None:
     await load(http, "a1", folders[1], policy={"tokens_per_minute": 6, "weight": 2})
     policy = {"weight": 2.0, "max_concurrency": None, "tokens_per_minute": 6}

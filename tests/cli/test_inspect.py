@@ -36,6 +36,16 @@ def test_it_says_what_an_adapter_holds(adapter: Path, capsys: pytest.CaptureFixt
     assert "--model" in printed
 
 
+def test_it_says_what_wakes_an_alora(adapter: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(adapter), "--model", str(base)]) == 0
+    assert "invocation" not in capsys.readouterr().out
+    reconfigure(adapter, alora_invocation_tokens=[5, 6])
+    assert main(["inspect", str(adapter), "--model", str(base)]) == 0
+    printed = capsys.readouterr().out
+    assert "alora_invocation_tokens: [5, 6] (at work from their last place in a prompt on)" in printed
+    assert "can be served on" in printed
+
+
 def test_with_a_base_it_gives_the_digest_that_answers_will_carry(
     adapter: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

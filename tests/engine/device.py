@@ -13,7 +13,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import cast
 
-from aiolora.engine.batch import logit_offsets
+from aiolora.engine.batch import logit_offsets, num_bare
 from aiolora.engine.runner import Landed
 from aiolora.engine.sampler import Sampled
 from aiolora.engine.scheduler import Batch, Scheduled, SchedulerLimits
@@ -21,7 +21,7 @@ from aiolora.engine.sequence import Sequence, Status
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.residency import Residency
 from aiolora.pages import PagePool
-from aiolora.types import AdapterVersion, Mix
+from aiolora.types import AdapterVersion, Request
 
 NUM_KINDS = 2
 VOCAB = 12
@@ -53,8 +53,9 @@ def mix_tag(parts: Items[tuple[str, float]]) -> int:
     return hash(tuple((int(digest, 16), weight) for digest, weight in parts))
 
 
-def next_tag(before: int, token: int, position: int) -> int:
-    return hash((before, token, position))
+def next_tag(before: int, token: int, position: int, mix: int) -> int:
+    """Of a token behind the one tagged `before` (0: the first), computed with the mix tagged `mix`."""
+    return hash((before, token, position, mix))
 
 
 def token_of(tags: Items[Tag], seed: int) -> int:
@@ -66,13 +67,22 @@ def logprob_of(tag: Tag) -> float:
     return -1 - (cast("int", tag) & 0xFFF) / 4096
 
 
-def tags_of(mix: Mix | None, tokens: Items[int], known: list[int] | None = None) -> list[int]:
-    """Of the prefix `tokens` under `mix`; continues `known` in place."""
+def tags_of(request: Request, tokens: Items[int], known: list[int] | None = None) -> list[int]:
+    """Of the prefix `tokens` of an answer to `request`; continues `known` in place."""
     tags = [] if known is None else known
+    parts = [] if request.mix is None else [(version.digest, weight) for version, weight in request.mix.parts]
     for position in range(len(tags), len(tokens)):
-        parts = [] if mix is None else [(version.digest, weight) for version, weight in mix.parts]
-        tags.append(next_tag(tags[-1] if tags else mix_tag(parts), tokens[position], position))
+        mix = mix_tag(parts if awake(request, position) else [])
+        tags.append(next_tag(tags[-1] if tags else 0, tokens[position], position, mix))
     return tags
+
+
+def awake(request: Request, position: int) -> bool:
+    """Whether the adapters of `request` are at work there: no invocation of theirs begins later in the prompt."""
+    invocation = request.mix.versions[0].invocation if request.mix else ()
+    prompt, size = request.prompt_token_ids, len(invocation)
+    starts = [start for start in range(len(prompt)) if prompt[start : start + size] == invocation]
+    return not invocation or (bool(starts) and position >= max(starts))
 
 
 # ---- the device ----
@@ -156,6 +166,7 @@ class Work:
     table: list[int]
     turns: list[int]  # of those pages
     adapters: list[tuple[list[tuple[int, int]], float]]  # pages of each adapter, and its weight
+    bare: int  # of its first tokens, how many take no adapter
     offsets: list[int]  # whose logits are wanted
     samples: bool
     count: int
@@ -276,6 +287,7 @@ class FakeRunner:
             list(seq.pages),
             [self._pool.turns[page] for page in seq.pages],
             adapters,
+            num_bare(run),
             logit_offsets(run),
             run.samples,
             run.count,
@@ -290,7 +302,7 @@ class FakeRunner:
             if work.seq is seq
             for position in range(work.start, work.start + work.count)
         }
-        expected = tags_of(seq.mix, truth.tokens[:start], truth.tags)
+        expected = tags_of(seq.request, truth.tokens[:start], truth.tags)
         for position in range(start):
             tag = self.kv[self.slot(seq.pages, position)]
             if position not in own and tag != expected[position] and tag != POISON:
@@ -302,11 +314,11 @@ class FakeRunner:
             fresh = self._pool.turns[page] == turn and self._pool.refs(page) >= 1
             require(fresh, "a page in flight changed hands", page)
         tags = [self.kv[self.slot(work.table, position)] for position in range(work.start)]
-        expected = tags_of(seq.mix, truth.tokens[: work.start], truth.tags)
+        expected = tags_of(seq.request, truth.tokens[: work.start], truth.tags)
         for position, tag in enumerate(tags):
             require(tag in (expected[position], POISON), "KV of the prefix when computing", f"position {position}")
         fault = self.faults.get(seq)
-        base = self._adapters_read(work)
+        mix = self._adapters_read(work)
         truth.table = work.table
         for offset in range(work.count):
             position = work.start + offset
@@ -315,9 +327,10 @@ class FakeRunner:
             else:
                 last, token = self._last[seq]
                 require(last == position, "the pending token is of the flight before", position)
-            before = tags[-1] if tags else base
+            before = tags[-1] if tags else 0
             bad = POISON in tags or fault == "kv"
-            tags.append(POISON if bad else next_tag(cast("int", before), token, position))
+            used = mix if offset >= work.bare else mix_tag([])
+            tags.append(POISON if bad else next_tag(cast("int", before), token, position, used))
             slot = self.slot(work.table, position)
             require(not self._pool.keyed(slot // self._limits.page_size), "a page that can be found is written")
             self.kv[slot] = tags[-1]

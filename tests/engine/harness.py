@@ -58,7 +58,7 @@ class Ticket:
     def feed(self, delta: TokenDelta) -> None:
         """Hold a delta with a token against the oracle."""
         answer, params = self.answers[delta.index], self.request.params
-        tags = tags_of(self.request.mix, answer.tokens, answer.tags)
+        tags = tags_of(self.request, answer.tokens, answer.tags)
         token = token_of(tags, cast("int", params.seed) + delta.index)
         label = f"{self.request.id}[{delta.index}] token {answer.num_output}"
         require(delta.token_id == token, "output equals the solo oracle", f"{label}: {delta.token_id} != {token}")
@@ -104,9 +104,11 @@ class World:
         self.shape = shape
         self.now_s = 1000.0
         self.pool = TrackedPool(shape.num_pages)
+        vectors = shape.limits.max_loras
         self.residency: Residency[AdapterWeights] = Residency(
-            num_kinds=NUM_KINDS, num_pages=shape.adapter_pages, max_host=shape.max_host
+            num_kinds=NUM_KINDS, num_pages=shape.adapter_pages, max_host=shape.max_host, num_vectors=vectors
         )
+        self.room = [shape.adapter_pages] * NUM_KINDS + [vectors] * NUM_KINDS  # pages of each kind
         self.store = FakeStore(copy_delay)
         self.scheduler = Scheduler(shape.limits, self.pool, self.residency)
         self.runner = FakeRunner(shape.limits, self.pool, self.residency, self.store, overlaps=overlaps)
@@ -133,12 +135,17 @@ class World:
 
     # -- adapters --
 
-    def version(self, name: str, needs: dict[int, int], *, source: str | None = "folder") -> AdapterVersion:
-        """A new version of `name`, in host memory."""
+    def version(
+        self, name: str, needs: dict[int, int], *, source: str | None = "folder", invocation: tuple[int, ...] = ()
+    ) -> AdapterVersion:
+        """A new version of `name`, in host memory; `needs`: kind, of ranks or of vectors -> pages."""
         self._num_versions += 1
         digest = sha256(f"{name} {self._num_versions}".encode()).hexdigest()
         pages = tuple(SitePages(kind, count, 1.0) for kind, count in needs.items())
-        version = AdapterVersion(self._num_versions, name, digest, source, 8, pages, 0)
+        additive = max(needs) < NUM_KINDS and not invocation
+        version = AdapterVersion(
+            self._num_versions, name, digest, source, 8, pages, 0, additive=additive, invocation=invocation
+        )
         self.engine.adapters.add(self._weights(version))
         if source is None:
             self.in_memory.append(version)
@@ -181,7 +188,9 @@ class World:
             return
         self._num_versions += 1
         digest = version.digest if outcome == "ok" else sha256(f"changed {self._num_versions}".encode()).hexdigest()
-        again = AdapterVersion(self._num_versions, version.name, digest, version.source, 8, version.pages, 0)
+        again = AdapterVersion(
+            self._num_versions, version.name, digest, version.source, 8, version.pages, 0, additive=version.additive
+        )
         if outcome == "changed":
             self.failures.setdefault(version.id, []).append(AdapterChangedError(version.name, ""))
         self.engine.adapters.landed(version, self._weights(again))
@@ -222,7 +231,7 @@ class World:
         needs: Counter[int] = Counter()
         for version in {*mix.versions, *self.residency._pinned.values()} if mix else ():
             needs.update({site.kind: site.count for site in version.pages})
-        ticket.too_large = max(needs.values(), default=0) > self.shape.adapter_pages
+        ticket.too_large = any(count > self.room[kind] for kind, count in needs.items())
         self.engine.add(request)
         return ticket
 

@@ -138,6 +138,37 @@ def prefix_key_has_no_weights(patch: pytest.MonkeyPatch) -> None:
     _mix_key(patch, lambda mix: [version.digest for version, _ in mix.parts])
 
 
+def _page_key(patch: pytest.MonkeyPatch, woken: Callable[[Sequence, Mix, int, int], object]) -> None:
+    """Keys of all tokens up to a page's end and, with adapters, of what `woken` makes of them."""
+
+    def page_key(self: Sequence, page_index: int, page_size: int) -> bytes:
+        tokens = self.tokens[: (page_index + 1) * page_size]
+        key = tokens, woken(self, self.mix, page_index, page_size) if self.mix is not None else None
+        return blake2b(repr(key).encode(), digest_size=16).digest()
+
+    patch.setattr(Sequence, "page_key", page_key)
+
+
+@mutant
+def prefix_key_after_an_invocation_has_no_adapter(patch: pytest.MonkeyPatch) -> None:
+    _page_key(patch, lambda seq, mix, index, size: mix.key if seq.active_from == 0 else None)
+
+
+@mutant
+def the_page_of_an_invocation_has_the_key_of_the_base(patch: pytest.MonkeyPatch) -> None:
+    _page_key(
+        patch, lambda seq, mix, index, size: (seq.active_from, mix.key) if index * size >= seq.active_from else None
+    )
+
+
+@mutant
+def prefix_key_has_the_page_of_the_invocation_alone(patch: pytest.MonkeyPatch) -> None:
+    _page_key(
+        patch,
+        lambda seq, mix, index, size: (seq.active_from // size, mix.key) if index >= seq.active_from // size else None,
+    )
+
+
 @mutant
 def pages_are_published_at_launch(patch: pytest.MonkeyPatch) -> None:
     original = Scheduler._launch
@@ -370,6 +401,18 @@ def preempted_keeps_num_computed(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Scheduler, "_give_back", remember)
     patch.setattr(Scheduler, "_start", keep)
+
+
+@mutant
+def preempted_is_woken_by_its_answer(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._preempt
+
+    def preempt(self: Scheduler, seq: Sequence) -> None:
+        if seq.mix is not None:
+            seq.active_from = seq.mix.active_from(seq.tokens)
+        original(self, seq)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
 
 
 @mutant

@@ -126,6 +126,20 @@ def test_an_adapter_whose_folder_has_changed_fails_only_those_who_wait_for_it() 
     assert ends[same.request.id].finish_reason == ends[base.request.id].finish_reason == "length"
 
 
+def test_a_removed_adapter_is_not_read_again_for_whom_the_adapter_before_it_has_failed() -> None:
+    world = world_of()
+    mix = mix_of(world, "broken", "removed")
+    mix_of(world, "newer")  # host memory holds one
+    world.answer_at_once = lambda version: "error" if version.name == "broken" else "ok"
+    ticket = world.submit(PROMPT, mix, max_tokens=2)
+    world.remove(mix.versions[1])
+    steps(world, 1)
+    assert not ticket.open
+    world.verify()
+    assert not world.residency.in_host(mix.versions[1])
+    world.drain()
+
+
 def test_an_adapter_that_is_still_being_read_takes_no_slot_from_one_that_is_there() -> None:
     world = world_of(max_loras=1)
     world.answer_at_once = lambda version: None

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tests.engine.walk import NUM_SEEDS, PATIENCE_S, slow_read, starvation, unwanted_arrival, walk
+from tests.engine.walk import NUM_SEEDS, PATIENCE_S, second_turns, slow_read, starvation, unwanted_arrival, walk
 
 SEEDS = range(int(os.environ.get("AIOLORA_WALKS", 2 * NUM_SEEDS)))
 modes = pytest.mark.parametrize("overlaps", [False, True], ids=["one step at a time", "steps overlap"])
@@ -38,3 +38,8 @@ def test_a_read_that_hangs_holds_up_nobody_else(overlaps: bool) -> None:
 @modes
 def test_an_adapter_given_up_while_it_is_copied_harms_nobody(overlaps: bool) -> None:
     unwanted_arrival(overlaps=overlaps)
+
+
+@modes
+def test_an_invocation_in_an_answer_counts_from_the_next_turn_on(overlaps: bool) -> None:
+    second_turns(overlaps=overlaps)

@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -27,12 +28,14 @@ from aiolora.lora.residency import Residency
 from aiolora.ops.linear import Routing
 from aiolora.types import AdapterVersion, Mix, Prompt, Request, SitePages
 from tests.conftest import ModelOf
+from tests.engine.device import awake
 from tests.engine.test_overlap import assert_same
 from tests.tiny import ALL_LINEARS, make_adapter, prompt_ids
 
 KINDS = 2
 PAGE = 4
 TILE = 16
+INVOCATION = 90  # in no prompt by chance
 
 
 @pytest.fixture(autouse=True)
@@ -47,40 +50,61 @@ class Books:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.residency: Residency[None] = Residency(num_kinds=KINDS, num_pages=64, max_host=64)
+        self.residency: Residency[None] = Residency(num_kinds=KINDS, num_pages=64, max_host=64, num_vectors=16)
         self.packer = Packer(page_size=PAGE, num_kinds=KINDS, residency=self.residency, device="cpu")
         self.versions: list[AdapterVersion] = []
 
-    def mix(self, *pages: tuple[int, ...]) -> Mix:
-        """An adapter for each of `pages` (rank pages of each kind), together in one mix."""
+    def mix(self, *pages: tuple[int, ...], vectors: tuple[int, ...] = ()) -> Mix:
+        """An adapter for each of `pages` (rank pages of each kind), together in one mix; `vectors`: kinds with some."""
         parts = []
         for counts in pages:
             number = len(self.versions)
             sites = tuple(SitePages(kind, count, 0.5 + number) for kind, count in enumerate(counts) if count)
-            version = AdapterVersion(number, f"a{number}", f"{number:064x}", "folder", 8, sites, 0)
+            sites += tuple(SitePages(KINDS + kind, 1, 1.0) for kind in vectors)
+            version = AdapterVersion(
+                number, f"a{number}", f"{number:064x}", "folder", 8, sites, 0, additive=not vectors
+            )
             self.versions.append(version)
             self.residency.store(version, None)
             assert self.residency.place(version) is not None
             self.residency.landed(version)
-            parts.append((version, 1.0 + number))
+            parts.append((version, 1.0 if vectors else 1.0 + number))
         return Mix(tuple(parts))
 
+    def sleeper(self) -> Mix:
+        """An aLoRA."""
+        ((version, _),) = self.mix((self.rng.randint(1, 4), 1)).parts
+        return Mix(((msgspec.structs.replace(version, additive=False, invocation=(INVOCATION,)), 1.0),))
+
     def run(self, mix: Mix | None, start: int, count: int) -> Scheduled:
-        tokens = tuple(self.rng.randrange(90) for _ in range(start + count))
-        request = Request(id="", prompt_token_ids=tokens, params=SamplingParams(), mix=mix)
+        """A part of a prompt that wakes an aLoRA anywhere or, seldom, nowhere."""
+        tokens = [self.rng.randrange(90) for _ in range(start + count)]
+        if self.rng.random() < 0.9:
+            tokens[self.rng.randrange(len(tokens))] = INVOCATION
+        request = Request(id="", prompt_token_ids=tuple(tokens), params=SamplingParams(), mix=mix)
         seq = Answer(request, 0, seed=0, number=0, max_length=999)
         seq.pages.extend(self.rng.sample(range(500), -(-(start + count) // PAGE)))
         return Scheduled(seq, start, count, True)
 
 
+def mixes_of(runs: Sequence[Scheduled]) -> list[Mix | None]:
+    """Of each token of `runs`."""
+    return [
+        run.seq.mix if awake(run.seq.request, position) else None
+        for run in runs
+        for position in range(run.start, run.start + run.count)
+    ]
+
+
 def check_routing(books: Books, mixes: Sequence[Mix | None], routing: Routing) -> None:
-    """`routing` says of every token of `mixes` [T] which pages and scales it takes, and nothing of any other."""
+    """`routing` says of every token of `mixes` [T] which pages, scales and vectors it takes, nothing of any other."""
     assert sorted(routing.perm.tolist()) == list(range(len(mixes)))
     assert routing.tile == TILE
     assert routing.owners.shape == routing.perm.shape
     assert routing.pages.shape == routing.scales.shape
     assert routing.pages.shape[:2] == (len(routing.tiles), KINDS)
     assert routing.pages.shape[2] % 2 == 0
+    assert routing.vector_pages.shape == routing.pages.shape[:2]
     seen: list[int] = []
     items = set()
     bare = False
@@ -88,6 +112,7 @@ def check_routing(books: Books, mixes: Sequence[Mix | None], routing: Routing) -
         assert 0 <= count <= TILE
         if count == 0:
             assert routing.pages[tile].eq(-1).all()
+            assert routing.vector_pages[tile].eq(-1).all()
             continue
         assert first == len(seen)
         tokens = routing.perm[first : first + count].tolist()
@@ -110,6 +135,9 @@ def check_routing(books: Books, mixes: Sequence[Mix | None], routing: Routing) -
             assert list(zip(pages, scales))[: len(wanted)] == wanted
             assert set(pages[len(wanted) :]) <= {-1}
             most = max(most, len(wanted))
+            placed = [books.residency.pages(version) for version in (mix.versions if mix else ())]
+            (vector,) = {page for pages in placed for page in pages.get(KINDS + kind, [])} or {-1}
+            assert routing.vector_pages[tile, kind] == vector
         items |= {(tile, pair, first, count) for pair in range(-(-most // 2))}
     assert len(seen) == len(mixes)
     listed = [tuple(item) for item in routing.items.tolist() if item[0] >= 0]
@@ -122,10 +150,11 @@ def test_routing_covers_every_token_once(seed: int) -> None:
     books = Books(seed)
     rng = books.rng
     mixes = [None, *(books.mix((rng.randint(1, 5), rng.randint(0, 3))) for _ in range(rng.randint(1, 4)))]
-    mixes.append(books.mix((1, 2), (3, 0)))
+    mixes += [books.mix((1, 2), (3, 0)), books.sleeper(), books.sleeper()]
+    mixes += [books.mix((rng.randint(1, 3), 0), vectors=kinds) for kinds in ((0,), (1,), (0, 1))]
     runs = [books.run(rng.choice(mixes), rng.randint(0, 9), rng.choice((1, 1, 1, 2, 30, 70))) for _ in range(12)]
     step = books.packer.pack(Batch(runs))
-    of_token = [run.seq.mix for run in runs for _ in range(run.count)]
+    of_token = mixes_of(runs)
     if step.routing is None:
         assert set(of_token) == {None}
     else:
@@ -151,6 +180,7 @@ def test_a_bucket_holds_whatever_mixes_its_tokens_have(seed: int, prompts: bool)
     shape = (total + rng.choice((1, 50)), rng.randint(count, total)) if prompts else (size, size)
     bucket = Bucket(*shape, min(shape[0], max_loras), 4)
     mixes = [books.mix((rng.randint(1, 4), rng.randint(0, 4))) for _ in range(max_loras)]
+    mixes[1:3] = [books.sleeper() for _ in mixes[1:3]]
     runs = [books.run(rng.choice([*mixes, None]), rng.randint(0, 20), number) for number in counts]
     runs[0] = books.run(mixes[0], 3, counts[0])
     routes = books.packer.routes(Batch(runs))
@@ -169,7 +199,7 @@ def test_a_bucket_holds_whatever_mixes_its_tokens_have(seed: int, prompts: bool)
     for laid_out, step in ((numbers, runs), (empty, [])):
         step_inputs = batch_module.step_inputs(Staging("cpu").send(laid_out), in_flight.tokens, "cpu")
         assert step_inputs.routing is not None
-        of_token = [run.seq.mix for run in step for _ in range(run.count)]
+        of_token = mixes_of(step)
         padding, idle = shape[0] - len(of_token), shape[1] - len(step)
         check_routing(books, of_token + [None] * padding, step_inputs.routing)
         assert step_inputs.slots[len(of_token) :].tolist() == [-1] * padding
@@ -182,6 +212,23 @@ def test_a_bucket_holds_whatever_mixes_its_tokens_have(seed: int, prompts: bool)
         else:
             assert step_inputs.query_starts.tolist() == list(range(size + 1))
             assert step_inputs.logits_at is None
+
+
+def test_runs_in_two_parts_take_no_more_tiles_than_a_bucket_has() -> None:
+    """What comes before the invocations is one more group of tokens, however many runs it is of."""
+    books = Books(0)
+    runs = []
+    for bare in (5, 6, 6):
+        run = books.run(books.sleeper(), 0, bare + TILE + 1)
+        run.seq.active_from = bare
+        runs.append(run)
+    bucket = Bucket(68, 4, 3, 4)
+    routes = books.packer.routes(Batch(runs))
+    assert routes is not None
+    assert (routes.mixes, routes.counts) == ([-1, 0, -1, 1, -1, 2], [5, 17, 6, 17, 6, 17])
+    assert bucket.fits(68, 3, routes)
+    numbers = books.packer.lay_out(Batch(runs), routes, InFlight.none(1, "cpu"), bucket)
+    assert sorted(numbers["tiles"][:, 1].tolist()) == [1] * 4 + [TILE] * 4, "every tile is used: the bound is exact"
 
 
 def test_a_mix_that_is_too_wide_fits_no_bucket() -> None:
@@ -256,7 +303,11 @@ class EagerGraphs(StepGraphs):
 @pytest.fixture(scope="module")
 def adapters(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> list[LoRARequest]:
     folder, base = tmp_path_factory.mktemp("adapters"), model_of("llama")
-    configs: list[dict[str, Any]] = [{"r": 5}, {"r": 20, "target_modules": ALL_LINEARS}, {"r": 16}]
+    configs: list[dict[str, Any]] = [
+        {"r": 5, "alora_invocation_tokens": [INVOCATION]},
+        {"r": 20, "target_modules": ALL_LINEARS},
+        {"r": 16},
+    ]
     for number, config in enumerate(configs):
         make_adapter(base, folder / str(number), seed=number, **config)
     return [LoRARequest(str(number), number + 1, str(folder / str(number))) for number in range(3)]
@@ -292,7 +343,8 @@ def serve(folder: Path, adapters: list[LoRARequest], *, graphs: bool) -> tuple[l
     outputs: list[Any] = []
     for count in (1, 2, 3, 5, 8, 6, 1):
         loras = mixes if count == 5 else [rng.choice(mixes[: 1 if count == 2 else 4]) for _ in range(count)]
-        prompts: list[Prompt] = [prompt_ids(rng.randrange(99), rng.randint(1, 40)) for _ in range(count)]
+        parts = [prompt_ids(rng.randrange(99), rng.randint(1, 40)) for _ in range(count)]
+        prompts: list[Prompt] = [[*part[:7], INVOCATION, *part[7:]] for part in parts]
         params = [
             SamplingParams(temperature=0, max_tokens=rng.randint(2, 9), ignore_eos=True),
             SamplingParams(temperature=0, max_tokens=6, logprobs=3, repetition_penalty=1.5),
@@ -372,5 +424,5 @@ def test_a_blank_step_is_of_the_shapes_of_a_real_one() -> None:
     idle = blank_step((1, 20), num_logits=2, page_size=PAGE, device="cpu", kinds=KINDS, pages=8, idle=3).routing
     assert idle is not None
     check_routing(books, [None] * 21, idle)
-    assert [len(table) - len(other) for table, other in zip(idle[:-1], blank.routing[:-1])] == [0, 3, 3, 3, 3, 0]
+    assert [len(table) - len(other) for table, other in zip(idle[:-1], blank.routing[:-1])] == [0, 3, 3, 3, 3, 3, 0]
     assert blank_step((3,), num_logits=1, page_size=PAGE, device="cpu").routing is None

@@ -42,6 +42,17 @@ def test_the_kv_cache_gets_what_the_others_leave(model_of: ModelOf) -> None:
     assert one.kv_nbytes - more.kv_nbytes == pytest.approx(200 * MIB, abs=MIB)
 
 
+def test_adapters_get_rank_pages_for_all_in_host_memory_and_vector_pages_for_those_of_a_step(model_of: ModelOf) -> None:
+    one = plan(model_of, max_lora_rank=20, max_cpu_loras=9)
+    layout = layout_of(
+        load_decoder(EngineArgs(model=str(model_of("llama"))), model_of("llama"), device="cpu"), torch.float32
+    )
+    pages = one.adapter_pages * sum(kind.page_nbytes(torch.float32) for kind in layout.kinds)
+    outputs = sum(kind.bounds[-1] for kind in layout.kinds)
+    assert (one.adapter_pages, one.vector_pages) == (9 * 3, 4)
+    assert one.adapter_nbytes == pages + 4 * 2 * 2 * outputs * 4, "of 4 adapters, 2 layers, gain and shift"
+
+
 def test_graphs_are_captured_up_to_the_most_sequences_unless_eager(model_of: ModelOf) -> None:
     buckets = plan(model_of, max_lora_rank=20).graph_buckets
     assert {bucket.tokens for bucket in buckets if bucket.decodes} == {1, 2, 4, 8, 12, 16, 24, 32, 40}

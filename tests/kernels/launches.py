@@ -17,7 +17,7 @@ BOUNDS = {  # of the slices of its projections
     "o": [0, HIDDEN],
     "gate_up": [0, INNER, 2 * INNER],
 }
-PAGES = 512  # of ranks in the pool
+PAGES, VECTORS = 512, 32  # of ranks in the pool, of gains and shifts
 PROCESSORS = 132  # of an H200
 
 
@@ -78,6 +78,7 @@ class Step:
         groups = -(-tokens // self.tile) + min(tokens, 32)
         self.perm, self.owners, self.positions, self.slots = (ints(tokens) for _ in range(4))
         self.tiles, self.items, self.pages = ints(groups, 2), ints(groups, 4), ints(groups, 1, 2)
+        self.vector_pages = ints(groups, 1)
         self.routing = [self.perm, self.tiles, self.items, self.pages, floats(groups, 1, 2)]
 
     def product(self, name: str) -> None:
@@ -125,7 +126,8 @@ class Step:
         if not owing:
             return y, None, [], []
         h, b = floats(self.tokens, len(bounds) - 1, 16), halves(PAGES, 8, bounds[-1])
-        return y, None, [h, b, self.perm, self.tiles, self.pages, self.owners], [0, self.tile, *bounds]
+        tables = [self.perm, self.tiles, self.pages, self.vector_pages, self.owners]
+        return y, None, [h, b, floats(VECTORS, 2, bounds[-1]), *tables], [0, self.tile, *bounds]
 
 
 def halves(*shape: int) -> Tensor:

@@ -13,6 +13,7 @@ class Routing:
     """`lists` is what a shrink takes, `owed(h, b)` what a reader of the projection takes."""
 
     lists: list[Tensor]  # perm, tiles, items, pages, scales
+    vector_pages: Tensor
     num_pages: int
     tile: int
 
@@ -25,11 +26,23 @@ class Routing:
         owners = torch.zeros_like(perm)
         for tile, (first, count) in enumerate(tiles.tolist()):
             owners[perm[first : first + count].long()] = tile
-        return [h, b, perm, tiles, pages, owners]
+        return [h, b, self.vectors(b.shape[2]), perm, tiles, pages, self.vector_pages, owners]
+
+    def vectors(self, columns: int) -> Tensor:
+        """Gains and shifts [V, 2, N], one layer of three; pages of nobody are full of NaN. The same at every call."""
+        made = torch.full((self.num_pages, 3, 2, columns), torch.nan, device=self.vector_pages.device)
+        used = self.vector_pages[:, 1]
+        used = used[used >= 0].long()
+        generator = torch.Generator().manual_seed(1)
+        made[used, 1] = torch.randn(len(used), 2, columns, generator=generator).to(made.device)
+        return made[:, 1]
 
 
 def routing(rows: list[int], ranks: list[int], *, tile: int, device: str, width: int = 0) -> Routing:
-    """Of tokens with those adapters (-1: none), adapters with those ranks; `width` pages a tile at least."""
+    """Of tokens with those adapters (-1: none), adapters with those ranks; `width` pages a tile at least.
+
+    Every second adapter has vectors.
+    """
     held = [-(-rank // 8) for rank in ranks]
     num_pages = sum(held) + 2
     width = max([width, 2, *(count + count % 2 for count in held)])
@@ -52,7 +65,9 @@ def routing(rows: list[int], ranks: list[int], *, tile: int, device: str, width:
     items += [[-1, 0, 0, 0]] * 3
     owners += [-1] * 2
     ints = [torch.tensor(values, dtype=torch.int32) for values in (perm, tiles, items)] + [of[owners].int()]
-    return Routing([x.to(device) for x in (*ints, by_adapter[owners])], num_pages, max(tile, 16))
+    vector_pages = torch.tensor([[10**6, row // 2 if row % 2 and row > 0 else -1] for row in owners]).int()
+    lists = [x.to(device) for x in (*ints, by_adapter[owners])]
+    return Routing(lists, vector_pages.to(device), num_pages, max(tile, 16))
 
 
 def factors(routed: Routing, depth: int, bounds: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

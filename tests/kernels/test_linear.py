@@ -8,11 +8,12 @@ from aiolora.ops.kernels import linear as kernels
 from tests.kernels.close import assert_near
 from tests.kernels.routing import factors, routing, wide
 
-RANKS = [3, 24, 9, 16]
+RANKS = [3, 24, 9, 16, 8, 0]  # every second has vectors, the last has nothing else
 MIXES = {
     "one": [3],
     "all distinct": [3, 1, 0, 2],
     "some none": [2, -1, 0, 2, -1, 0, 1],
+    "vectors alone": [5, -1, 5, 4],
     "none": [-1] * 3,
     "over a tile": [i % 3 - 1 for i in range(40)],
 }

@@ -11,12 +11,12 @@ from aiolora.ops.kernels import rope as rope_kernels
 from tests.kernels.close import assert_near
 from tests.kernels.routing import Routing, factors, routing, wide
 
-RANKS = [3, 24, 9]
+RANKS = [3, 24, 9, 0]  # the second has vectors beside them, the last has vectors alone
 STEPS = {  # adapters of the tokens, tile
     "one token": ([0], 16),
-    "some none": ([2, -1, 0, 2, -1, 0, 1], 16),
-    "over a tile": ([i % 4 - 1 for i in range(40)], 16),
-    "large tiles": ([i % 4 - 1 for i in range(90)], 64),
+    "some none": ([2, -1, 0, 2, -1, 0, 1, 3], 16),
+    "over a tile": ([i % 5 - 1 for i in range(40)], 16),
+    "large tiles": ([i % 5 - 1 for i in range(90)], 64),
 }
 
 

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from peft import (
 )
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.lora.loraga import preprocess_loraga
-from torch import nn
+from peft.tuners.lora.variants import calculate_alora_offsets
+from torch import Tensor, nn
 
-from tests.tiny import ALL_LINEARS, prompt_ids, reconfigure
+from tests.tiny import ALL_LINEARS, hf_logits, prompt_ids, reconfigure
 
 ATTENTION, MLP = ALL_LINEARS[:4], ALL_LINEARS[4:]
 INVOCATION = (5, 6)  # tokens that a prompt must hold for an aLoRA to wake
+ASLEEP = (5, 5, 5)  # tokens that the prompt does not hold
 CONVERTED = "converted"  # not an option: saved with path_initial_model_for_weight_conversion
 EMBEDDINGS = "save_embedding_layers"  # not an option either, but save_pretrained's
 
@@ -58,7 +60,7 @@ OPTIONS: dict[str, list[Any]] = {
     "inference_mode": [True],
     "rank_pattern": [
         {"k_proj": 3},
-        {"mlp.up_proj": 17, r"layers\.0\..*": 2},
+        {r"layers\.0\..*": 2, "mlp.up_proj": 17},  # in the order that PEFT saves: the first that matches counts
         {"^model.layers.1.self_attn.q_proj": 11},
         {r"(model\.)?layers\.(0|1)\.mlp\.\w+_proj": 5},
         {r".*\.0\..*": 1, r".*\.1\..*": 40},
@@ -101,7 +103,7 @@ OPTIONS: dict[str, list[Any]] = {
     "modules_to_save": [["lm_head"], ["embed_tokens"], ["up_proj"], []],
     "trainable_token_indices": [[3, 4], {"embed_tokens": [5]}],
     "target_parameters": [["mlp.up_proj.weight"], []],
-    "alora_invocation_tokens": [list(INVOCATION)],
+    "alora_invocation_tokens": [list(INVOCATION), [INVOCATION[1]], list(ASLEEP), []],
     "layer_replication": [[(0, 2), (1, 2)]],
     "use_qalora": [True],
     "qalora_group_size": [8],
@@ -119,6 +121,10 @@ OPTIONS: dict[str, list[Any]] = {
 }
 # What an option needs beside it to mean anything.
 _COMPANY: dict[str, dict[str, Any]] = {
+    "target_parameters": {
+        "rank_pattern": {"0.mlp.up_proj.weight": 3},
+        "alpha_pattern": {"up_proj.weight": 5, "up_proj": 1},
+    },
     "layers_pattern": {"layers_to_transform": [1]},
     "eva_config": {"init_lora_weights": "eva"},
     "lora_ga_config": {"init_lora_weights": "lora_ga"},
@@ -134,6 +140,7 @@ _WRITTEN: dict[str, list[Any]] = {"init_lora_weights": ["corda", "loftq"], "arro
 _DRAWN = (
     "target_modules", "r", "lora_alpha", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern", "exclude_modules", "init_lora_weights", "inference_mode",
+    "use_dora", "lora_bias", "bias",
 )  # fmt: skip
 _PLAIN: dict[str, list[Any]] = {
     "target_modules": OPTIONS["target_modules"][1:-3],
@@ -160,12 +167,14 @@ def alone() -> list[Case]:
 
 def together(seed: int) -> Iterator[Case]:
     """Random configs without end: PEFT takes not all of them, for some leave no module to adapt."""
-    drawn = random.Random(seed)
+    drawn, woken = random.Random(seed), random.Random(seed)
     while True:
         names = drawn.sample(_DRAWN, drawn.randint(3, 7))
         config = {name: drawn.choice(_PLAIN.get(name, OPTIONS[name])) for name in _DRAWN if name in names}
         if "r" in config:
             config["r"] = drawn.randint(1, 64)
+        if woken.random() < 0.2:
+            config["alora_invocation_tokens"] = list(INVOCATION)
         yield Case(_told(config), config)
 
 
@@ -201,6 +210,18 @@ def train(base: nn.Module, config: dict[str, Any], folder: Path, seed: int) -> P
         peft.save_pretrained(folder, **saving)
     reconfigure(folder, **written)
     return peft.eval()
+
+
+def peft_logits(model: PeftModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """[T, V] float32 of all tokens, as `generate` computes them: an aLoRA is woken by the prompt, not by the answer."""
+    tokens = [*prompt, *answer]
+    if not model.active_peft_config.alora_invocation_tokens:
+        return hf_logits(model, tokens)
+    (offset,) = calculate_alora_offsets(model.peft_config, model.active_adapter, torch.tensor([list(prompt)]))
+    with torch.inference_mode():
+        from_end = None if offset is None else offset + len(answer)
+        logits: Tensor = model(torch.tensor([tokens]), alora_offsets=[from_end]).logits[0]
+    return logits
 
 
 def _step(model: nn.Module) -> None:

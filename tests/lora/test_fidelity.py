@@ -14,7 +14,7 @@ from aiolora import LLM, LoRARequest
 from aiolora.errors import AdapterError, AdapterUnsupportedError
 from aiolora.types import Prompt
 from tests.conftest import ModelOf
-from tests.lora.fidelity import ELSEWHERE, INVOCATION, OPTIONS, Case, alone, together, train
+from tests.lora.fidelity import ASLEEP, ELSEWHERE, INVOCATION, OPTIONS, Case, alone, peft_logits, together, train
 from tests.tiny import everything, hf_logits, load_hf, prompt_ids, reported
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -28,7 +28,8 @@ Written by `tests/lora/test_fidelity.py`. Every option of PEFT's `LoraConfig` al
 combinations, are trained a little on tiny models ({", ".join(FAMILIES)}), saved by PEFT and served in float32
 on a CPU, all of a model in one batch with the base. The error is the largest difference of a log-probability from the
 trained model's as a part of its largest logit, rounded up to a power of ten, 1e-5 at the least; the limit is 1e-4.
-What is not served is refused when it is loaded, with the way out.
+What is not served is refused when it is loaded, with the way out. The prompt holds the invocation {list(INVOCATION)}
+of an aLoRA, and not {list(ASLEEP)}: one whose invocation is not there answers as the base does.
 
 `converted` means: saved with `path_initial_model_for_weight_conversion`. `save_embedding_layers` is an argument of
 `save_pretrained`.
@@ -92,7 +93,7 @@ def measure(family: str, model: Path, folder: Path) -> list[Outcome]:
     for number, answer in zip(loras, answers):
         case, peft = trained[number]
         tokens, ours = reported(answer)
-        logits = hf_logits(peft, tokens)
+        logits = peft_logits(peft, PROMPT, tokens[len(PROMPT) :])
         difference = float((logits.log_softmax(-1)[: len(PROMPT)] - plain).abs().max())
         outcomes.append(Outcome(case.option, family, error_of(tokens, ours, logits), difference, None))
     order = {case.option: number for number, (case, _) in enumerate(trained)}
@@ -106,7 +107,8 @@ def error_of(tokens: list[int], ours: Tensor, logits: Tensor) -> float:
 def test_whatever_peft_saves_and_we_serve_has_pefts_numbers(outcomes: list[Outcome]) -> None:
     wrong = [outcome for outcome in outcomes if outcome.refusal is None and not outcome.error < TOLERANCE]
     assert not wrong
-    served = [outcome for outcome in outcomes if outcome.refusal is None and outcome.option != "lora_alpha=0"]
+    idle = {"lora_alpha=0", f"alora_invocation_tokens={list(ASLEEP)}"}
+    served = [outcome for outcome in outcomes if outcome.refusal is None and outcome.option not in idle]
     assert len(served) > 100 * len(FAMILIES)
     assert min(outcome.difference for outcome in served) > 100 * TOLERANCE, "an adapter that changes nothing"
 

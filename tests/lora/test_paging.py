@@ -2,6 +2,7 @@
 
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from aiolora.lora import paging
 from aiolora.lora.layout import Kind, Layout, Target
 from aiolora.lora.paging import Module, Pages, fill
 from aiolora.lora.tensorfile import Entry, TensorFile
+from aiolora.ops import native
 from aiolora.ops.linear import RANKS_PER_PAGE
 
 KINDS = (Kind("q+k+v", 2, 24, (0, 40, 48, 56)), Kind("o", 2, 40, (0, 24)))
@@ -22,10 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def layout_of(dtype: torch.dtype) -> Layout:
     targets = {
-        f"{layer}.{name}": Target(kind, layer, index, shape.inputs, shape.bounds[index + 1] - shape.bounds[index])
+        f"{layer}.{name}": Target(kind, layer, index, torch.empty(high - low, shape.inputs, device="meta"))
         for kind, shape in enumerate(KINDS)
         for layer in range(shape.layers)
-        for index, name in enumerate(shape.name.split("+"))
+        for index, (name, (low, high)) in enumerate(zip(shape.name.split("+"), pairwise(shape.bounds)))
     }
     return Layout(KINDS, targets, dtype)
 
@@ -60,6 +62,15 @@ def factors(layout: Layout, ranks: dict[str, int], dtype: torch.dtype) -> dict[s
     return tensors
 
 
+@pytest.fixture(params=["compiled", "numpy"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors are laid out by each of the two ways that there are."""
+    if request.param == "numpy":
+        monkeypatch.setattr(paging, "lay_out", lambda *args: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler here, or AIOLORA_NATIVE=0")
+
+
 @pytest.fixture
 def dirty(monkeypatch: pytest.MonkeyPatch) -> None:
     """New memory holds NaN."""
@@ -75,7 +86,7 @@ def dirty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paging, "_empty", empty)
 
 
-@pytest.mark.usefixtures("dirty")
+@pytest.mark.usefixtures("dirty", "each_way")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("file_dtype", [*DTYPES, torch.float64, torch.float8_e4m3fn], ids=str)
 def test_every_element_of_every_page_is_the_adapters_or_zero(
@@ -108,6 +119,7 @@ def test_every_element_of_every_page_is_the_adapters_or_zero(
             torch.testing.assert_close(torch.cat(b_pages[kind], 1), b, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factor", ["A", "B"])
 def test_what_is_not_finite_in_the_dtype_of_the_pages_is_refused_and_the_largest_finite_is_not(
@@ -133,6 +145,23 @@ def test_what_is_not_finite_in_the_dtype_of_the_pages_is_refused_and_the_largest
         pages_of(tmp_path, layout, ranks, tensors, {})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("file_dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("each_way")
+def test_every_value_is_rounded_as_torch_rounds_it(dtype: torch.dtype, file_dtype: torch.dtype, tmp_path: Path) -> None:
+    bits = torch.arange(1 << 16, dtype=torch.int32)
+    halves = torch.cat([bits.to(torch.int16).view(half).float() for half in (torch.float16, torch.bfloat16)])
+    between = (halves.view(torch.int32) + torch.tensor([[-1], [0], [1], [1 << 12], [1 << 15]])).reshape(-1)
+    values = between.to(torch.int32).view(torch.float32).to(file_dtype)
+    values = values[torch.isfinite(values.to(dtype))]
+    values = values[: len(values) // 24 * 24].reshape(-1, 24)
+    layout = Layout((Kind("q", 1, 24, (0, 1)),), {"0.q": Target(0, 0, 0, 24, 1)}, dtype)
+    tensors = {"0.q.A": values, "0.q.B": torch.zeros(1, len(values), dtype=file_dtype)}
+    a_pages, _ = pages_of(tmp_path, layout, {"0.q": len(values)}, tensors, {})
+    torch.testing.assert_close(torch.cat(a_pages[0], 2)[0, 0, : len(values)], values.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("each_way")
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
     layout, ranks = layout_of(torch.float32), {"0.q": 8, "1.q": 8}
     with stored(tmp_path, factors(layout, ranks, torch.float32)) as file:

@@ -10,14 +10,14 @@ from aiolora.types import AdapterVersion, SitePages
 
 
 def version(number: int, *needs: int, source: str | None = "folder") -> AdapterVersion:
-    """`needs`: pages of kind 0, of kind 1."""
+    """`needs`: rank pages of kind 0, of kind 1, vector pages of kind 0, of kind 1."""
     pages = tuple(SitePages(kind, count, 1.0) for kind, count in enumerate(needs or (1, 1)) if count)
     return AdapterVersion(number, f"adapter{number}", f"{number:064x}", source, 8, pages, 0)
 
 
-def book(*versions: AdapterVersion, num_pages: int = 2, max_host: int = 8) -> Residency[str]:
+def book(*versions: AdapterVersion, num_pages: int = 2, max_host: int = 8, num_vectors: int = 0) -> Residency[str]:
     """With those versions in host memory."""
-    residency: Residency[str] = Residency(num_kinds=2, num_pages=num_pages, max_host=max_host)
+    residency: Residency[str] = Residency(num_kinds=2, num_pages=num_pages, max_host=max_host, num_vectors=num_vectors)
     for one in versions:
         residency.store(one, one.name)
     return residency
@@ -163,6 +163,30 @@ def test_a_pin_must_leave_room_for_others_on_both_levels() -> None:
         residency.pin(three, room=0)
     assert residency.fits([three])
     assert not residency.fits([three, version(4)]), "what is pinned takes room"
+
+
+def test_vector_pages_are_given_and_taken_like_rank_pages() -> None:
+    one, two, plain = version(1, 1, 1, 1), version(2, 1, 0, 1, 1), version(3, 1, 1)
+    residency = book(one, two, plain, num_pages=3, num_vectors=1)
+    (placement,) = place(residency, one)
+    assert {kind: len(pages) for kind, pages in placement.pages.items()} == {0: 1, 1: 1, 2: 1}
+    place(residency, plain)
+    assert residency.resident() == [one, plain], "there are rank pages for both"
+    place(residency, two)
+    assert residency.resident() == [plain, two], "and one vector page of kind 0"
+    residency.lease(two)
+    assert residency.place(one) is None
+    assert not residency.fits([one, two])
+    assert residency.fits([plain, two])
+
+
+def test_a_pin_must_leave_a_vector_page_of_each_kind() -> None:
+    one, two, plain = version(1, 1, 1, 1), version(2, 1, 1, 1), version(3, 1, 1)
+    residency = book(one, two, plain, num_pages=8, num_vectors=2)
+    residency.pin(one, room=2)
+    with pytest.raises(AdapterMemoryError, match=r"'adapter2': cannot be pinned: .* no vector page .* --max-loras"):
+        residency.pin(two, room=2)
+    residency.pin(plain, room=2)
 
 
 def test_a_retired_version_stays_in_host_memory_until_it_is_dropped() -> None:

@@ -17,10 +17,26 @@ def tables(ranks: list[int]) -> tuple[Tensor, Tensor]:
     return pages, torch.rand(pages.shape) + 0.5
 
 
-def routing(mix: list[int], pages: Tensor, scales: Tensor, tile: int) -> list[Tensor]:
-    """[perm, tiles, pages, scales] of a token for each of `mix`: its adapter in the tables of `tables`.
+def vectors(adapters: int, columns: int) -> Tensor:
+    """Gains and shifts [adapters, 2, N], a view as the pool makes it; every second adapter has none (NaN)."""
+    made = torch.randn(adapters, 3, 2, columns)[:, 1]
+    made[::2] = torch.nan
+    return made
 
-    -1: without one, in a tile that has no pages; -2: without one, in no tile.
+
+def adjusted(value: Tensor, mix: list[int], vectors: Tensor) -> Tensor:
+    """`value` [T, N], what the adapters of `mix` make of it with their gains and shifts."""
+    out = value.clone()
+    for t, adapter in enumerate(mix):
+        if adapter >= 0 and adapter % 2:
+            out[t] = value[t] * vectors[adapter, 0] + vectors[adapter, 1]
+    return out
+
+
+def routing(mix: list[int], pages: Tensor, scales: Tensor, tile: int) -> list[Tensor]:
+    """[perm, tiles, pages, scales, vector pages] of a token for each of `mix`: its adapter in the tables of `tables`.
+
+    -1: without one, in a tile that has no pages; -2: without one, in no tile. Every second adapter has vectors.
     """
     perm = sorted(range(len(mix)), key=lambda t: mix[t] if mix[t] >= 0 else len(pages) - mix[t])
     nobody = len(pages)
@@ -33,4 +49,5 @@ def routing(mix: list[int], pages: Tensor, scales: Tensor, tile: int) -> list[Te
         start += count
     of = torch.cat((pages, torch.full_like(pages[:1], -1)))[adapters]
     by = torch.cat((scales, torch.rand_like(scales[:1])))[adapters]
-    return [torch.tensor(perm, dtype=torch.int32), torch.tensor(tiles, dtype=torch.int32), of, by]
+    vector_pages = torch.tensor([[10**6, adapter if adapter % 2 and adapter < nobody else -1] for adapter in adapters])
+    return [torch.tensor(perm, dtype=torch.int32), torch.tensor(tiles, dtype=torch.int32), of, by, vector_pages.int()]

@@ -17,7 +17,7 @@ from aiolora.ops.activation import silu_mul, silu_mul_op
 from aiolora.ops.attention import attention, attention_op, rope_store, rope_store_op
 from aiolora.ops.linear import whole_linear, whole_linear_op
 from aiolora.ops.norm import add_norm, add_norm_op, rms_norm, rms_norm_op
-from tests.ops.routing import routing, tables
+from tests.ops.routing import adjusted, routing, tables, vectors
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler here, or AIOLORA_NATIVE=0")
 
@@ -44,7 +44,7 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 
 
 def routed(mix: list[int], ranks: list[int]) -> list[Tensor]:
-    """[perm, tiles, pages, scales] of tokens with those of the adapters of `ranks`."""
+    """[perm, tiles, pages, scales, vector pages] of tokens with those of the adapters of `ranks`."""
     return routing(mix, *tables(ranks), 16)
 
 
@@ -87,15 +87,16 @@ def test_a_plain_linear_is_the_product_for_every_number_of_tokens(dtype: torch.d
 @pytest.mark.parametrize("adapter_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adapters_add_their_share_in_every_mix(dtype: torch.dtype, adapter_dtype: torch.dtype, mix: str) -> None:
-    ranks = [1 + 7 * i % 64 for i in range(33)]
+    ranks = [0 if i % 6 > 3 else 1 + 7 * i % 64 for i in range(33)]  # some have vectors alone, some nothing
     for tokens, width, bounds in [(1, 7, [0, 5]), (8, 64, [0, 40, 57, 70]), (31, 80, [0, 3, 66]), (99, 33, [0, 64])]:
         columns, slices = bounds[-1], len(bounds) - 1
         rows = routed((3 * MIXES[mix])[:tokens], ranks)
         a, b = pool(ranks, slices, width, columns, adapter_dtype)
+        v = vectors(len(ranks), columns)
         x, weight = torch.randn(tokens, width).to(dtype), torch.randn(columns, width).to(dtype)
-        out = native.linear(x, weight, [a, b, *rows], [1, *bounds])
+        out = native.linear(x, weight, [a, b, v, *rows], [1, *bounds])
         assert out is not None
-        assert_rounded_once(out, whole_linear(*wide(x, weight), wide(a, b, *rows), [1, *bounds]))
+        assert_rounded_once(out, whole_linear(*wide(x, weight), wide(a, b, v, *rows), [1, *bounds]))
 
 
 def test_a_row_of_a_linear_does_not_depend_on_its_batch_mates_or_threads() -> None:
@@ -103,11 +104,11 @@ def test_a_row_of_a_linear_does_not_depend_on_its_batch_mates_or_threads() -> No
     adapters = [t % 5 for t in range(32)]
     a, b = pool(ranks, 2, 80, 70, torch.bfloat16)
     x, weight = torch.randn(32, 80).bfloat16(), torch.randn(70, 80).bfloat16()
-    pages, scales = tables(ranks)
+    (pages, scales), v = tables(ranks), vectors(len(ranks), 70)
 
     def served(tokens: list[int]) -> Tensor:
         rows = routing([adapters[t] for t in tokens], pages, scales, 16)
-        return whole_linear_op(x[tokens], weight, [a, b, *rows], [1, 0, 33, 70])
+        return whole_linear_op(x[tokens], weight, [a, b, v, *rows], [1, 0, 33, 70])
 
     together = served(list(range(32)))
     threads = torch.get_num_threads()
@@ -124,7 +125,8 @@ def test_only_the_listed_pages_are_read() -> None:
     rows = routing([0, -1, 0], pages, scales, 16)
     for page in set(range(a.shape[1])) - set(pages[0, 1].tolist()):
         a[:, page], b[page] = torch.nan, torch.nan
-    out = whole_linear_op(torch.randn(3, 16), torch.randn(32, 16), [a, b, *rows], [1, 0, 32])
+    adapters = [a, b, vectors(2, 32), *rows]
+    out = whole_linear_op(torch.randn(3, 16), torch.randn(32, 16), adapters, [1, 0, 32])
     assert out.isfinite().all()
 
 
@@ -137,8 +139,11 @@ def test_neighbouring_tiles_that_share_pages_stay_apart(tile: int) -> None:
     pages[2, 1] = pages[1, 1]  # the same at other scales
     a, b = pool([24, 24, 24, 8], 2, 33, 40, torch.float32)
     x, weight = torch.randn(20, 33), torch.randn(40, 33)
+    pages[3, 1], scales[3] = pages[0, 1], scales[0]  # the very same, behind other vectors
+    v = vectors(4, 40)
+    v[1, 0], v[1, 1] = 1, 0
     rows = routing([t % 4 for t in range(20)], pages, scales, tile)
-    out = native.linear(x, weight, [a, b, *rows], [1, 0, 30, 40])
+    out = native.linear(x, weight, [a, b, v, *rows], [1, 0, 30, 40])
     assert out is not None
     exact = x @ weight.T
     for t in range(20):
@@ -146,13 +151,14 @@ def test_neighbouring_tiles_that_share_pages_stay_apart(tile: int) -> None:
         for s, (low, high) in enumerate([(0, 30), (30, 40)]):
             for page, scale in zip(held.tolist(), scales[t % 4, 1].tolist()):
                 exact[t, low:high] += scale * (x[t] @ a[s, page].T) @ b[page, :, low:high]
+    exact = adjusted(exact, [t % 4 for t in range(20)], v)
     assert_rounded_once(out, exact)
 
 
 def test_tiles_that_list_more_tokens_than_there_are_go_to_the_reference() -> None:
     a, b = pool([8], 1, 16, 32, torch.float32)
     perm, *by_tile = routed([0, 0, 0], [8])
-    twice = [a, b, perm, *(torch.cat((x, x)) for x in by_tile)]
+    twice = [a, b, vectors(1, 32), perm, *(torch.cat((x, x)) for x in by_tile)]
     x, weight = torch.randn(3, 16), torch.randn(32, 16)
     assert native.linear(x, weight, twice, [1, 0, 32]) is None
 
@@ -169,7 +175,7 @@ def test_what_the_kernel_does_not_serve_goes_to_the_reference(what: str) -> None
     else:
         a, b = pool([8], 1, 16, 32, torch.float32)
         a = a.transpose(2, 3).contiguous().transpose(2, 3)
-        adapters, where = [a, b, *routed([0] * 4, [8])], [1, 0, 32]
+        adapters, where = [a, b, vectors(1, 32), *routed([0] * 4, [8])], [1, 0, 32]
     assert native.linear(x, weight, adapters, where) is None
     assert torch.equal(whole_linear_op(x, weight, adapters, where), whole_linear(x, weight, adapters, where))
 
@@ -297,7 +303,7 @@ def test_without_the_library_every_op_gives_the_reference(dtype: torch.dtype) ->
         torch.testing.assert_close(op(*args), reference(*args), rtol=0, atol=0)
 
     a, b = pool([8, 3], 1, 16, 32, dtype)
-    same(whole_linear_op, whole_linear, x, weight, [a, b, *routed([1, -1, 0], [8, 3])], [1, 0, 32])
+    same(whole_linear_op, whole_linear, x, weight, [a, b, vectors(2, 32), *routed([1, -1, 0], [8, 3])], [1, 0, 32])
     same(rms_norm_op, rms_norm, x, norm, 1e-5)
     same(add_norm_op, add_norm, x, None, [], [], x, norm, 1e-5)
     same(silu_mul_op, silu_mul, x, None, [], [])

@@ -27,7 +27,7 @@ from aiolora.ops.linear import (
 )
 from aiolora.ops.norm import add_norm, add_norm_op, rms_norm, rms_norm_op
 from aiolora.ops.sampling import greedy, greedy_op, penalise, penalise_op, report, report_op, sample, sample_op
-from tests.ops.routing import routing, tables
+from tests.ops.routing import adjusted, routing, tables, vectors
 from tests.tiny import kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -38,8 +38,9 @@ MIXES = {
     "some none": [2, -1, 0, 2, -1, 0, 1],
     "some in no tile": [-2, 1, -1, 1, -2, 3, 1],
     "one token": [1],
+    "no ranks": [5, -1, 4, 5, 1, 4],
 }
-RANKS = [3, 24, 9, 16]  # of the four adapters: one to three pages
+RANKS = [3, 24, 9, 16, 0, 0]  # of the adapters: none to three pages; every second has vectors
 BOUNDS = [0, 6, 10, 15]
 
 
@@ -49,20 +50,20 @@ def seeded() -> None:
 
 
 def routed(mix: list[int]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """[perm, tiles, pages, scales] with tiles of two tokens, and the pages and scales of each adapter."""
+    """[perm, tiles, pages, scales, vector pages] with tiles of two tokens; the pages and scales of each adapter."""
     pages, scales = tables(RANKS)
     return routing(mix, pages, scales, 2), pages, scales
 
 
 def with_items(rows: list[Tensor]) -> list[Tensor]:
     """`rows` with the items, which references do not read."""
-    perm, tiles, pages, scales = rows
+    perm, tiles, pages, scales, _ = rows
     return [perm, tiles, torch.full((3, 4), -1, dtype=torch.int32), pages, scales]
 
 
-def owing(h: Tensor, b: Tensor, rows: list[Tensor]) -> list[Tensor]:
+def owing(h: Tensor, b: Tensor, v: Tensor, rows: list[Tensor]) -> list[Tensor]:
     """What a reader of a projection gets, with the tile of each token, which references do not read."""
-    return [h, b, *rows[:3], torch.full_like(rows[0], -1)]
+    return [h, b, v, *rows[:3], rows[4], torch.full_like(rows[0], -1)]
 
 
 def assert_close(out: Tensor, exact: Tensor) -> None:
@@ -116,15 +117,17 @@ def test_shrink_is_the_product_with_the_pages_of_each_tokens_adapter(mix: str, d
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("mix", MIXES)
-def test_complete_adds_what_is_owed_and_the_bias(mix: str, biased: bool, dtype: torch.dtype) -> None:
+def test_complete_adds_what_is_owed_and_the_bias_behind_gain_and_shift(
+    mix: str, biased: bool, dtype: torch.dtype
+) -> None:
     (_, b), (rows, pages, _) = adapters(11, dtype), routed(MIXES[mix])
-    y = torch.randn(len(MIXES[mix]), BOUNDS[-1]).to(dtype)
+    y, v = torch.randn(len(MIXES[mix]), BOUNDS[-1]).to(dtype), vectors(len(RANKS), BOUNDS[-1])
     h = torch.randn(len(y), 3, 32)
     bias = torch.randn(BOUNDS[-1]).to(dtype) if biased else None
     before = y.clone()
-    out = complete(y, bias, owing(h, b, rows), [1, 2, *BOUNDS])
+    out = complete(y, bias, owing(h, b, v, rows), [1, 2, *BOUNDS])
     extra = 0.0 if bias is None else bias.double()
-    assert_close(out, y.double() + expanded(h, b, MIXES[mix], pages) + extra)
+    assert_close(out, adjusted(y.double() + expanded(h, b, MIXES[mix], pages), MIXES[mix], v) + extra)
     assert torch.equal(y, before)
     plain = complete(y, bias, [], [])
     assert_close(plain, y.double() + extra)
@@ -137,22 +140,22 @@ def test_complete_adds_what_is_owed_and_the_bias(mix: str, biased: bool, dtype: 
 def test_whole_linear_is_the_product_and_what_is_owed(mix: str, dtype: torch.dtype, compiled: bool) -> None:
     (a, b), (rows, pages, scales) = adapters(11, dtype), routed(MIXES[mix])
     x, weight = torch.randn(len(MIXES[mix]), 11).to(dtype), torch.randn(BOUNDS[-1], 11).to(dtype)
-    h = low_rank(x, a, MIXES[mix], pages, scales)
+    h, v = low_rank(x, a, MIXES[mix], pages, scales), vectors(len(RANKS), BOUNDS[-1])
     exact = x.double() @ weight.double().T
     with kernels(compiled=compiled):
         assert_close(whole_linear_op(x, weight, [], []), exact)
-        out = whole_linear_op(x, weight, [a, b, *rows], [1, *BOUNDS])
-    assert_close(out, exact + expanded(h, b, MIXES[mix], pages))
+        out = whole_linear_op(x, weight, [a, b, v, *rows], [1, *BOUNDS])
+    assert_close(out, adjusted(exact + expanded(h, b, MIXES[mix], pages), MIXES[mix], v))
 
 
 def test_a_token_of_a_step_is_not_changed_by_what_shares_the_step() -> None:
     a, b = adapters(11, torch.float32)
     pages, scales = tables(RANKS)
-    x, weight = torch.randn(7, 11), torch.randn(BOUNDS[-1], 11)
+    x, weight, v = torch.randn(7, 11), torch.randn(BOUNDS[-1], 11), vectors(len(RANKS), BOUNDS[-1])
 
     def served(tokens: list[int]) -> Tensor:
         rows = routing([MIXES["some none"][t] for t in tokens], pages, scales, 2)
-        return whole_linear(x[tokens], weight, [a, b, *rows], [1, *BOUNDS])
+        return whole_linear(x[tokens], weight, [a, b, v, *rows], [1, *BOUNDS])
 
     for tokens in ([0], [1, 2], [6, 0, 3]):
         torch.testing.assert_close(served(tokens), served(list(range(7)))[tokens], rtol=1e-6, atol=1e-5)
@@ -175,8 +178,9 @@ def test_add_norm_pays_into_the_residual_first(dtype: torch.dtype) -> None:
     (_, b), (rows, pages, _) = adapters(11, dtype), routed(mix)
     y, residual = torch.randn(7, 15).to(dtype), torch.randn(7, 15).to(dtype)
     bias, weight, h = torch.randn(15).to(dtype), torch.randn(15).to(dtype), torch.randn(7, 3, 32)
-    normed, total = add_norm(y, bias, owing(h, b, rows), [1, 2, *BOUNDS], residual, weight, 1e-5)
-    exact = residual.double() + y.double() + expanded(h, b, mix, pages) + bias.double()
+    v = vectors(len(RANKS), 15)
+    normed, total = add_norm(y, bias, owing(h, b, v, rows), [1, 2, *BOUNDS], residual, weight, 1e-5)
+    exact = residual.double() + adjusted(y.double() + expanded(h, b, mix, pages), mix, v) + bias.double()
     assert_close(total, exact)
     wide = total.double()
     assert_close(normed, wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double())
@@ -187,8 +191,9 @@ def test_silu_mul_gates_the_paid_value(dtype: torch.dtype) -> None:
     mix = MIXES["some none"]
     (rows, pages, _), b = routed(mix), torch.randn(10, 8, 14).to(dtype)
     y, bias, h = torch.randn(7, 14).to(dtype), torch.randn(14).to(dtype), torch.randn(7, 2, 32)
-    out = silu_mul(y, bias, owing(h, b, rows), [1, 2, 0, 7, 14])
-    value = y.double() + bias.double() + expanded(h, b, mix, pages, [0, 7, 14])
+    v = vectors(len(RANKS), 14)
+    out = silu_mul(y, bias, owing(h, b, v, rows), [1, 2, 0, 7, 14])
+    value = adjusted(y.double() + expanded(h, b, mix, pages, [0, 7, 14]), mix, v) + bias.double()
     gate, up = value[:, :7], value[:, 7:]
     assert_close(out, gate / (1 + (-gate).exp()) * up)
 
@@ -234,7 +239,7 @@ def test_rope_store_pays_what_q_k_and_v_owe() -> None:
     mix, dim = MIXES["some none"], 5 * 2
     (rows, _, _), b = routed(mix), torch.randn(10, 8, 40)
     y, h = torch.randn(7, 40), torch.randn(7, 3, 32)
-    owed, where = owing(h, b, rows), [1, 2, 0, 20, 30, 40]
+    owed, where = owing(h, b, vectors(len(RANKS), 40), rows), [1, 2, 0, 20, 30, 40]
     rest: list[Any] = [None, None, 1e-5, torch.randn(9, dim), torch.arange(7), torch.arange(7)]
     caches = [torch.zeros(2, 4, 1, dim) for _ in range(4)]
     q = rope_store(y, None, owed, where, *rest, *caches[:2], 2)
@@ -497,8 +502,9 @@ def _linear_case(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "a": a.contiguous(),
         "b": b.contiguous(),
+        "v": torch.randn(len(RANKS), 2, BOUNDS[-1]),
         "rows": rows,
-        "owed": owing(torch.randn(7, 3, 32), b.contiguous(), rows),
+        "owed": owing(torch.randn(7, 3, 32), b.contiguous(), torch.randn(len(RANKS), 2, BOUNDS[-1]), rows),
         "where": [1, 2, *BOUNDS],
         "y": torch.randn(7, 15).to(dtype),
         "bias": torch.randn(15).to(dtype),
@@ -527,7 +533,7 @@ def _complete(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 def _whole_linear(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     case = _linear_case(dtype)
     x, weight = torch.randn(7, 11).to(dtype), torch.randn(15, 11).to(dtype)
-    return [(x, weight, [case["a"], case["b"], *case["rows"]], [1, *BOUNDS]), (x, weight, [], [])]
+    return [(x, weight, [case["a"], case["b"], case["v"], *case["rows"]], [1, *BOUNDS]), (x, weight, [], [])]
 
 
 def _rms_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -541,14 +547,14 @@ def _add_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 def _silu_mul(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     rows, _, _ = routed(MIXES["some none"])
-    owed = owing(torch.randn(7, 2, 32), torch.randn(10, 8, 14).to(dtype), rows)
+    owed = owing(torch.randn(7, 2, 32), torch.randn(10, 8, 14).to(dtype), torch.randn(len(RANKS), 2, 14), rows)
     y, bias = torch.randn(7, 14).to(dtype), torch.randn(14).to(dtype)
     return [(y, bias, owed, [1, 2, 0, 7, 14]), (y, None, [], [])]
 
 
 def _rope_store(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     rows, _, _ = routed(MIXES["some none"])
-    owed = owing(torch.randn(7, 3, 32), torch.randn(10, 8, 48).to(dtype), rows)
+    owed = owing(torch.randn(7, 3, 32), torch.randn(10, 8, 48).to(dtype), torch.randn(len(RANKS), 2, 48), rows)
     y, bias, norm = torch.randn(7, 48).to(dtype), torch.randn(48).to(dtype), torch.randn(6).to(dtype)
     index = torch.tensor([0, 1, 2, 5, 4, 3, -1], dtype=torch.int32)
     rest = [1e-5, torch.randn(9, 6), index.abs(), index]

@@ -17,7 +17,7 @@ from aiolora.config import Environment
 from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.errors import AdapterConflictError, AdapterMemoryError, AdapterNotFoundError, RequestError
-from aiolora.types import AdapterPolicy, LoRARequest
+from aiolora.types import AdapterPolicy, AnnouncedAdapter, LoRARequest
 
 _DONE = {"pin": "pinned", "unpin": "unpinned", "alias": "", "rollback": "", "policy": "limited"}  # verb -> its success
 
@@ -56,8 +56,8 @@ class AdapterCard(Struct, frozen=True, kw_only=True):
     """One version: its name stands for it, or (draining) requests under way still run with it."""
 
     id: str
-    digest: str
-    version: str  # NAME@DIGEST12, as in the header of a response
+    digest: str | None  # None: never read so far
+    version: str | None  # NAME@DIGEST12, as in the header of a response
     rank: int
     bytes: int  # of its pages on the device
     residency: Literal["gpu", "cpu", "disk"]
@@ -121,7 +121,14 @@ async def unload_lora_adapter(request: HTTPRequest, serving: Served, environment
 @get("/v1/lora_adapters", operation_id="lora_adapters", tags=["adapters"])
 async def lora_adapters(serving: Served) -> AdapterList:
     """Where every adapter is and who needs it; at the end those without a name that requests still run with."""
-    return AdapterList([_card(serving.engine, standing) for standing in await serving.engine.lora_standing()])
+    engine = serving.engine
+    known = engine.intake.registry.known()
+    standing = {each.version.id: each for each in await engine.lora_standing()}
+    cards = [
+        _unread_card(engine, one) if isinstance(one, AnnouncedAdapter) else _card(engine, standing.pop(one.id))
+        for one in known
+    ]
+    return AdapterList([*cards, *(_card(engine, gone) for gone in standing.values())])
 
 
 @post("/v1/lora_adapters/{name_and_verb:path}", status_code=200, operation_id="change_lora_adapter", tags=["adapters"])
@@ -178,7 +185,6 @@ def _is_folder(path: str) -> bool:
 
 def _card(engine: AsyncLLMEngine, standing: AdapterStanding) -> AdapterCard:
     version = standing.version
-    aliases = engine.intake.registry.aliases()
     return AdapterCard(
         id=version.name,
         digest=version.digest,
@@ -192,6 +198,29 @@ def _card(engine: AsyncLLMEngine, standing: AdapterStanding) -> AdapterCard:
         draining=standing.draining,
         loaded_at=int(version.loaded_at),
         earlier=None if standing.earlier is None else standing.earlier.label,
-        aliases=[] if standing.draining else [alias for alias, name in aliases.items() if name == version.name],
+        aliases=[] if standing.draining else _aliases(engine, version.name),
         policy=engine.intake.policies.get(version.name),
     )
+
+
+def _unread_card(engine: AsyncLLMEngine, known: AnnouncedAdapter) -> AdapterCard:
+    return AdapterCard(
+        id=known.name,
+        digest=None,
+        version=None,
+        rank=known.rank,
+        bytes=known.nbytes,
+        residency="disk",
+        pinned=False,
+        in_use=False,
+        requests=0,
+        draining=False,
+        loaded_at=int(known.announced_at),
+        earlier=None,
+        aliases=_aliases(engine, known.name),
+        policy=engine.intake.policies.get(known.name),
+    )
+
+
+def _aliases(engine: AsyncLLMEngine, name: str) -> list[str]:
+    return [alias for alias, meant in engine.intake.registry.aliases().items() if meant == name]

@@ -31,7 +31,8 @@ def create_app(
     """The OpenAI API over `engine`, whose base model is served as `served_model_name` (default: the engine's `model`).
 
     An engine that is not started is started with the app and stopped with it; one that the host has started stays the
-    host's. `lora_modules` are loaded before the first request. Raises `ConfigError` where one has the base's name.
+    host's. `lora_modules` are checked at the start and read when first asked for (`announce_lora`). Raises
+    `ConfigError` where one has the base's name.
 
     AIOLORA_ALLOW_RUNTIME_LORA_UPDATING and AIOLORA_ALLOW_HUB_ADAPTERS are read here, once.
     """
@@ -47,7 +48,7 @@ def create_app(
             await engine.start()
             engine.reserve(serving.base)
             for module in lora_modules:
-                await engine.add_lora(module)
+                await engine.announce_lora(module)
             serving.since = time.time()
             yield
         finally:

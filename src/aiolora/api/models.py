@@ -7,6 +7,7 @@ from litestar.params import FromPath
 from msgspec import Struct
 
 from aiolora.api.serving import Served, Serving
+from aiolora.types import AdapterVersion
 
 
 class ModelCard(Struct, frozen=True):
@@ -31,8 +32,7 @@ class ModelList(Struct, frozen=True):
 @get("/v1/models", operation_id="models", tags=["models"])
 async def models(serving: Served) -> ModelList:
     """Everything that is served."""
-    registry = serving.engine.intake.registry
-    names = [*(version.name for version in registry.versions()), *registry.aliases()]
+    names = serving.engine.intake.registry.names()
     return ModelList([_base_card(serving), *(_card(serving, name) for name in names)])
 
 
@@ -52,12 +52,12 @@ def _base_card(serving: Serving) -> ModelCard:
 
 
 def _card(serving: Serving, name: str) -> ModelCard:
-    engine = serving.engine
-    version = engine.intake.registry.find(name)
+    known = serving.engine.intake.registry.look_up(name)
+    assert known is not None, f"{name} is known"
     return ModelCard(
         name,
-        int(version.loaded_at),
-        version.source or version.name,
-        version.base_model_name or serving.base,
-        engine.plan.max_model_len,
+        int(known.loaded_at if isinstance(known, AdapterVersion) else known.announced_at),
+        known.source or known.name,
+        known.base_model_name or serving.base,
+        serving.engine.plan.max_model_len,
     )

@@ -57,10 +57,9 @@ class Serving:
         if model == self.base:
             return None
         registry = self.engine.intake.registry
-        adapters = [*(version.name for version in registry.versions()), *registry.aliases()]
-        if model in adapters:
+        if registry.named(model) is not None:
             return model
-        close = difflib.get_close_matches(model, [self.base, *adapters], n=1)
+        close = difflib.get_close_matches(model, [self.base, *registry.names()], n=1)
         hint = f"did you mean {close[0]!r}?" if close else "GET /v1/models lists what is served"
         raise UnknownModelError(f"the model {model[:200]!r} does not exist; {hint}")
 

@@ -51,6 +51,8 @@ def _print(report: "Report", model: str | None) -> None:
     for field in _FIELDS:
         if field in report.config:
             console.print(escape(f"{field}: {report.config[field]}"))
+    if invocation := report.config.get("alora_invocation_tokens"):
+        console.print(escape(f"alora_invocation_tokens: {invocation} (at work from their last place in a prompt on)"))
     table = Table(Column("module", overflow="fold"), "tensors", "rank", "dtype", "bytes")
     for content in report.contents:
         ranks = " ".join(map(str, content.ranks)) or "-"

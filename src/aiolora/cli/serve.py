@@ -40,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
     async def serve() -> None:
         async with AsyncLLMEngine.from_engine_args(said) as engine:
             for module in modules:
-                await engine.add_lora(module, policy=policies.get(module.lora_name))
+                await engine.announce_lora(module, policy=policies.get(module.lora_name))
             plan = engine.plan
             print(
                 f"{args.model} on {plan.device}: {plan.num_pages * plan.page_size} KV tokens "
                 f"({plan.kv_nbytes / 2**20:.0f} MiB), context {plan.max_model_len}, "
-                f"{plan.max_num_seqs} sequences a step, {len(modules)} adapters loaded, "
+                f"{plan.max_num_seqs} sequences a step, {len(modules)} adapters known, "
                 f"room for adapters {plan.adapter_nbytes / 2**20:.0f} MiB",
                 file=sys.stderr,
             )

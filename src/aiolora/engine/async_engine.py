@@ -271,10 +271,23 @@ class AsyncLLMEngine:
             self._naming.allow(version.name, policy)
         return version
 
-    async def resolve_lora(self, lora_name: str) -> bool:
-        """Load the adapter that a resolver finds for a name; True: it is loaded, or was before. False: nobody knows it.
+    async def announce_lora(self, lora: LoRARequest, *, policy: AdapterPolicy | None = None) -> None:
+        """Make the name of an adapter known, to be read when it is first asked for: thousands cost a start little.
 
-        Resolvers are asked only with `AIOLORA_ALLOW_RUNTIME_LORA_UPDATING`. Raises `AdapterError`.
+        Its config and the header of its tensors are checked now; its digest, and values that are not finite, come to
+        light at the first read. Raises `AdapterError`; what is known from the same place already stays as it is.
+        `policy`: as `set_lora_policy`, once it is known.
+        """
+        self._alive()
+        await self._adapters.announce(lora)
+        if policy is not None:
+            self._naming.allow(lora.lora_name, policy)
+
+    async def resolve_lora(self, lora_name: str) -> bool:
+        """Read the adapter that was announced, or that a resolver finds, for a name.
+
+        True: it is loaded, or was before. False: nobody knows it. Resolvers are asked only with
+        `AIOLORA_ALLOW_RUNTIME_LORA_UPDATING`. Raises `AdapterError`.
         """
         self._alive()
         return await self._adapters.resolve(lora_name)
@@ -306,7 +319,7 @@ class AsyncLLMEngine:
         of a model or adapter.
         """
         self._alive()
-        self.intake.registry.alias(alias, self.intake.registry.get(lora).name)
+        self.intake.registry.alias(alias, lora)
 
     async def set_lora_policy(self, lora: str | int, policy: AdapterPolicy) -> None:
         """What an adapter may take from now on: a weight in the turns, answers at a time, tokens a minute.
@@ -317,18 +330,20 @@ class AsyncLLMEngine:
         self._naming.allow(lora, policy)
 
     async def pin_lora(self, lora: str | int) -> None:
-        """Keep an adapter, by name or `lora_int_id`, in host memory and, once it is there, on the device.
+        """Keep an adapter, by name, alias or `lora_int_id`, in host memory and, once it is there, on the device.
 
-        Until `unpin_lora` or `remove_lora`; a version that replaces it takes the pin over. Raises `UnknownModelError`,
-        and `AdapterMemoryError` where what is left beside all pinned ones would hold no adapter of `max_lora_rank`.
+        One that was announced is read for it. Until `unpin_lora` or `remove_lora`; a version that replaces it takes the
+        pin over. Raises `UnknownModelError`, and `AdapterMemoryError` where what is left beside all pinned ones would
+        hold no adapter of `max_lora_rank`.
         """
-        version = self.intake.registry.get(lora)
+        version = await self._adapters.version(self.intake.registry.name(lora))
         await self._across.ask(lambda engine: engine.adapters.pin(version))
 
     async def unpin_lora(self, lora: str | int) -> None:
         """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
-        version = self.intake.registry.get(lora)
-        await self._across.ask(lambda engine: engine.adapters.unpin(version))
+        version = self.intake.registry.look_up(self.intake.registry.name(lora))
+        if isinstance(version, AdapterVersion):  # what was never read is not pinned
+            await self._across.ask(lambda engine: engine.adapters.unpin(version))
 
     async def lora_standing(self) -> list[AdapterStanding]:
         """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""

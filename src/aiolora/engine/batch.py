@@ -72,9 +72,11 @@ class Bucket:
 class Routes(NamedTuple):
     """The mixes of a step. Their numbers mean nothing beyond it, so none can be stale."""
 
-    mix_of_run: list[int]  # -1: no adapter
+    mixes: list[int]  # of each segment, which are the step's tokens in their order; -1: no adapter
+    counts: list[int]  # tokens of each segment
     pages: list[list[list[int]]]  # of each mix and kind
     scales: list[list[list[float]]]  # one for each page
+    vector_pages: dict[int, dict[int, int]]  # mix -> kind -> page, of those that have any
 
     @property
     def width(self) -> int:
@@ -101,25 +103,39 @@ class Packer:
         return step_inputs(tensors, in_flight.tokens, self._device)
 
     def routes(self, batch: Batch) -> Routes | None:
-        """The mixes of `batch` in the order of their first run; None: no run has an adapter."""
+        """The mixes of `batch` in the order of their first run; None: no token has an adapter."""
         numbers: dict[Mix, int] = {}
         by_id: dict[int, int] = {}  # the same by identity: hashing a mix takes microseconds
-        mix_of_run = []
+        mixes, counts = [], []
         for run in batch.runs:
-            mix = run.seq.request.mix
-            number = -1 if mix is None else by_id.get(id(mix), -2)
-            if number == -2 and mix is not None:
-                number = by_id[id(mix)] = numbers.setdefault(mix, len(numbers))
-            mix_of_run.append(number)
+            seq, count = run.seq, run.count
+            mix, number = seq.request.mix, -1
+            if mix is not None and run.start < seq.active_from:
+                bare = num_bare(run)
+                mixes.append(-1)
+                counts.append(bare)
+                count -= bare
+                if not count:
+                    continue
+            if mix is not None:
+                number = by_id.get(id(mix), -1)
+                if number < 0:
+                    number = by_id[id(mix)] = numbers.setdefault(mix, len(numbers))
+            mixes.append(number)
+            counts.append(count)
         if not numbers:
             return None
-        routes = Routes(mix_of_run, [], [])
-        for mix in numbers:
+        routes = Routes(mixes, counts, [], [], {})
+        for mix, number in numbers.items():
             pages: list[list[int]] = [[] for _ in range(self._num_kinds)]
             scales: list[list[float]] = [[] for _ in range(self._num_kinds)]
             for version, weight in mix.parts:
                 placed = self._residency.pages(version)
                 for site in version.pages:
+                    if site.kind >= self._num_kinds:
+                        (page,) = placed[site.kind]
+                        routes.vector_pages.setdefault(number, {})[site.kind - self._num_kinds] = page
+                        continue
                     pages[site.kind] += placed[site.kind]
                     scales[site.kind] += [site.scale * weight] * site.count
             routes.pages.append(pages)
@@ -174,15 +190,16 @@ class Packer:
         elif not bucket.decodes:
             numbers["logits_at"] = _padded(_int32(_logits_at(batch, query_starts)), num_seqs, 0)
         if routes is not None or (bucket is not None and bucket.mixes):
-            numbers |= self._rows(routes or Routes([], [], []), counts, size, bucket)
+            numbers |= self._rows(routes or Routes([], [], [], [], {}), size, bucket)
         return numbers | {"block_tables": block_tables}
 
-    def _rows(self, routes: Routes, counts: list[int], size: int, bucket: Bucket | None) -> Numbers:
-        """The routing of `size` tokens, the first of them in runs of `counts`."""
+    def _rows(self, routes: Routes, size: int, bucket: Bucket | None) -> Numbers:
+        """The routing of `size` tokens; those beyond the segments have no adapter."""
         tile = tile_of(size, self._device)
         bare = len(routes.pages)  # sorts last
         mix_of_token = np.full(size, bare, dtype=np.int32)
-        mix_of_token[: sum(counts)] = np.repeat([mix if mix >= 0 else bare for mix in routes.mix_of_run], counts)
+        known = np.repeat([mix if mix >= 0 else bare for mix in routes.mixes], routes.counts)
+        mix_of_token[: len(known)] = known
         tiles: list[tuple[int, int]] = []
         items: list[tuple[int, int, int, int]] = []
         mix_of_tile: list[int] = []
@@ -201,6 +218,11 @@ class Packer:
         if bucket is not None:
             width, most_tiles, most_items = bucket.pages, bucket.tiles, bucket.tiles * bucket.pages // 2
         pages, scales = self._tables(routes, width)
+        vector_pages = np.full((most_tiles, self._num_kinds), -1, dtype=np.int32)
+        if routes.vector_pages:
+            for number, mix in enumerate(mix_of_tile):
+                for kind, page in routes.vector_pages.get(mix, {}).items():
+                    vector_pages[number, kind] = page
         perm = mix_of_token.argsort(kind="stable").astype(np.int32)
         owners = np.empty(size, dtype=np.int32)
         owners[perm] = np.repeat(np.arange(len(tiles)), [count for _, count in tiles])
@@ -210,6 +232,7 @@ class Packer:
             "items": _padded(_int32(items).reshape(-1, 4), most_items, (-1, 0, 0, 0)),
             "pages": _padded(pages[mix_of_tile], most_tiles, -1),
             "scales": _padded(scales[mix_of_tile], most_tiles, 0.0),
+            "vector_pages": vector_pages,
             "owners": owners,
         }
 
@@ -228,8 +251,8 @@ def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) ->
     """The step whose fields are `tensors`, under the names that `Packer.lay_out` gives them."""
     routing = None
     if "perm" in tensors:
-        perm, tiles, items, pages, scales, owners = (tensors[name] for name in Routing._fields[:-1])
-        routing = Routing(perm, tiles, items, pages, scales, owners, tile_of(len(perm), device))
+        tables = {name: tensors[name] for name in Routing._fields[:-1]}
+        routing = Routing(**tables, tile=tile_of(len(tables["perm"]), device))
     return StepInputs(
         tokens=tensors["tokens"],
         previous=previous,
@@ -241,6 +264,11 @@ def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) ->
         logits_at=tensors.get("logits_at"),
         routing=routing,
     )
+
+
+def num_bare(run: Scheduled) -> int:
+    """How many of the run's first tokens are the base's, whatever mix the sequence has."""
+    return min(run.count, max(0, run.seq.active_from - run.start))
 
 
 def logit_offsets(run: Scheduled) -> list[int]:

@@ -15,7 +15,7 @@ from aiolora.engine.sampler import Sampler
 from aiolora.engine.scheduler import Scheduler, SchedulerLimits
 from aiolora.engine.warm_up import activation_nbytes
 from aiolora.lora.layout import Layout, layout_of
-from aiolora.lora.loader import AdapterWeights, load_adapter
+from aiolora.lora.loader import AdapterWeights, check_adapter, load_adapter
 from aiolora.lora.loader import Limits as AdapterLimits
 from aiolora.lora.memory import InMemory
 from aiolora.lora.paging import reserve_soon
@@ -28,7 +28,7 @@ from aiolora.models.weights import locate
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.pages import PagePool
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import AdapterVersion, LoRARequest
+from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest
 
 READERS = 4  # adapters that a blocking face reads at a time; each is read by several threads
 _PINNED_SHARE = 4  # of the machine's memory so small a part is locked from the start, at most
@@ -41,6 +41,7 @@ class Built:
     engine: Engine
     intake: Intake
     load: Callable[[LoRARequest | InMemory], AdapterWeights]  # blocks; any thread
+    check: Callable[[LoRARequest], AnnouncedAdapter]  # likewise
     plan: Plan
 
 
@@ -78,7 +79,11 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
         assert layout is not None, "Intake lets no adapter through where LoRA is off"
         return load_adapter(request, layout, adapter_limits)
 
-    return Built(engine, intake, load, plan)
+    def check(request: LoRARequest) -> AnnouncedAdapter:
+        assert layout is not None, "Intake lets no adapter through where LoRA is off"
+        return check_adapter(request, layout, adapter_limits)
+
+    return Built(engine, intake, load, check, plan)
 
 
 def _pinned_pages(args: EngineArgs, layout: Layout) -> int:
@@ -102,11 +107,14 @@ def _engine(
 ) -> Engine:
     num_kinds = len(layout.kinds) if layout else 0
     residency: Residency[AdapterWeights] = Residency(
-        num_kinds=num_kinds, num_pages=plan.adapter_pages, max_host=args.host_adapters
+        num_kinds=num_kinds,
+        num_pages=plan.adapter_pages,
+        max_host=args.host_adapters,
+        num_vectors=plan.vector_pages,
     )
     pool = None
     if layout is not None:
-        pool = AdapterPool(layout, plan.adapter_pages, plan.device)
+        pool = AdapterPool(layout, plan.adapter_pages, plan.vector_pages, plan.device)
         pool.attach(model)
     dtype = model.embed.weight.dtype
     cache = KVCache(model.config, num_pages=plan.num_pages, page_size=plan.page_size, dtype=dtype, device=plan.device)

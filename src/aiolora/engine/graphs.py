@@ -105,13 +105,18 @@ class StepGraphs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.walk_through()
-        for bucket in reversed(self._buckets):  # the largest first: the others find their memory in its
-            step = self._inputs.write(bucket, self._inputs.padding(bucket))
-            graph = torch.cuda.CUDAGraph()
-            # what other threads do to the device meanwhile, another engine's among them, is none of its business
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = self._step(step)
-            self._graphs[bucket] = graph, outputs
+            torch.cuda.empty_cache()
+            for bucket in reversed(self._buckets):  # the largest first: the others find their memory in its
+                step = self._inputs.write(bucket, self._inputs.padding(bucket))
+                graph = torch.cuda.CUDAGraph()
+                # what other threads do to the device meanwhile, another engine's among them, is none of its business.
+                # `torch.cuda.graph` would give back all locked memory first, and adapters need what is reserved
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    outputs = self._step(step)
+                finally:
+                    graph.capture_end()
+                self._graphs[bucket] = graph, outputs
         self._graphs = {bucket: self._graphs[bucket] for bucket in self._buckets}
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()

@@ -1,5 +1,6 @@
 """Intake: from what a caller says to a checked Request, and from a name to the adapter version it stands for."""
 
+import logging
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,9 @@ from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestE
 from aiolora.lora.policies import Policies
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import AdapterVersion, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
+from aiolora.types import NEVER, AdapterVersion, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
 
@@ -57,7 +60,7 @@ class Intake:
         text, ids = self._tokens(prompt)
         params = params or SamplingParams()
         self._check(ids, params)
-        return Request(
+        request = Request(
             id=request_id or f"req-{uuid.uuid4().hex}",
             prompt_token_ids=tuple(ids),
             params=params,
@@ -67,6 +70,15 @@ class Intake:
             priority=priority,
             arrival_s=time.monotonic(),
         )
+        if mix is not None and request.active_from == NEVER:
+            version = mix.versions[0]
+            logger.warning(
+                "request %r: the prompt has no invocation of %s (the tokens %s), so the base model answers, as in PEFT",
+                request.id,
+                version.label,
+                list(version.invocation),
+            )
+        return request
 
     def parts(self, lora: LoRA) -> list[tuple[str | LoRARequest, float]]:
         """The adapters that `lora` names, each with its weight; empty for the base model."""

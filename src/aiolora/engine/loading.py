@@ -10,7 +10,13 @@ import anyio.to_thread
 from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built
 from aiolora.engine.names import Names, not_held
-from aiolora.errors import AdapterFormatError, AioloraError, EngineDeadError
+from aiolora.errors import (
+    AdapterError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    AioloraError,
+    EngineDeadError,
+)
 from aiolora.lora.memory import InMemory
 from aiolora.lora.resolver import LoRAResolver
 from aiolora.lora.resolving import Resolving
@@ -33,6 +39,7 @@ class Loading:
         resolver_timeout_s: float,
     ) -> None:
         self._registry = built.intake.registry
+        self._check = built.check
         self._load = built.load
         self._bridge = bridge
         self._names = names
@@ -65,11 +72,21 @@ class Loading:
         """What the name of `lora` stands for again. Raises as `Names.earlier` and `Names.bring_back`."""
         return await self._shared(object(), self._roll_back(lora, digest))
 
+    async def announce(self, lora: LoRARequest) -> None:
+        """Check config and header, and know the name from then on. Raises `AdapterError`."""
+        if self._registry.match(lora) is None:
+            self._registry.announce(await anyio.to_thread.run_sync(self._check, lora))
+
     async def resolve(self, name: str) -> bool:
-        """Whether `name` is known, if need be after a resolver found it and it was loaded."""
-        if self._registry.knows(name):
-            return True
-        return self._resolving is not None and await self._resolving.resolve(name)
+        """Whether `name` is known; what was announced, or what a resolver finds, is read for it.
+
+        Raises `AdapterError` where that cannot be read.
+        """
+        await self._read_announced(name)
+        if not self._registry.knows(name) and self._resolving is not None:
+            await self._resolving.resolve(name)
+            await self._read_announced(name)  # somebody may have announced it while it was looked for
+        return self._registry.knows(name)
 
     def read_again(self, version: AdapterVersion) -> None:
         """Begin to read an evicted version; the engine thread hears how it ended."""
@@ -107,6 +124,15 @@ class Loading:
                 raise EngineDeadError("the engine has stopped") from None
             raise
 
+    async def _read_announced(self, name: str) -> None:
+        """Read what was announced under `name`, if it is still to be read."""
+        while (announced := self._registry.announced(name)) is not None:
+            try:
+                await self.version(announced.request)
+            except AdapterError:
+                if self._registry.announced(name) is announced:
+                    raise  # else it was removed or replaced meanwhile: the name says what holds now
+
     async def _load_resolved(self, lora: LoRARequest) -> None:
         if not self._registry.knows(lora.lora_name):  # else somebody has loaded it while it was looked for
             await self.version(lora)
@@ -115,10 +141,14 @@ class Loading:
         """Read and publish."""
         registry = self._registry
         registry.check(source.lora_name, number)
+        announced = registry.announced(source.lora_name)
         async with self._replacing if replace else contextlib.nullcontext():
             weights = await anyio.to_thread.run_sync(self._load, source)
             if isinstance(source, LoRARequest) and (known := registry.match(source)) is not None:
                 return known  # others have loaded it since then
+            still = registry.announced(source.lora_name)
+            if announced is not None and not replace and (still is None or still.request != announced.request):
+                raise AdapterNotFoundError(source.lora_name, "was removed or replaced while it was read")
             return self._names.publish(weights, number, replace=replace)
 
     async def _roll_back(self, lora: str | int, digest: str | None) -> AdapterVersion:

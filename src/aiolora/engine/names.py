@@ -35,10 +35,10 @@ class Names:
         if name is None:
             return False
         earlier = self._registry.earlier(name)
-        version = self._registry.forget(name, aliases=force)
-        assert version is not None
+        known = self._registry.forget(name, aliases=force)
         self._policies.forget(name)
-        self._post(lambda engine: engine.adapters.drop(version, force=force))
+        if isinstance(known, AdapterVersion):
+            self._post(lambda engine: engine.adapters.drop(known, force=force))
         self._post(lambda engine: engine.scheduler.shares.put(name, None))
         if earlier is not None:
             self._post(lambda engine: engine.adapters.drop(earlier))
@@ -46,7 +46,7 @@ class Names:
 
     def allow(self, lora: str | int, policy: AdapterPolicy) -> None:
         """What an adapter may take from now on. Raises `UnknownModelError`."""
-        name = self._registry.get(lora).name
+        name = self._registry.name(lora)
         self._policies.put(name, policy)
         self._post(lambda engine: engine.scheduler.shares.put(name, policy))
 
@@ -55,7 +55,7 @@ class Names:
 
         Raises `UnknownModelError`, and `AdapterNotFoundError` where nothing such is remembered.
         """
-        name = self._registry.get(lora).name
+        name = self._registry.name(lora)
         version = self._registry.earlier(name)
         if version is None:
             raise AdapterNotFoundError(name, "has no earlier version: it was not replaced since it was loaded")

@@ -38,7 +38,8 @@ class Plan:
     page_size: int
     num_pages: int
     kv_nbytes: int
-    adapter_pages: int  # of each kind; 0: no adapters
+    adapter_pages: int  # of ranks, of each kind; 0: no adapters
+    vector_pages: int  # of each kind
     adapter_nbytes: int
     lora_pages: int  # W of a step on a GPU, unless several adapters of one token take more
     graph_buckets: tuple[Bucket, ...]  # steps to be captured; none on the CPU
@@ -84,7 +85,7 @@ def make_plan(
     Raises `ConfigError` where the wishes do not fit together or into the memory.
     """
     max_num_seqs, budget = step_bounds(args, config, device)
-    adapter_pages, adapter_nbytes = _adapter_room(args, layout, device)
+    adapter_pages, vector_pages, adapter_nbytes = _adapter_room(args, layout, device)
     on_gpu = device == "cuda"
     lora_pages = even(-(-args.max_lora_rank // RANKS_PER_PAGE)) if layout and on_gpu else 0
     captured = on_gpu and not args.enforce_eager and has_kernels()
@@ -109,19 +110,21 @@ def make_plan(
         num_pages=num_pages,
         kv_nbytes=num_pages * page,
         adapter_pages=adapter_pages,
+        vector_pages=vector_pages,
         adapter_nbytes=adapter_nbytes,
         lora_pages=lora_pages,
         graph_buckets=graphs,
     )
 
 
-def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple[int, int]:
-    """Rank pages of each kind, and their bytes: room for `max_loras` adapters of the largest rank, or `lora_memory`.
+def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple[int, int, int]:
+    """Rank pages of each kind, vector pages of each, bytes: `max_loras` adapters of the largest rank, or `lora_memory`.
 
-    On a GPU as many more as host memory keeps, within a share of what is free.
+    On a GPU as many more rank pages as host memory keeps, within a share of what is free. Vector pages are a few parts
+    in a hundred of it: one for each of `max_loras`, beside `lora_memory`.
     """
     if layout is None:
-        return 0, 0
+        return 0, 0, 0
     page = sum(kind.page_nbytes(layout.dtype) for kind in layout.kinds)
     one = -(-args.max_lora_rank // RANKS_PER_PAGE)
     pages = args.max_loras * one
@@ -135,7 +138,8 @@ def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> tuple
             f"lora_memory={args.lora_memory} holds rank {pages * RANKS_PER_PAGE}, under max_lora_rank="
             f"{args.max_lora_rank}; one such adapter needs {one * page} bytes"
         )
-    return pages, pages * page
+    vectors = sum(kind.vectors_nbytes for kind in layout.kinds)
+    return pages, args.max_loras, pages * page + args.max_loras * vectors
 
 
 def graph_buckets(

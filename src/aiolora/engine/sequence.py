@@ -35,6 +35,7 @@ class Sequence:
         self.seniority = (request.arrival_s + PRIORITY_S * max(request.priority, 0), number)
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
+        self.active_from = request.active_from  # position; tokens before it are the base's
         self.stop_token_ids = frozenset(request.params.stop_token_ids)
         self.max_length = max_length  # it ends when it has that many tokens
         self.num_computed = 0
@@ -74,15 +75,19 @@ class Sequence:
         return self.params.prompt_logprobs is not None
 
     def page_key(self, page_index: int, page_size: int) -> bytes:
-        """What the keys and values of that page depend on: the mix and all tokens up to the page's end.
+        """What the keys and values of that page depend on: all tokens up to its end, and from which of them on the mix.
 
-        A chain of keyed digests, so equal keys mean equal prefixes under equal adapters. The one place that makes keys.
+        A chain of keyed digests, so equal keys mean equal prefixes under equal adapters at work from equal positions;
+        pages before that position have the base's keys. The one place that makes keys.
         """
+        joins, offset = divmod(self.active_from, page_size)
         while len(self._keys) <= page_index:
             start = len(self._keys) * page_size
             page_tokens = self.tokens[start : start + page_size]
             assert len(page_tokens) == page_size, "a page is not full"
-            before = self._keys[-1] if self._keys else b"base" if self.mix is None else b"mix:" + self.mix.key
+            before = self._keys[-1] if self._keys else b"base"
+            if self.mix is not None and len(self._keys) == joins:
+                before += b"mix:" + self.mix.key + offset.to_bytes(4)
             content = array("i", page_tokens).tobytes()
             self._keys.append(blake2b(before + content, digest_size=16, key=_PROCESS_SECRET).digest())
         return self._keys[page_index]

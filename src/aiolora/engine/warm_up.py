@@ -54,6 +54,7 @@ def blank_step(
             "items": np.array([(-1, 0, 0, 0)] * (1 + idle), dtype=np.int32),
             "pages": zeros(len(tiles), kinds, pages) - 1,
             "scales": zeros(len(tiles), kinds, pages).astype(np.float32),
+            "vector_pages": zeros(len(tiles), kinds) - 1,
             "owners": np.arange(size, dtype=np.int32) // tile,
         }
     previous = torch.zeros(1, dtype=torch.int32, device=device)

@@ -18,12 +18,8 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 # Fields that change the meaning of the tensors when they are set, and what to do instead.
 _NOT_SERVED = {
-    "use_dora": "retrain with use_dora=False",
-    "lora_bias": "retrain with lora_bias=False",
     "modules_to_save": "retrain without modules_to_save",
     "trainable_token_indices": "retrain without trainable_token_indices",
-    "target_parameters": "use target_modules",
-    "alora_invocation_tokens": "retrain without alora_invocation_tokens",
     "layer_replication": "serve the replicated model as the base",
     "use_qalora": "retrain with use_qalora=False",
     "use_bdlora": "retrain without use_bdlora",
@@ -33,10 +29,13 @@ _NOT_SERVED = {
     "kasa_config": "retrain without kasa_config",
 }
 
+_BIASES = ("none", "all", "lora_only")
+
 _PLAIN_NAME = re.compile(r"[\w.]+")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")  # `(...)?` is no repetition: it counts as a quantifier
 _QUANTIFIER = re.compile(r"(?<!\()[*+?{]+")
 _PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|.", re.DOTALL)  # an escape, a set or a character
+_MAX_INVOCATION = 256  # tokens: the prompt is searched for them
 _MAX_PATTERN, _MAX_QUANTIFIERS, _MAX_REGEXES = 256, 4, 64  # 4 quantifiers need at most 0.8 ms a module, 6 need 31
 
 
@@ -49,21 +48,31 @@ class PeftConfig(Struct, frozen=True):
     lora_alpha: float = 8
     use_rslora: bool = False
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     bias: str = "none"
+    use_dora: bool | None = False
+    lora_bias: bool | None = False
     init_lora_weights: bool | str | None = True
+    alora_invocation_tokens: list[int] | None = None
+    task_type: str | None = None
 
     def scale(self, module: str, rank: int) -> float:
         """Alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732), after alpha_pattern."""
-        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module) or "", self.lora_alpha)
+        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, self._target(module)) or "", self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def rank(self, module: str) -> int:
         """The rank that the config gives to `module`, after rank_pattern."""
-        return self.rank_pattern.get(_matching(self.rank_pattern, module) or "", self.r)
+        return self.rank_pattern.get(_matching(self.rank_pattern, self._target(module)) or "", self.r)
+
+    def _target(self, module: str) -> str:
+        """What patterns are held against: the module, or its weight where target_parameters names that."""
+        weight = weight_of(module)
+        return weight if any(stands_for(name, weight) for name in self.target_parameters or ()) else module
 
     def spares(self, module: str) -> bool:
         """Whether exclude_modules or layers_to_transform keep `module` out of target_modules."""
@@ -79,6 +88,11 @@ class PeftConfig(Struct, frozen=True):
             return False  # PEFT asks for the layer only where a name is the end of a module's
         layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
         return layer is None or int(layer[1]) not in ([layers] if isinstance(layers, int) else layers)
+
+
+def weight_of(module: str) -> str:
+    """The parameter of `module` that target_parameters may name: LoRA on it is LoRA on the module."""
+    return f"{module}.weight"
 
 
 def stands_for(name: str, module: str) -> bool:
@@ -107,8 +121,13 @@ def parse_config(adapter: str, data: bytes) -> PeftConfig:
             f"init_lora_weights={config.init_lora_weights!r} changes the base model's weights; save it with "
             "path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
         )
+    _check_invocation(adapter, config)
     if config.r < 1 or not math.isfinite(config.lora_alpha):
         raise AdapterFormatError(adapter, f"r={config.r}, lora_alpha={config.lora_alpha}: r must be at least 1")
+    if config.use_dora and config.lora_bias:
+        raise AdapterFormatError(adapter, "use_dora and lora_bias are set both, which PEFT does not do")
+    if config.bias not in _BIASES:
+        raise AdapterFormatError(adapter, f"bias={config.bias!r} is none of {', '.join(_BIASES)}")
     patterns = [*config.rank_pattern, *config.alpha_pattern]
     if isinstance(config.exclude_modules, str):
         patterns.append(config.exclude_modules)
@@ -120,6 +139,23 @@ def parse_config(adapter: str, data: bytes) -> PeftConfig:
     for pattern in regexes:
         _check_pattern(adapter, pattern)
     return config
+
+
+def _check_invocation(adapter: str, config: PeftConfig) -> None:
+    """An activated LoRA (aLoRA, arXiv 2504.12397) sleeps until the prompt's last `alora_invocation_tokens`."""
+    invocation = config.alora_invocation_tokens or []
+    if len(invocation) > _MAX_INVOCATION or any(token < 0 for token in invocation):
+        raise AdapterFormatError(
+            adapter,
+            f"alora_invocation_tokens has {len(invocation)} tokens, the least {min(invocation)}; give up to "
+            f"{_MAX_INVOCATION} token ids",
+        )
+    if invocation and config.task_type != "CAUSAL_LM":
+        raise AdapterUnsupportedError(
+            adapter,
+            f"alora_invocation_tokens with task_type={config.task_type!r}: PEFT looks for them in CAUSAL_LM only, and "
+            "the adapter would never wake; save it with task_type='CAUSAL_LM'",
+        )
 
 
 def _matching(patterns: dict[str, Any], module: str) -> str | None:

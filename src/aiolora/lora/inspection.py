@@ -12,7 +12,7 @@ import msgspec
 from aiolora.errors import AdapterError
 from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
 from aiolora.lora.layout import Layout, layout_of
-from aiolora.lora.loader import CONFIG, FACTOR, MAX_CONFIG, Limits, load_adapter, locate, open_tensors, read_file
+from aiolora.lora.loader import CONFIG, MAX_CONFIG, TENSOR, Limits, load_adapter, locate, open_tensors, read_file
 from aiolora.lora.tensorfile import Entry
 from aiolora.models import weights
 from aiolora.models.loading import outline
@@ -91,7 +91,7 @@ def _object(data: bytes) -> dict[str, Any]:
 def _contents(entries: Iterable[Entry]) -> tuple[Content, ...]:
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        match = FACTOR.fullmatch(entry.name)
+        match = TENSOR.fullmatch(entry.name)
         module = match["module"] if match else entry.name.removeprefix("base_model.model.")
         groups.setdefault(re.sub(r"^.*?\.\d+\.", "", module), []).append(entry)
     return tuple(
@@ -107,7 +107,7 @@ def _contents(entries: Iterable[Entry]) -> tuple[Content, ...]:
 
 
 def _coverage(raw: dict[str, Any], entries: Iterable[str], layout: Layout) -> Coverage:
-    modules = {key: match["module"] for key in entries if (match := FACTOR.fullmatch(key))}
+    modules = {key: match["module"] for key in entries if (match := TENSOR.fullmatch(key))}
     placed = {key: module for key, module in modules.items() if module in layout.targets}
     missing: list[str] = []
     try:

@@ -1,9 +1,10 @@
-"""Which modules of the model take adapters, and the shape of a rank page of each kind of site."""
+"""Which modules of the model take adapters, and the shapes of the pages of each kind of site."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from aiolora.models.decoder import Decoder
 from aiolora.models.layers import Linear
@@ -27,6 +28,11 @@ class Kind:
         """Bytes of 8 ranks over all layers and slices, both factors."""
         return RANKS_PER_PAGE * self.layers * (self.slices * self.inputs + self.bounds[-1]) * dtype.itemsize
 
+    @property
+    def vectors_nbytes(self) -> int:
+        """Bytes of a vector page: gain and shift of every out-feature over all layers, float32."""
+        return self.layers * 2 * self.bounds[-1] * torch.float32.itemsize
+
 
 class Target(NamedTuple):
     """A module that an adapter may change."""
@@ -34,13 +40,24 @@ class Target(NamedTuple):
     kind: int
     layer: int
     slice: int
-    inputs: int
-    outputs: int
+    weight: Tensor  # [N, K] of the base model, a view; on "meta" where there is only its outline
+    bias: Tensor | None = None  # [N]
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[0]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All kinds, and the module names that lead to them. Read by loaders in any thread."""
+    """All kinds, and the module names that lead to them. Read by loaders in any thread.
+
+    Pages of a version are numbered by kind: rank pages by that of their site, vector pages by `vectors_of` it.
+    """
 
     kinds: tuple[Kind, ...]
     targets: dict[str, Target]
@@ -50,9 +67,14 @@ class Layout:
         """Index of the kind of a Linear in `layer`."""
         return next(i for i, kind in enumerate(self.kinds) if kind.name == _kind_name(layer, linear))
 
+    def vectors_of(self, kind: int) -> int:
+        """The kind of the vector pages that go with rank pages of `kind`."""
+        return len(self.kinds) + kind
+
     def pages_nbytes(self, pages: dict[int, int]) -> int:
         """Bytes of so many pages (kind -> count) on the device."""
-        return sum(count * self.kinds[kind].page_nbytes(self.dtype) for kind, count in pages.items())
+        sizes = [kind.page_nbytes(self.dtype) for kind in self.kinds] + [kind.vectors_nbytes for kind in self.kinds]
+        return sum(count * sizes[kind] for kind, count in pages.items())
 
 
 def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | None = None) -> Layout:
@@ -66,7 +88,8 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
         number = list(kinds).index(name)
         for index, (part, low, high) in enumerate(linear.slices()):
             if only is None or any(part.endswith(suffix) for suffix in only):
-                targets[part] = Target(number, layer, index, linear.inputs, high - low)
+                bias = None if linear.bias is None else linear.bias[low:high]
+                targets[part] = Target(number, layer, index, linear.weight[low:high], bias)
     return Layout(tuple(kinds.values()), targets, dtype)
 
 

@@ -13,6 +13,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,20 +26,26 @@ from aiolora.errors import (
     AdapterUnsupportedError,
 )
 from aiolora.hub import fetch
-from aiolora.lora.adapter import PeftConfig, parse_config, stands_for
-from aiolora.lora.layout import Layout
+from aiolora.lora.adapter import PeftConfig, parse_config, stands_for, weight_of
+from aiolora.lora.layout import Layout, Target
 from aiolora.lora.memory import HeldTensors, InMemory
 from aiolora.lora.paging import Module, fill
 from aiolora.lora.tensorfile import Entry, TensorFile, Tensors
+from aiolora.lora.vectors import Factors, Vectors, vector_pages
 from aiolora.ops.linear import RANKS_PER_PAGE
-from aiolora.types import AdapterVersion, LoRARequest, SitePages
+from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest, SitePages
 
 logger = logging.getLogger(__name__)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _HEADS = ("lm_head", "embed_tokens")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
-FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
+TENSOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>[\w.]+?)\."
+    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|(?:base_layer\.)?bias)"
+)
+_A, _B = "lora_A.weight", "lora_B.weight"
+_VECTORS = _MAGNITUDE, _FACTOR_BIAS, _BIAS = "lora_magnitude_vector", "lora_B.bias", "bias"
 _MAX_SCALE = 1e4  # alpha / r is of order 1; float32 and bfloat16 hold products with it
 MAX_CONFIG = 1 << 20
 
@@ -47,11 +54,12 @@ _ids = itertools.count(1)
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """One version's rank pages in host memory, ready to be copied page by page."""
+    """One version's pages in host memory, ready to be copied page by page."""
 
     version: AdapterVersion
     a: dict[int, list[Tensor]]  # kind -> pages [L, S, 8, K]
     b: dict[int, list[Tensor]]  # kind -> pages [L, 8, N]
+    vectors: dict[int, Tensor]  # kind -> vector page [L, 2, N] float32
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,21 @@ def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits
         return _build(name, config, file, layout, limits, request)
 
 
+def check_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> AnnouncedAdapter:
+    """All that the config and the header of the tensors say of the adapter at `request.lora_path`. Blocks.
+
+    What only the tensors' bytes can tell (digest, values that are not finite) `load_adapter` finds. Raises as it.
+    """
+    name = request.lora_name
+    folder = locate(name, request.lora_path)
+    config = parse_config(name, read_file(name, folder / CONFIG, MAX_CONFIG))
+    with open_tensors(name, folder) as file:
+        outline = _outline(name, config, file.entries, layout, limits)
+    return AnnouncedAdapter(
+        request=request, rank=outline.rank, nbytes=layout.pages_nbytes(outline.pages), announced_at=time.time()
+    )
+
+
 def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
     if config.base_model_name_or_path and not _same_base(config.base_model_name_or_path, limits.base_model):
         logger.warning(
@@ -88,10 +111,20 @@ def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
         )
 
 
-def _build(
-    name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
-) -> AdapterWeights:
-    factors = _factors(name, config, file.entries, layout)
+class _Outline(NamedTuple):
+    """What an adapter will be, before any tensor is read."""
+
+    parts: dict[str, dict[str, Entry]]  # the tensors of every module
+    modules: list[Module]
+    pages: dict[int, int]  # kind -> count
+    kind_scales: dict[int, float]
+    scales: dict[str, float]  # of each module
+    rank: int  # the largest
+
+
+def _outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: Layout, limits: Limits) -> _Outline:
+    parts = _parts(name, config, entries, layout)
+    factors = {module: (own[_A], own[_B]) for module, own in parts.items() if _A in own}
     ranks: dict[int, int] = {}
     scales: dict[str, float] = {}
     for module, (a, b) in factors.items():
@@ -116,19 +149,37 @@ def _build(
         Module(*pair, layout.targets[module], scales[module] / (kind_scales[layout.targets[module].kind] or 1.0))
         for module, pair in factors.items()
     ]
+    return _Outline(parts, modules, pages, kind_scales, scales, max(ranks.values()))
+
+
+def _build(
+    name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
+) -> AdapterWeights:
+    parts, modules, pages, kind_scales, scales, rank = _outline(name, config, file.entries, layout, limits)
     a_pages, b_pages, contents = fill(file, modules, pages, layout, pinned=limits.pinned)
+    trained = [
+        Vectors(module, layout.targets[module], scales.get(module, 0.0), *map(own.get, _VECTORS))
+        for module, own in parts.items()
+        if own.keys() & _VECTORS
+    ]
+    served = Factors(a_pages, b_pages, kind_scales)
+    vectors, more = vector_pages(file, trained, served, layout, pinned=limits.pinned)
+    pages |= {layout.vectors_of(kind): 1 for kind in sorted(vectors)}
+    invocation = tuple(config.alora_invocation_tokens or ())
     version = AdapterVersion(
         id=next(_ids),
         name=name,
-        digest=_digest(file.entries, contents, scales),
+        digest=_digest(file.entries, contents | more, scales, invocation),
         source=None if isinstance(request, InMemory) else request.lora_path,
-        rank=max(ranks.values()),
-        pages=tuple(SitePages(kind, count, kind_scales[kind]) for kind, count in pages.items()),
+        rank=rank,
+        pages=tuple(SitePages(kind, count, kind_scales.get(kind, 1.0)) for kind, count in pages.items()),
         nbytes=layout.pages_nbytes(pages),
         base_model_name=request.base_model_name,
         loaded_at=time.time(),
+        additive=not (vectors or invocation),
+        invocation=invocation,
     )
-    return AdapterWeights(version, a_pages, b_pages)
+    return AdapterWeights(version, a_pages, b_pages, vectors)
 
 
 def locate(name: str, path: str) -> Path:
@@ -169,41 +220,43 @@ def open_tensors(name: str, folder: Path) -> TensorFile:
     return TensorFile.open(name, file)
 
 
-def _factors(
-    name: str, config: PeftConfig, entries: dict[str, Entry], layout: Layout
-) -> dict[str, tuple[Entry, Entry]]:
-    """(A, B) of every module; every tensor must be one of them, every pair complete, every target present."""
+def _parts(name: str, config: PeftConfig, entries: dict[str, Entry], layout: Layout) -> dict[str, dict[str, Entry]]:
+    """The tensors of every module by their part; every tensor must be one of them, no part and no target missing."""
+    beside = [part for part, trained in ((_MAGNITUDE, config.use_dora), (_FACTOR_BIAS, config.lora_bias)) if trained]
+    known = [_A, _B, *beside, *([_BIAS] if config.bias != "none" else [])]
     found: dict[str, dict[str, Entry]] = {}
     strange = []
     for key, entry in entries.items():
-        match = FACTOR.fullmatch(key)
-        if match is None:
+        match = TENSOR.fullmatch(key)
+        part = match["part"].removeprefix("base_layer.") if match else None
+        if match is None or part not in known:
             strange.append(key)
             continue
         if not entry.dtype.is_floating_point:
             raise AdapterFormatError(name, f"{key} holds {entry.dtype}, no floats")
-        pair = found.setdefault(match["module"], {})
-        if match["factor"] in pair:
-            raise AdapterFormatError(name, f"{key} names lora_{match['factor']} of {match['module']} a second time")
-        pair[match["factor"]] = entry
+        own = found.setdefault(match["module"], {})
+        if part in own:
+            raise AdapterFormatError(name, f"{key} names {_told(part)} of {match['module']} a second time")
+        own[part] = entry
     if heads := [head for head in _HEADS if any(f".{head}." in f".{key}" for key in entries)]:
         raise AdapterUnsupportedError(
             name,
             f"tensors of {' and '.join(heads)} are not served; retrain without them in target_modules, or save with "
             "save_embedding_layers=False",
         )
-    if biases := [key for key in strange if config.bias != "none" and key.endswith(".bias")]:
-        raise AdapterUnsupportedError(
-            name, f"bias={config.bias!r} trained {len(biases)} biases, which are not served; retrain with bias='none'"
-        )
     if strange:
         raise AdapterUnsupportedError(
             name, f"{len(strange)} tensors are no lora_A/lora_B of a linear module and not served: {strange[:3]}"
         )
-    if not found:
+    adapted = {module: own for module, own in found.items() if own.keys() != {_BIAS}}
+    if not adapted:
         raise AdapterFormatError(name, f"{TENSORS} holds no LoRA tensors")
-    if halves := sorted(module for module, pair in found.items() if len(pair) == 1):
-        raise AdapterFormatError(name, f"{halves[0]} has lora_{next(iter(found[halves[0]]))} alone, without its pair")
+    for module, own in sorted(adapted.items()):
+        if not {_A, _B} <= own.keys():
+            alone = min(part for part in own if part != _BIAS)
+            raise AdapterFormatError(name, f"{module} has {_told(alone)} alone, without its pair")
+        if missing := [part for part in beside if part not in own]:
+            raise AdapterFormatError(name, f"{module} has no {missing[0]}, and {CONFIG} says that it was trained")
     if outside := sorted(module for module in found if module not in layout.targets):
         raise AdapterMismatchError(
             name,
@@ -216,13 +269,43 @@ def _factors(
             if not meant and wanted.rpartition(".")[2] in _HEADS and not config.spares(wanted):
                 raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
             # any other name that stands for nothing is of another model: PEFT passes it by
-            if bare := [module for module in meant if module not in found and not config.spares(module)]:
+            if bare := [module for module in meant if module not in adapted and not config.spares(module)]:
                 raise AdapterFormatError(
                     name,
                     f"target_modules names {wanted!r}, but no tensor belongs to it in {len(bare)} of {len(meant)} "
                     f"modules: {bare[:3]}",
                 )
-    return {module: (found[module]["A"], found[module]["B"]) for module in sorted(found)}
+    for wanted in config.target_parameters or ():
+        if bare := [
+            module for module in layout.targets if stands_for(wanted, weight_of(module)) and module not in adapted
+        ]:
+            raise AdapterFormatError(
+                name,
+                f"target_parameters names {wanted!r}, but no tensor belongs to it in {len(bare)} modules: {bare[:3]}",
+            )
+    for module, own in found.items():
+        _check_vectors(name, config, module, own, layout.targets[module])
+    return dict(sorted(found.items()))
+
+
+def _told(part: str) -> str:
+    return part.removesuffix(".weight")
+
+
+def _check_vectors(name: str, config: PeftConfig, module: str, own: dict[str, Entry], target: Target) -> None:
+    """What the module has beside lora_A and lora_B must be of the base model's shape."""
+    for part in own.keys() & _VECTORS:
+        if own[part].shape != (target.outputs,):
+            raise AdapterMismatchError(
+                name,
+                f"{module} has {_told(part)} {list(own[part].shape)}, the base model needs [{target.outputs}]; it was "
+                f"made for {config.base_model_name_or_path!r}",
+            )
+    if _BIAS in own and target.bias is None:
+        raise AdapterMismatchError(
+            name,
+            f"{module} has a bias, the base model's has none; it was made for {config.base_model_name_or_path!r}",
+        )
 
 
 def _checked_rank(name: str, config: PeftConfig, module: str, a: Entry, b: Entry, inputs: int, outputs: int) -> int:
@@ -252,13 +335,17 @@ def _kind_scales(name: str, scales: dict[str, float], layout: Layout) -> dict[in
     return kind_scales
 
 
-def _digest(entries: dict[str, Entry], contents: dict[Entry, str], scales: dict[str, float]) -> str:
-    """sha256 over every tensor's own sha256 and every module's scale: two configs with one set of tensors differ."""
+def _digest(
+    entries: dict[str, Entry], contents: dict[Entry, str], scales: dict[str, float], invocation: tuple[int, ...]
+) -> str:
+    """sha256 over every tensor's own sha256 and what the config adds: two configs with one set of tensors differ."""
     total = hashlib.sha256()
     for key, entry in sorted(entries.items()):
         total.update(f"{key} {entry.dtype} {list(entry.shape)} {contents[entry]}\n".encode())
     for module in sorted(scales):
         total.update(f"{module} {scales[module]!r}\n".encode())
+    if invocation:
+        total.update(f"invocation {invocation}\n".encode())
     return total.hexdigest()
 
 

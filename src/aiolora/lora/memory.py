@@ -53,19 +53,46 @@ class HeldTensors:
         self.entries: dict[str, Entry] = {}
         self._bytes: dict[str, npt.NDArray[np.uint8]] = {}
         offset = 0
-        for name, tensor in dict(source.tensors).items():
+        for name, tensor in self._on_host(source.tensors).items():
             try:
-                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                flat = tensor.contiguous().reshape(-1)
                 data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
             except Exception as error:
-                raise AdapterFormatError(self.adapter, f"{name!r} is no dense tensor: {error!r}") from None
+                raise self._no_tensor(name, error) from None
             self._bytes[name] = data
             self.entries[name] = Entry(name, tensor.dtype, tuple(tensor.shape), offset, data.nbytes)
             offset += data.nbytes
 
+    def _on_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same on the CPU. A GPU's are copied behind each other and waited for once.
+
+        On a stream of their own: in that of the engine's steps each copy would wait for the step that runs.
+        """
+        devices = {tensor.device for tensor in tensors.values() if isinstance(tensor, Tensor) and tensor.is_cuda}
+        streams = {device: torch.cuda.Stream(device) for device in devices}  # type: ignore[no-untyped-call]
+        for device, stream in streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))  # what made them may still run
+        here: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            try:
+                with torch.cuda.stream(streams.get(tensor.device)):
+                    here[name] = tensor.detach().to("cpu", non_blocking=tensor.is_cuda)  # page-locked then
+            except Exception as error:
+                raise self._no_tensor(name, error) from None
+        for stream in streams.values():
+            stream.synchronize()
+        return here
+
+    def _no_tensor(self, name: str, error: Exception) -> AdapterFormatError:
+        return AdapterFormatError(self.adapter, f"{name!r} is no dense tensor: {error!r}")
+
     def read(self, entry: Entry, into: memoryview) -> None:
         """Fill the first `entry.nbytes` bytes of `into`."""
         into[: entry.nbytes] = self._bytes[entry.name].data
+
+    def where(self, entry: Entry) -> tuple[int, int]:
+        """(-1, address) of its bytes."""
+        return -1, self._bytes[entry.name].ctypes.data
 
 
 def in_memory(name: str, tensors: Mapping[str, Tensor] | None, config: AnyConfig | None) -> InMemory:

@@ -1,7 +1,7 @@
-"""Tensors of an adapter file into rank pages: read, digested, checked and laid out a module at a time, in threads.
+"""Tensors of an adapter file into rank pages: read, digested, checked and laid out a tensor at a time, in threads.
 
-A module's two tensors pass through one small buffer, so that its bytes are still in the processor's cache for each of
-the four. Reading, hashing and copying let go of the interpreter's lock.
+A tensor passes through one small buffer, so that its bytes are still in the processor's cache for each of the four.
+`compiled.py` does it where it can, numpy here otherwise.
 """
 
 import functools
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from aiolora.errors import AdapterFormatError
+from aiolora.lora.compiled import Placed, lay_out
 from aiolora.lora.layout import Layout, Target
 from aiolora.lora.tensorfile import Entry, Tensors
+from aiolora.ops.build_native import library
 from aiolora.ops.linear import RANKS_PER_PAGE
 
-_MAX_THREADS = 8  # more wait for each other's turn in the interpreter
+_MAX_THREADS = 16  # of all loads together; two cores at least are left to those who serve
 _SERIAL = 1 << 15  # elements from where torch would start threads of its own
 
 Bits = npt.NDArray[np.signedinteger[Any]]  # floats by their bits, which numpy has for bfloat16 too
@@ -52,22 +54,21 @@ def fill(
     Raises `AdapterFormatError` for values that are not finite in the layout's dtype.
     """
     a_pages, b_pages = _empty(layout, counts, pinned=pinned)
-    a, b = ({kind: list(map(_bits, some)) for kind, some in pages.items()} for pages in (a_pages, b_pages))
-    work = _Fill(file, layout, a, b)
-    remaining = iter(sorted(modules, key=lambda module: module.a.offset))
-    longest = max(max(module.a.nbytes, module.b.nbytes) for module in modules)
-    futures = [_threads().submit(work.run, remaining, longest) for _ in range(min(_num_threads(), len(modules)))]
+    modules = sorted(modules, key=lambda module: module.a.offset)
     present = {module.target[:3] for module in modules}
     for kind in counts:
         shape = layout.kinds[kind]
         for layer in range(shape.layers):
             for index in range(shape.slices):
                 if (kind, layer, index) not in present:
-                    work.clear(kind, layer, index)
-    wait(futures)  # all of them, also after an error: they use the file
-    contents: dict[Entry, str] = {}
-    for future in futures:
-        contents |= future.result()
+                    _clear(a_pages[kind], b_pages[kind], layer, index, shape.bounds)
+    a, b = _addresses(a_pages), _addresses(b_pages)
+    placed = [
+        one for module in modules for one in _places(module, a[module.target.kind], b[module.target.kind], layout)
+    ]
+    contents = lay_out(file, placed, layout.dtype, _threads(), _num_threads())
+    if contents is None:
+        contents = _fill(file, modules, a_pages, b_pages, layout)
     return a_pages, b_pages, contents
 
 
@@ -81,8 +82,23 @@ def reserve(layout: Layout, counts: Mapping[int, int]) -> None:
 
 
 def reserve_soon(layout: Layout, counts: Mapping[int, int]) -> None:
-    """The same, in a thread of its own time."""
+    """The same, and what compiles the loader, in threads: an engine that starts has other things to do."""
+    _threads().submit(library)
     _threads().submit(reserve, layout, counts)
+
+
+def _fill(file: Tensors, modules: list[Module], a_pages: Pages, b_pages: Pages, layout: Layout) -> dict[Entry, str]:
+    """`compiled.lay_out` for any dtype, without a compiler."""
+    a, b = ({kind: list(map(_bits, some)) for kind, some in pages.items()} for pages in (a_pages, b_pages))
+    work = _Fill(file, layout, a, b)
+    remaining = iter(modules)
+    longest = max(max(module.a.nbytes, module.b.nbytes) for module in modules)
+    futures = [_threads().submit(work.run, remaining, longest) for _ in range(min(_num_threads(), len(modules)))]
+    wait(futures)  # all of them, also after an error: they use the file
+    contents: dict[Entry, str] = {}
+    for future in futures:
+        contents |= future.result()
+    return contents
 
 
 class _Fill:
@@ -109,13 +125,6 @@ class _Fill:
                 _put(page[layer, :, low:high], b[start : start + RANKS_PER_PAGE])
         return contents
 
-    def clear(self, kind: int, layer: int, index: int) -> None:
-        """Zeros for a slice without a module."""
-        low, high = self._layout.kinds[kind].bounds[index : index + 2]
-        for a, b in zip(self._a[kind], self._b[kind]):
-            a[layer, index] = 0
-            b[layer, :, low:high] = 0
-
     def _values(self, entry: Entry, ratio: float, buffer: npt.NDArray[np.uint8], contents: dict[Entry, str]) -> Bits:
         """One tensor in the layout's dtype, times `ratio`; it stays in `buffer` where nothing had to be converted."""
         dtype = self._layout.dtype
@@ -132,6 +141,30 @@ class _Fill:
         if ratio != 1:
             bits = _converted(raw, entry.dtype, dtype, ratio)
         return bits.reshape(entry.shape)
+
+
+def _addresses(pages: Pages) -> dict[int, list[int]]:
+    return {kind: [page.data_ptr() for page in some] for kind, some in pages.items()}
+
+
+def _places(module: Module, a: list[int], b: list[int], layout: Layout) -> tuple[Placed, Placed]:
+    """Where both tensors of a module belong in the pages at the addresses `a` and `b`."""
+    kind, layer, index = module.target[:3]
+    shape, width = layout.kinds[kind], layout.dtype.itemsize
+    a_stride, b_stride = shape.inputs * width, shape.bounds[-1] * width
+    a_offset = (layer * shape.slices + index) * RANKS_PER_PAGE * a_stride
+    b_offset = layer * RANKS_PER_PAGE * b_stride + shape.bounds[index] * width
+    return (
+        Placed(module.a, False, 1.0, [page + a_offset for page in a], a_stride),
+        Placed(module.b, True, module.ratio, [page + b_offset for page in b], b_stride),
+    )
+
+
+def _clear(a_pages: list[Tensor], b_pages: list[Tensor], layer: int, index: int, bounds: tuple[int, ...]) -> None:
+    """Zeros for a slice without a module."""
+    for a, b in zip(a_pages, b_pages):
+        a[layer, index] = 0
+        b[layer, :, bounds[index] : bounds[index + 1]] = 0
 
 
 def _put(target: Bits, part: Bits) -> None:
@@ -173,7 +206,7 @@ def _empty(layout: Layout, counts: Mapping[int, int], *, pinned: bool) -> tuple[
 
 
 def _num_threads() -> int:
-    return min(_MAX_THREADS, os.cpu_count() or 1)
+    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) - 2))
 
 
 @functools.cache

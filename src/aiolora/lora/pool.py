@@ -1,4 +1,4 @@
-"""AdapterPool: the store of rank pages on the device, attached once to the model's Linears."""
+"""AdapterPool: the store of adapters' pages on the device, attached once to the model's Linears."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,22 +32,24 @@ class Arrival:
 class AdapterPool:
     """Pages of 8 ranks of one kind of site over all layers: a [P, L, S, 8, K], b [P, L, 8, N] a kind.
 
-    One page is one contiguous copy a factor, written whole before it is read. Which page holds what is `Residency`'s
-    business. A GPU copies in a stream of its own while steps run: nothing launched reads the pages of an evicted
-    version, and no step reads a version that is launched before its `Arrival` is done, so neither stream waits for the
-    other. Engine thread only.
+    And vector pages [V, L, 2, N], float32: gain and shift. A page of each is one contiguous copy, written whole before
+    it is read. Which page holds what is `Residency`'s business. A GPU copies in a stream of its own while steps run:
+    nothing launched reads the pages of an evicted version, and no step reads a version that is launched before its
+    `Arrival` is done, so neither stream waits for the other. Engine thread only.
     """
 
-    def __init__(self, layout: Layout, num_pages: int, device: str) -> None:
+    def __init__(self, layout: Layout, num_pages: int, num_vectors: int, device: str) -> None:
         self.layout = layout
-        self.num_pages = num_pages
         self._a: list[Tensor] = []
         self._b: list[Tensor] = []
+        self._vectors: list[Tensor] = []
         for kind in layout.kinds:
             a = (num_pages, kind.layers, kind.slices, RANKS_PER_PAGE, kind.inputs)
             b = (num_pages, kind.layers, RANKS_PER_PAGE, kind.bounds[-1])
             self._a.append(torch.empty(a, dtype=layout.dtype, device=device))
             self._b.append(torch.empty(b, dtype=layout.dtype, device=device))
+            vectors = (num_vectors, kind.layers, 2, kind.bounds[-1])
+            self._vectors.append(torch.empty(vectors, dtype=torch.float32, device=device))
         self._copies = torch.cuda.Stream() if device.startswith("cuda") else None  # type: ignore[no-untyped-call]
 
     def attach(self, model: Decoder) -> None:
@@ -58,6 +60,7 @@ class AdapterPool:
                 kind,
                 self._a[kind][:, layer].transpose(0, 1),
                 self._b[kind][:, layer],
+                self._vectors[kind][:, layer],
                 list(self.layout.kinds[kind].bounds),
             )
 
@@ -71,7 +74,10 @@ class AdapterPool:
             return Arrival(weights, self._copies.record_event())
 
     def _copy(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> None:
-        for kind, numbers in pages.items():
-            for source, page in enumerate(numbers):
+        for kind, vectors in weights.vectors.items():
+            (page,) = pages[self.layout.vectors_of(kind)]
+            self._vectors[kind][page].copy_(vectors, non_blocking=True)
+        for kind in weights.a:
+            for source, page in enumerate(pages[kind]):
                 self._a[kind][page].copy_(weights.a[kind][source], non_blocking=True)
                 self._b[kind][page].copy_(weights.b[kind][source], non_blocking=True)

@@ -25,16 +25,19 @@ class Placement(Generic[W]):
 class Residency(Generic[W]):
     """Two levels: host memory (a count of versions) and device pages (a pool a kind). `worth` says who goes first.
 
-    A version is leased by every sequence that runs with it; a leased version is never evicted from either level. A
-    placed version is on the device once its bytes have landed there; until then it is neither leased nor evicted.
-    A version without a source cannot be read again and is never evicted from host memory, only dropped. A pinned
-    version is evicted from neither level, a retired one (its name is gone, requests under way still need it) not from
-    host memory: its source may hold something else by now. A shelved one (no request needs it, its name may come back
-    to it) is a guest in host memory, the first to be evicted. Engine thread only.
+    Each kind of site has a pool of rank pages, and behind those each has one of vector pages. A version is leased
+    by every sequence that runs with it; a leased version is never evicted from either level. A placed version is on
+    the device once its bytes have landed there; until then it is neither leased nor evicted. A version without a
+    source cannot be read again and is never evicted from host memory, only dropped. A pinned version is evicted
+    from neither level, a retired one (its name is gone, requests under way still need it) not from host memory: its
+    source may hold something else by now. A shelved one (no request needs it, its name may come back to it) is a
+    guest in host memory, the first to be evicted. Engine thread only.
     """
 
-    def __init__(self, *, num_kinds: int, num_pages: int, max_host: int) -> None:
-        self._pools = [PagePool(num_pages) for _ in range(num_kinds)]
+    def __init__(self, *, num_kinds: int, num_pages: int, max_host: int, num_vectors: int = 0) -> None:
+        """`num_kinds` of sites, each with `num_pages` rank pages and `num_vectors` vector pages."""
+        self._num_kinds = num_kinds
+        self._pools = [PagePool(count) for count in (num_pages, num_vectors) for _ in range(num_kinds)]
         self.max_host = max_host
         self._host: dict[int, tuple[AdapterVersion, W]] = {}
         self._device: dict[int, tuple[AdapterVersion, dict[int, list[int]]]] = {}
@@ -140,7 +143,7 @@ class Residency(Generic[W]):
         """Evict `version` from neither level until `unpin` or `drop`. Pinned already: nothing.
 
         Raises `AdapterMemoryError` where host memory would have room for no other version, or the device for none of
-        `room` pages a kind: whoever is not pinned must still be served, if one at a time.
+        `room` rank pages and a vector page a kind: whoever is not pinned must still be served, if one at a time.
         """
         if version.id in self._pinned:
             return
@@ -150,7 +153,14 @@ class Residency(Generic[W]):
                 f"cannot be pinned: {len(self._pinned)} are, and max_cpu_loras={self.max_host} must leave room for "
                 "one that is not; raise --max-cpu-loras or unpin another",
             )
-        spare = self._spare_pages([*self._pinned.values(), version])
+        all_spare = self._spare_pages([*self._pinned.values(), version])
+        spare, vectors = all_spare[: self._num_kinds], all_spare[self._num_kinds :]
+        if any(site.kind >= self._num_kinds for site in version.pages) and min(vectors) < 1:
+            raise AdapterMemoryError(
+                version.name,
+                "cannot be pinned: it would leave no vector page of a kind for another adapter with DoRA or biases; "
+                "raise --max-loras or unpin another",
+            )
         if min(spare, default=0) < room:
             raise AdapterMemoryError(
                 version.name,

@@ -63,6 +63,10 @@ class Tensors(Protocol):
         """Fill the first `entry.nbytes` bytes of `into`. Raises `AdapterFormatError`."""
         ...
 
+    def where(self, entry: Entry) -> tuple[int, int]:
+        """(file descriptor, offset) of its bytes, or (-1, address) of what is in memory."""
+        ...
+
 
 @dataclass(frozen=True)
 class TensorFile:
@@ -100,6 +104,10 @@ class TensorFile:
             _read(self.fd, into[: entry.nbytes], entry.offset)
         except OSError as error:
             raise AdapterFormatError(self.adapter, f"{self.name} cannot be read: {error}") from error
+
+    def where(self, entry: Entry) -> tuple[int, int]:
+        """(file descriptor, offset) of its bytes."""
+        return self.fd, entry.offset
 
 
 def _read(fd: int, into: memoryview, offset: int) -> None:

@@ -1,4 +1,4 @@
-"""Compiles csrc/ for this CPU, once a machine, and loads it: the kernels that native.py calls."""
+"""Compiles csrc/ for this CPU, once a machine, and loads it: what native.py and the loader of adapters call."""
 
 import ctypes
 import functools
@@ -25,13 +25,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class Library(NamedTuple):
-    """The loaded kernels: each takes one packed struct; what another result than 0 means stands in csrc/."""
+    """The loaded functions: each takes one packed struct; what another result than 0 means stands in csrc/."""
 
     linear: "ctypes._NamedFuncPointer"
     attention: "ctypes._NamedFuncPointer"
     norm: "ctypes._NamedFuncPointer"
     silu_mul: "ctypes._NamedFuncPointer"
     rope_store: "ctypes._NamedFuncPointer"
+    lay_out: "ctypes._NamedFuncPointer"
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def library() -> Library | None:
         return None
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        _LOG.warning("no C compiler (cc, gcc, clang) found: CPU decoding stays 2-3 times slower")
+        _LOG.warning("no C compiler (cc, gcc, clang) found: CPU decoding and loading of adapters stay 2-3 times slower")
         return None
     problem = ""
     for flags in _FLAGS:
@@ -52,7 +53,12 @@ def library() -> Library | None:
             problem = problem or error.stderr.strip()[-500:]
         except OSError as error:
             problem = str(error)
-    _LOG.warning("compiling %s with %s failed, CPU decoding stays 2-3 times slower: %s", SOURCES, compiler, problem)
+    _LOG.warning(
+        "compiling %s with %s failed, CPU decoding and loading of adapters stay 2-3 times slower: %s",
+        SOURCES,
+        compiler,
+        problem,
+    )
     return None
 
 
@@ -86,7 +92,8 @@ def _name(compiler: str, flags: tuple[str, ...]) -> str:
 def _load(path: Path) -> Library:
     """Bind the functions; the short ones keep the GIL: asking for it back may wait longer than their 1-3 us."""
     free, held = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
-    loaded = Library(free.linear, free.attention, held.norm, held.silu_mul, held.rope_store)
+    loaded = Library(free.linear, free.attention, held.norm, held.silu_mul, held.rope_store, free.lay_out)
     for function in loaded:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    loaded.lay_out.argtypes = [ctypes.c_void_p]  # it writes to its struct
     return loaded

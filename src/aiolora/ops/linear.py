@@ -2,12 +2,13 @@
 
     h[t, s] = scale * (x[t] @ a[s, page].T)            for every page of the tile of t, concatenated over pages
     y[t, slice s] += h[t, s] @ b[page, :, slice s]
+    y[t] = gain * y[t] + shift                         where the mix of t has a vector page (DoRA, biases)
 
 Rank pages (the unified paging of S-LoRA, arXiv 2311.03285, with 8 ranks a page) carry no padding to the largest rank:
 a tile lists the pages its tokens have, and only those are read.
 
 Shapes: T tokens, S slices of a fused Linear (q k v; gate up), K in-features, N out-features of all slices,
-P pages, W pages a tile at most, G tiles of tokens of one mix, I items of work.
+P pages, W pages a tile at most, V vector pages, G tiles of tokens of one mix, I items of work.
 """
 
 import itertools
@@ -38,6 +39,7 @@ class Routing(NamedTuple):
     items: Tensor  # [I, 4] int32: (tile, pair of its pages, first, tokens), what a shrink has to do; tile -1: nothing
     pages: Tensor  # [G, kinds, W] int32, -1 after the last page of the tile's mix; without an adapter -1 throughout
     scales: Tensor  # [G, kinds, W] float32, one for each page
+    vector_pages: Tensor  # [G, kinds] int32, the vector page of the tile's mix; -1: it has none
     owners: Tensor  # [T] int32, the tile of each token
     tile: int  # most tokens of a tile
 
@@ -48,6 +50,7 @@ class Site(NamedTuple):
     kind: int  # index into the second axis of Routing.pages
     a: Tensor  # [S, P, 8, K]
     b: Tensor  # [P, 8, N]
+    vectors: Tensor  # [V, 2, N] float32: gain and shift
     bounds: list[int]  # S + 1 ends of the slices in N
 
 
@@ -62,11 +65,12 @@ class Partial(NamedTuple):
 
     @property
     def flat(self) -> tuple[Tensor, Tensor | None, list[Tensor], list[int]]:
-        """What every reading op begins with: y, bias, [h, b, *routing] or [], [kind, tile, *bounds] or []."""
+        """What every reading op begins with: y, bias, [h, b, vectors, *routing] or [], [kind, tile, *bounds] or []."""
         if self.h is None or self.site is None or self.routing is None:
             return self.y, self.bias, [], []
         site, routing = self.site, self.routing
-        owed = [self.h, site.b, routing.perm, routing.tiles, routing.pages, routing.owners]
+        tables = (routing.perm, routing.tiles, routing.pages, routing.vector_pages, routing.owners)
+        owed = [self.h, site.b, site.vectors, *tables]
         return self.y, self.bias, owed, [site.kind, routing.tile, *site.bounds]
 
 
@@ -80,7 +84,8 @@ def linear(
     if site is None or routing is None:
         return Partial(whole_linear_op(x, weight, [], []) if whole else product_op(x, weight), bias)
     if whole:
-        adapters = [site.a, site.b, routing.perm, routing.tiles, routing.pages, routing.scales]
+        tables = [routing.perm, routing.tiles, routing.pages, routing.scales, routing.vector_pages]
+        adapters = [site.a, site.b, site.vectors, *tables]
         return Partial(whole_linear_op(x, weight, adapters, [site.kind, *site.bounds]), bias)
     tables = [routing.perm, routing.tiles, routing.items, routing.pages, routing.scales]
     y, h = product_shrink_op(x, weight, site.a, tables, [site.kind, routing.tile])
@@ -121,7 +126,7 @@ def shrink(x: Tensor, a: Tensor, routing: list[Tensor], where: list[int]) -> Ten
 
 
 def complete(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int]) -> Tensor:
-    """`y` [T, N] plus what its adapters owe plus the bias, summed in float32: [T, N] in y's dtype."""
+    """`y` [T, N] with what its adapters owe, plus the bias, summed in float32: [T, N] in y's dtype."""
     return paid(y, bias, owed, where).to(y.dtype, copy=True)
 
 
@@ -131,30 +136,36 @@ def paid(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int]) -
         return y
     out = y.to(torch.float32, copy=True)
     if owed:
-        h, b, perm, tiles, pages = owed[:5]
+        h, b, vectors, perm, tiles, pages, vector_pages = owed[:7]
         kind, bounds = where[0], where[2:]
         ranks = b.shape[1]
         for tile, (start, count) in enumerate(tiles.tolist()):
-            held = _held(pages, tile, kind)
-            if count == 0 or len(held) == 0:
+            held, vector = _held(pages, tile, kind), int(vector_pages[tile, kind])
+            if count == 0 or (len(held) == 0 and vector < 0):
                 continue
             tokens = perm[start : start + count]
             b_RN = b[held].flatten(0, 1)
             for s, (low, high) in enumerate(itertools.pairwise(bounds)):
                 h_TR = h[tokens, s, : len(held) * ranks]
                 out[tokens, low:high] += (h_TR.to(b.dtype) @ b_RN[:, low:high]).float()
+            if vector >= 0:
+                gain, shift = vectors[vector]
+                out[tokens] = (gain * out[tokens] + shift).float()
     return out if bias is None else out + bias.float()
 
 
 def whole_linear(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) -> Tensor:
-    """`complete(linear(x, ...))` [T, N] as one op; `adapters` is [a, b, perm, tiles, pages, scales] or empty."""
+    """`complete(linear(x, ...))` [T, N] as one op.
+
+    `adapters` is [a, b, vectors, perm, tiles, pages, scales, vector pages] or empty, `where` [kind, *bounds].
+    """
     y = F.linear(x, weight)
     if not adapters:
         return y
-    a, b, perm, tiles, pages, scales = adapters
+    a, b, vectors, perm, tiles, pages, scales, vector_pages = adapters
     kind, *bounds = where
     h = shrink(x, a, [perm, tiles, tiles, pages, scales], [kind, 0])
-    return complete(y, None, [h, b, perm, tiles, pages], [kind, 0, *bounds])
+    return complete(y, None, [h, b, vectors, perm, tiles, pages, vector_pages], [kind, 0, *bounds])
 
 
 def _whole_linear_cpu(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) -> Tensor:

@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) 
     columns = weight.shape[0]
     fields: tuple[int, ...] = (0,)
     if adapters:
-        a, b, perm, tiles, pages, scales = adapters
+        a, b, vectors, perm, tiles, pages, scales, vector_pages = adapters
         slices, _, _, a_width = a.shape
         (a_slice, a_page, *a_rest), (b_page, *b_rest), adapter_kind = a.stride(), b.stride(), _TYPES.get(a.dtype)
         if (
@@ -47,8 +47,9 @@ def linear(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) 
             or a_rest != [width, 1]
             or b_rest != [columns, 1]
             or (a_width, len(where)) != (width, slices + 2)
-            or not (_is_int32(perm) and _is_int32(tiles) and _is_int32(pages))
-            or not (scales.dtype is torch.float32 and scales.is_contiguous())
+            or not (_is_int32(perm) and _is_int32(tiles) and _is_int32(pages) and _is_int32(vector_pages))
+            or not (scales.dtype is vectors.dtype is torch.float32 and scales.is_contiguous())
+            or vectors.stride()[1:] != (columns, 1)
         ):
             return None
         _, kinds, most = pages.shape
@@ -56,7 +57,8 @@ def linear(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) 
         fields = (
             *(slices, adapter_kind, a.data_ptr(), b.data_ptr(), a_slice, a_page, b_page),
             *(perm.data_ptr(), tiles.data_ptr(), tiles.shape[0], pages.data_ptr() + skipped),
-            *(scales.data_ptr() + skipped, kinds * most, most, *where[1:]),
+            *(scales.data_ptr() + skipped, kinds * most, most),
+            *(vectors.data_ptr(), vectors.stride(0), vector_pages.data_ptr() + 4 * where[0], kinds, *where[1:]),
         )
     y = x.new_empty((tokens, columns))
     ends = x.data_ptr(), weight.data_ptr(), y.data_ptr()

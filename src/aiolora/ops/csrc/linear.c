@@ -1,5 +1,5 @@
-/* linear: y = x w^T and what the adapters add to it, in one launch. The adapters' shrink (a) comes first, then each
-   thread takes columns of y: the base product and the expand (b) on top of it.
+/* linear: y = x w^T and what the adapters make of it, in one launch. The adapters' shrink (a) comes first, then each
+   thread takes columns of y: the base product, the expand (b) on top of it, and of both the gain and the shift.
 
    A row of y is summed in the same order whatever else is in the batch and whatever the number of threads. native.py
    packs the fields of linear_args, all of 8 bytes, in their order. */
@@ -30,6 +30,10 @@ typedef struct {
     const int32_t *pages; /* [G, kinds, W], already at this kind */
     const float *scales;
     i64 tile_stride, W; /* elements between tiles of pages and scales */
+    const float *vectors; /* [V, 2, N]: gain and shift */
+    i64 v_page;           /* stride, elements */
+    const int32_t *vector_pages; /* [G, kinds], already at this kind; -1: none */
+    i64 kinds;
     i64 bounds[];      /* S + 1 */
 } linear_args;
 
@@ -122,6 +126,21 @@ INLINE void expand(const linear_job *job, int type, float *sums, i64 n0, i64 n1)
         }
 }
 
+INLINE void adjust(const linear_job *job, float *sums, i64 n0, i64 n1) { /* sums = gain * sums + shift */
+    const linear_args *c = job->args;
+    for (const run *u = job->runs; u < job->runs + job->num_runs; u++) {
+        i64 page = c->vector_pages[u->tile * c->kinds];
+        if (page < 0)
+            continue;
+        const float *gain = c->vectors + page * c->v_page, *shift = gain + c->N;
+        for (i64 t = u->start; t < u->start + u->count; t++) {
+            float *row = sums + c->perm[t] * COLUMNS;
+            for (i64 n = n0; n < n1; n++)
+                row[n - n0] = gain[n] * row[n - n0] + shift[n];
+        }
+    }
+}
+
 INLINE void prefetch_columns(const linear_job *job, i64 n0) { /* of b: they arrive during the base product */
     const linear_args *c = job->args;
     i64 width = size(c->adapter_type);
@@ -157,6 +176,7 @@ INLINE void linear_columns(linear_job *job, int type, i64 n0) {
         expand(job, BF16, sums, n0, n1);
     else if (job->num_runs)
         expand(job, F32, sums, n0, n1);
+    adjust(job, sums, n0, n1);
     for (i64 t = 0; t < c->T; t++)
         for (i64 n = n0; n < n1; n += LANES)
             store_some(c->y + t * c->N * size(type), n, type, load((char *)(sums + t * COLUMNS), n - n0, F32), n1 - n);
@@ -186,7 +206,8 @@ static void linear_worker(void *argument, int thread, int threads) {
 
 static int same_pages(const linear_args *c, i64 tile, i64 other) { /* and the same scales: the same mix */
     i64 one = tile * c->tile_stride, two = other * c->tile_stride;
-    return !memcmp(c->pages + one, c->pages + two, c->W * sizeof(int32_t)) &&
+    return c->vector_pages[tile * c->kinds] == c->vector_pages[other * c->kinds] &&
+           !memcmp(c->pages + one, c->pages + two, c->W * sizeof(int32_t)) &&
            !memcmp(c->scales + one, c->scales + two, c->W * sizeof(float));
 }
 
@@ -202,7 +223,7 @@ static i64 find_runs(linear_job *job) { /* neighbouring tiles with the same page
             continue;
         while (held < c->W && pages[held] >= 0)
             held++;
-        if (held == 0)
+        if (held == 0 && c->vector_pages[tile * c->kinds] < 0)
             continue;
         tokens += count;
         if (tokens > c->T)

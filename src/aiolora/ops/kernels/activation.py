@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aiolora.ops.kernels.expand import expand_rest, held_pages, load_b, load_h, pay_rest, pay_token
+from aiolora.ops.kernels.expand import adjusted, expand_rest, held_pages, load_b, load_h, pay_rest, pay_token
 from aiolora.ops.kernels.launch import ceil_div, launch, power_of_2
 from aiolora.ops.kernels.linear import chained, precision
 
@@ -21,16 +21,17 @@ def silu_mul(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
         _by_token(y, bias, out, owed, where)
         return out
     if owed:
-        h, b, perm, tiles, pages, _ = owed
+        h, b, vectors, perm, tiles, pages, vector_pages, _ = owed
         kind, tile = where[:2]
+        strides = b.stride(0), b.stride(1), vectors.stride(0)
         rows, groups, most = max(16, tile), tiles.shape[0], pages.shape[2]
-        rest: tuple[object, ...] = (h, b, perm, tiles, pages, kind, pages.shape[1], b.stride(0), b.stride(1))
+        rest: tuple[object, ...] = (h, b, vectors, perm, tiles, pages, vector_pages, kind, pages.shape[1], *strides)
         columns, warps = (128, 4) if rows == 16 else LARGE
         turns = 4 if groups >= 16 and rows == 16 else 1
     else:
         rows = 1 if tokens <= 4 else 4
         groups, most = ceil_div(tokens, rows), 2
-        rest = (y, y, y, y, y, 0, 0, 0, 0)
+        rest = (y, y, y, y, y, y, y, 0, 0, 0, 0, 0)
         columns, warps = (256, 2) if rows == 1 else (512, 4)
         turns = 1
     pdl = chained(tokens, bool(owed))
@@ -44,20 +45,21 @@ def silu_mul(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
 
 
 def _by_token(y: Tensor, bias: Tensor | None, out: Tensor, owed: list[Tensor], where: list[int]) -> None:
-    h, b, _, _, pages, owners = owed
+    h, b, vectors, _, _, pages, vector_pages, owners = owed
+    strides = b.stride(0), b.stride(1), vectors.stride(0)
     tokens, width = out.shape
     most, columns = pages.shape[2], 256 if tokens <= 4 else 512  # 8 a thread: its 16 ranks stay with it
     pdl = chained(tokens, owing=True)
     launch(
         _silu_mul_token_kernel, (tokens, ceil_div(width, columns)),
-        (y, bias, out, h, b, pages, owners, where[0], pages.shape[1], b.stride(0), b.stride(1)),
+        (y, bias, out, h, b, vectors, pages, vector_pages, owners, where[0], pages.shape[1], *strides),
         N=width, W=most, W_BLOCK=power_of_2(most), BN=columns, pdl=pdl, num_warps=columns // 256,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["kind", "kinds"])
 def _silu_mul_token_kernel(
-    y, bias, out, h, b, pages, owners, kind, kinds, b_page, b_rank,
+    y, bias, out, h, b, vectors, pages, vector_pages, owners, kind, kinds, b_page, b_rank, v_page,
     N: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN columns of one token and what it owes."""
@@ -66,6 +68,7 @@ def _silu_mul_token_kernel(
     inside = n < N
     tile = tl.load(owners + token)
     held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
+    vector = tl.load(vector_pages + tile * kinds + kind)
     b_gate = load_b(b, pages, tile, kind, kinds, 0, n, inside, b_page, b_rank, W)
     b_up = load_b(b, pages, tile, kind, kinds, 0, N + n, inside, b_page, b_rank, W)
     if PDL:
@@ -79,6 +82,9 @@ def _silu_mul_token_kernel(
         up = pay_token(up, b_up, h, held, 0, token, 1, 2, W)
         gate = pay_rest(gate, b, pages, tile, kind, kinds, h, held, token, n, inside, 0, b_page, b_rank, 2, W)
         up = pay_rest(up, b, pages, tile, kind, kinds, h, held, token, N + n, inside, 1, b_page, b_rank, 2, W)
+    if vector >= 0:
+        gate = adjusted(gate, vectors, vector, n, inside, v_page, 2 * N)
+        up = adjusted(up, vectors, vector, N + n, inside, v_page, 2 * N)
     if bias is not None:
         gate += tl.load(bias + n, inside, 0.0).to(tl.float32)
         up += tl.load(bias + N + n, inside, 0.0).to(tl.float32)
@@ -90,7 +96,7 @@ def _silu_mul_token_kernel(
 
 @triton.jit(do_not_specialize=["T", "kind", "kinds"])
 def _silu_mul_kernel(
-    y, bias, out, h, b, perm, tiles, pages, kind, kinds, b_page, b_rank, T,
+    y, bias, out, h, b, vectors, perm, tiles, pages, vector_pages, kind, kinds, b_page, b_rank, v_page, T,
     N: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TURNS: tl.constexpr,
     PRECISION: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -101,6 +107,7 @@ def _silu_mul_kernel(
     if LORA:
         first, count = tl.load(tiles + tile * 2), tl.load(tiles + tile * 2 + 1)
         held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
+        vector = tl.load(vector_pages + tile * kinds + kind)
         ok = m < count
         tokens = tl.load(perm + first + m, ok, 0)
         b_gate = load_b(b, pages, tile, kind, kinds, 0, n, n < N, b_page, b_rank, W)
@@ -138,6 +145,9 @@ def _silu_mul_kernel(
                         up_more, b, pages, tile, kind, kinds, h, held, tokens, ok, N + n, inside, 1, b_page, b_rank,
                         2, W, PRECISION,
                     )  # fmt: skip
+                if vector >= 0:
+                    gate = adjusted(gate, vectors, vector, n, inside, v_page, 2 * N)
+                    up = adjusted(up, vectors, vector, N + n, inside, v_page, 2 * N)
             if bias is not None:
                 gate += tl.load(bias + n, inside, 0.0).to(tl.float32)[None, :]
                 up += tl.load(bias + N + n, inside, 0.0).to(tl.float32)[None, :]

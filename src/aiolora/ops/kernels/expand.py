@@ -34,6 +34,16 @@ def load_h(h, held, pair, tokens, ok, part, S: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def adjusted(acc, vectors, vector, columns, inside, v_page, N: tl.constexpr):
+    """`acc` [BM, BN] or [BN] of float32 times the gain and plus the shift of vector page `vector`.
+
+    Behind a branch: where no page is, nothing is read.
+    """
+    at = vectors + vector.to(tl.int64) * v_page + columns
+    return acc * tl.load(at, inside, 1.0) + tl.load(at + N, inside, 0.0)
+
+
+@triton.jit
 def expand_pair(acc, b_RN, h, held, pair, tokens, ok, part, S: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr):
     """`acc` [BM, BN] plus h[tokens, part, ranks of the pair] @ `b_RN`."""
     h_MR = load_h(h, held, pair, tokens, ok, part, S, W)

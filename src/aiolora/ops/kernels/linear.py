@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, load_b
+from aiolora.ops.kernels.expand import adjusted, expand_pair, expand_rest, held_pages, load_b
 from aiolora.ops.kernels.launch import PDL, ceil_div, launch, power_of_2, processors
 
 SKINNY = 64  # tokens up to which our own product is as fast as cuBLAS
@@ -80,8 +80,9 @@ def complete(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
     """See `linear.complete`."""
     if not owed:
         return y.clone() if bias is None else y + bias
-    h, b, perm, tiles, pages, _ = owed
+    h, b, vectors, perm, tiles, pages, vector_pages, _ = owed
     kind, tile, *bounds = where
+    strides = b.stride(0), b.stride(1), vectors.stride(0)
     width = y.shape[1]
     out = torch.empty_like(y)
     columns, warps = (128, 4) if tile <= 16 else LARGE
@@ -90,7 +91,7 @@ def complete(y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int
     for part, (low, high) in enumerate(pairwise(bounds)):  # slices of any widths: a launch each
         launch(
             _complete_kernel, (tiles.shape[0], ceil_div(high - low, columns)),
-            (y, bias, out, h, b, perm, tiles, pages, kind, kinds, b.stride(0), b.stride(1)),
+            (y, bias, out, h, b, vectors, perm, tiles, pages, vector_pages, kind, kinds, *strides),
             N=width, PART=part, LOW=low, HIGH=high, S=slices, W=most, W_BLOCK=power_of_2(most), BM=max(16, tile),
             BN=columns, PRECISION=precision(b), BIASED=bias is not None, num_warps=warps,
         )  # fmt: skip
@@ -337,15 +338,16 @@ def _skinny_kernel(
 
 @triton.jit(do_not_specialize=["kind", "kinds"])
 def _complete_kernel(
-    y, bias, out, h, b, perm, tiles, pages, kind, kinds, b_page, b_rank,
+    y, bias, out, h, b, vectors, perm, tiles, pages, vector_pages, kind, kinds, b_page, b_rank, v_page,
     N: tl.constexpr, PART: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, S: tl.constexpr, W: tl.constexpr,
     W_BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, BIASED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Columns of one slice of one tile of tokens: y + what is owed + bias."""
+    """Columns of one slice of one tile of tokens: y with what is owed, + bias."""
     tile = tl.program_id(0)
     first, count = tl.load(tiles + tile * 2), tl.load(tiles + tile * 2 + 1)
     held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
+    vector = tl.load(vector_pages + tile * kinds + kind)
     if count > 0:
         n = LOW + tl.program_id(1) * BN + tl.arange(0, BN)
         inside = n < HIGH
@@ -361,6 +363,8 @@ def _complete_kernel(
             acc += expand_rest(
                 more, b, pages, tile, kind, kinds, h, held, tokens, ok, n, inside, PART, b_page, b_rank, S, W, PRECISION
             )
+        if vector >= 0:
+            acc = adjusted(acc, vectors, vector, n, inside, v_page, N)
         if BIASED:
             acc += tl.load(bias + n, inside, 0.0).to(tl.float32)[None, :]
         tl.store(out + at, acc.to(out.dtype.element_ty), mask)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aiolora.ops.kernels.expand import held_pages, load_b, pay_rest, pay_token
+from aiolora.ops.kernels.expand import adjusted, held_pages, load_b, pay_rest, pay_token
 from aiolora.ops.kernels.launch import launch, power_of_2
 from aiolora.ops.kernels.linear import chained, complete
 
@@ -46,11 +46,12 @@ def _launch(
 ) -> None:
     tokens, width = y.shape
     most = 2
-    rest: tuple[object, ...] = (y, y, y, y, 0, 0, 0, 0)
+    rest: tuple[object, ...] = (y, y, y, y, y, y, 0, 0, 0, 0, 0)
     if owed:
-        h, b, _, _, pages, owners = owed
+        h, b, vectors, _, _, pages, vector_pages, owners = owed
         most = pages.shape[2]
-        rest = (h, b, pages, owners, where[0], pages.shape[1], b.stride(0), b.stride(1))
+        strides = b.stride(0), b.stride(1), vectors.stride(0)
+        rest = (h, b, vectors, pages, vector_pages, owners, where[0], pages.shape[1], *strides)
     block = power_of_2(width)
     pdl = chained(tokens, bool(owed))
     launch(
@@ -63,7 +64,8 @@ def _launch(
 
 @triton.jit(do_not_specialize=["kind", "kinds"])
 def _add_norm_kernel(
-    y, bias, residual, weight, out, total, h, b, pages, owners, kind, kinds, b_page, b_rank, eps,
+    y, bias, residual, weight, out, total, h, b, vectors, pages, vector_pages, owners, kind, kinds, b_page, b_rank,
+    v_page, eps,
     N: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token a program."""
@@ -74,6 +76,7 @@ def _add_norm_kernel(
     if LORA:
         tile = tl.load(owners + token)
         held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
+        vector = tl.load(vector_pages + tile * kinds + kind)
         b_RN = load_b(b, pages, tile, kind, kinds, 0, n, inside, b_page, b_rank, W)
     if PDL:
         gdc_wait()
@@ -86,6 +89,8 @@ def _add_norm_kernel(
         if held > 0:
             acc = pay_token(acc, b_RN, h, held, 0, token, 0, 1, W)
             acc = pay_rest(acc, b, pages, tile, kind, kinds, h, held, token, n, inside, 0, b_page, b_rank, 1, W)
+        if vector >= 0:
+            acc = adjusted(acc, vectors, vector, n, inside, v_page, N)
     if bias is not None:
         acc += tl.load(bias + n, inside, 0.0).to(tl.float32)
     if residual is not None:

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aiolora.ops.kernels.expand import expand_pair, expand_rest, held_pages, load_b, pay_rest, pay_token
+from aiolora.ops.kernels.expand import adjusted, expand_pair, expand_rest, held_pages, load_b, pay_rest, pay_token
 from aiolora.ops.kernels.launch import ceil_div, launch, power_of_2
 from aiolora.ops.kernels.linear import chained, precision
 
@@ -33,16 +33,17 @@ def rope_store(
     q = y.new_empty((tokens, num_heads, head_dim))
     alone = bool(owed) and tokens <= BY_TOKEN
     if owed:
-        h, b, perm, tiles, pages, owners = owed
+        h, b, vectors, perm, tiles, pages, vector_pages, owners = owed
         most, rows = pages.shape[2], 1 if alone else max(16, where[1])
         groups = tokens if alone else tiles.shape[0]
-        strides = b.stride(0), b.stride(1)
-        rest: tuple[object, ...] = (h, b, perm, tiles, pages, owners, where[0], pages.shape[1], *strides)
+        tables = perm, tiles, pages, vector_pages, owners
+        strides = b.stride(0), b.stride(1), vectors.stride(0)
+        rest: tuple[object, ...] = (h, b, vectors, *tables, where[0], pages.shape[1], *strides)
         heads = 4 if groups >= 16 else 1
     else:
         most, rows = 2, min(16, power_of_2(tokens))
         groups = ceil_div(tokens, rows)
-        rest = (y, y, y, y, y, y, 0, 0, 0, 0)
+        rest = (y, y, y, y, y, y, y, y, 0, 0, 0, 0, 0)
         heads = 1
     pdl = chained(tokens, bool(owed))
     launch(
@@ -58,7 +59,7 @@ def rope_store(
 @triton.jit(do_not_specialize=["T", "kind", "kinds"])
 def _rope_store_kernel(
     y, bias, q_norm, k_norm, cos_sin, positions, slots, q, k_cache, v_cache,
-    h, b, perm, tiles, pages, owners, kind, kinds, b_page, b_rank, T, eps,
+    h, b, vectors, perm, tiles, pages, vector_pages, owners, kind, kinds, b_page, b_rank, v_page, T, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr,
     BM: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, LORA: tl.constexpr, ALONE: tl.constexpr,
     PDL: tl.constexpr,
@@ -83,6 +84,7 @@ def _rope_store_kernel(
             ok = m < count
             tokens = tl.load(perm + first + m, ok, 0)
         held = held_pages(pages, tile, kind, kinds, W, W_BLOCK)
+        vector = tl.load(vector_pages + tile * kinds + kind)
         n = head * D + d
         b_low = load_b(b, pages, tile, kind, kinds, 0, n, inside & (n < width), b_page, b_rank, W)
         b_high = load_b(b, pages, tile, kind, kinds, 0, half + n, inside & (n < width), b_page, b_rank, W)
@@ -138,6 +140,9 @@ def _rope_store_kernel(
                             high_more, b, pages, tile, kind, kinds, h, held, tokens, ok, half + n, columns, part,
                             b_page, b_rank, 3, W, PRECISION,
                         )  # fmt: skip
+                if vector >= 0:
+                    low = adjusted(low, vectors, vector, n, columns, v_page, width)
+                    high = adjusted(high, vectors, vector, half + n, columns, v_page, width)
             if bias is not None:
                 low += tl.load(bias + n, columns, 0.0).to(tl.float32)[None, :]
                 high += tl.load(bias + half + n, columns, 0.0).to(tl.float32)[None, :]
