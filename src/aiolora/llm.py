@@ -187,7 +187,7 @@ class LLMEngine:
 
     def alias_lora(self, alias: str, lora: str | int) -> None:
         """`alias` is another name of an adapter from now on: as `AsyncLLMEngine.alias_lora`."""
-        self._intake.registry.alias(alias, self._intake.registry.get(lora).name)
+        self._intake.registry.alias(alias, self._intake.registry.name(lora))
 
     def set_lora_policy(self, lora: str | int, policy: AdapterPolicy) -> None:
         """What an adapter may take from now on: as `AsyncLLMEngine.set_lora_policy`.

@@ -306,7 +306,7 @@ class AsyncLLMEngine:
         of a model or adapter.
         """
         self._alive()
-        self.intake.registry.alias(alias, self.intake.registry.get(lora).name)
+        self.intake.registry.alias(alias, self.intake.registry.name(lora))
 
     async def set_lora_policy(self, lora: str | int, policy: AdapterPolicy) -> None:
         """What an adapter may take from now on: a weight in the turns, answers at a time, tokens a minute.

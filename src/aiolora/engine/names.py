@@ -46,7 +46,7 @@ class Names:
 
     def allow(self, lora: str | int, policy: AdapterPolicy) -> None:
         """What an adapter may take from now on. Raises `UnknownModelError`."""
-        name = self._registry.get(lora).name
+        name = self._registry.name(lora)
         self._policies.put(name, policy)
         self._post(lambda engine: engine.scheduler.shares.put(name, policy))
 
@@ -55,7 +55,7 @@ class Names:
 
         Raises `UnknownModelError`, and `AdapterNotFoundError` where nothing such is remembered.
         """
-        name = self._registry.get(lora).name
+        name = self._registry.name(lora)
         version = self._registry.earlier(name)
         if version is None:
             raise AdapterNotFoundError(name, "has no earlier version: it was not replaced since it was loaded")

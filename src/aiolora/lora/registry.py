@@ -40,22 +40,26 @@ class AdapterRegistry:
 
     def find(self, name: str) -> AdapterVersion:
         """The version that `name` stands for. Raises `UnknownModelError` with the nearest known names."""
-        version = self._versions.get(self._aliases.get(name, name))
-        if version is None:
-            known = [*self._base_models, *self._versions, *self._aliases]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known[:8])}"
-            raise UnknownModelError(f"the model {name!r} does not exist; {hint}")
-        return version
+        return self._versions[self.name(name)]
 
     def named(self, lora: str | int) -> str | None:
         """The name of an adapter by its name, an alias or its `lora_int_id`; None: there is none."""
         name = self._name_of_id.get(lora) if isinstance(lora, int) else self._aliases.get(lora, lora)
         return name if name in self._versions else None
 
+    def name(self, lora: str | int) -> str:
+        """As `named`. Raises `UnknownModelError` with the nearest known names."""
+        name = self.named(lora)
+        if name is None:
+            known = [*self._base_models, *self._versions, *self._aliases]
+            close = difflib.get_close_matches(str(lora), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known[:8])}"
+            raise UnknownModelError(f"the model {str(lora)!r} does not exist; {hint}")
+        return name
+
     def get(self, lora: str | int) -> AdapterVersion:
         """As `find`, by name, alias or `lora_int_id`."""
-        return self.find(self.named(lora) or str(lora))
+        return self._versions[self.name(lora)]
 
     def number(self, name: str) -> int:
         """The id of `name`; one that nobody has, and that is handed out once, where it is not known."""
@@ -124,10 +128,10 @@ class AdapterRegistry:
         """
         if not alias.strip():
             raise RequestError("the alias is empty", param="alias")
-        version = self.find(name)
+        name = self.name(name)
         if alias in self._base_models or alias in self._versions:
             raise AdapterConflictError(alias, "is the name of a model that is served; an alias needs one of its own")
-        self._aliases[alias] = version.name
+        self._aliases[alias] = name
 
     def aliases(self) -> dict[str, str]:
         """The name that each alias stands for."""
