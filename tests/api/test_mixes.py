@@ -53,6 +53,7 @@ async def test_a_mix_weights_its_adapters_and_the_response_names_them_all(http: 
         ({"slq": 1}, 404, "did you mean 'sql'"),
         ({"sql": 1, BASE: 1}, 400, "is the base model"),
         (["sql"], 400, "Expected `object | null`"),
+        ({f"a{number}": 1 for number in range(17)}, 400, "names 17 adapters; a request takes up to 16"),
     ],
 )
 async def test_what_is_wrong_with_a_mix_is_said_of_lora(

@@ -91,6 +91,7 @@ class Serving:
         """Every name in `lora` is that of an adapter, and `model` that of the base."""
         if model != self.base:
             raise RequestError(f"lora goes with the base model: set model to {self.base!r}", param="lora")
+        self.engine.intake.parts(lora)  # before any of them is looked for
         for name in lora:
             if await self._adapter(name) is None:
                 raise RequestError(f"lora: {name!r} is the base model, no adapter", param="lora")

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
 
 MAX_WEIGHT = 100  # of one adapter in a request
+MAX_PARTS = 16  # adapters in a request
 MAX_PRIORITY = 1000  # either way
 
 
@@ -93,6 +94,8 @@ class Intake:
             return [(lora, 1.0)]
         if not isinstance(lora, Mapping) or not lora:
             raise RequestError(f"lora={lora!r}: give a name, a LoRARequest or {{name: weight}}", param="lora")
+        if len(lora) > MAX_PARTS:
+            raise RequestError(f"lora names {len(lora)} adapters; a request takes up to {MAX_PARTS}", param="lora")
         for key, weight in lora.items():
             if not isinstance(weight, (int, float)) or not abs(weight) <= MAX_WEIGHT:  # NaN neither
                 raise RequestError(
