@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -48,14 +48,24 @@ def adapters(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> lis
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Adapters of whose tensors something was read, a tensor at a time."""
     seen: list[str] = []
-    read = TensorFile.read
+    before_each_read(monkeypatch, seen.append)
+    return seen
 
-    def noted(self: TensorFile, entry: Entry, into: memoryview) -> None:
-        seen.append(self.adapter)
+
+def before_each_read(monkeypatch: pytest.MonkeyPatch, call: Callable[[str], None]) -> None:
+    """Let `call` know the adapter of each tensor before it is read, by compiled code (which asks where) or not."""
+    read, where = TensorFile.read, TensorFile.where
+
+    def reading(self: TensorFile, entry: Entry, into: memoryview) -> None:
+        call(self.adapter)
         read(self, entry, into)
 
-    monkeypatch.setattr(TensorFile, "read", noted)
-    return seen
+    def asked(self: TensorFile, entry: Entry) -> tuple[int, int]:
+        call(self.adapter)
+        return where(self, entry)
+
+    monkeypatch.setattr(TensorFile, "read", reading)
+    monkeypatch.setattr(TensorFile, "where", asked)
 
 
 async def tokens(engine: AsyncLLMEngine, lora: str | LoRARequest) -> list[int]:
@@ -144,15 +154,13 @@ async def test_a_name_that_changes_while_it_is_first_read_means_what_it_means_la
     second = await tokens(engine, LoRARequest("second", 9, adapters[1].lora_path))
     await engine.announce_lora(adapters[0])
     under_way, go_on = threading.Event(), threading.Event()
-    read = TensorFile.read
 
-    def waiting(self: TensorFile, entry: Entry, into: memoryview) -> None:
-        if self.adapter == "a0" and not under_way.is_set():
+    def wait(adapter: str) -> None:
+        if adapter == "a0" and not under_way.is_set():
             under_way.set()
             assert go_on.wait(20)
-        read(self, entry, into)
 
-    monkeypatch.setattr(TensorFile, "read", waiting)
+    before_each_read(monkeypatch, wait)
     asked = asyncio.ensure_future(tokens(engine, "a0"))
     assert await asyncio.to_thread(under_way.wait, 20)
     moved = LoRARequest("a0", 1, adapters[1].lora_path, load_inplace=then == "replaced")
