@@ -51,24 +51,24 @@ def adapters(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> lis
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Adapters of whose tensors something was read, a tensor at a time."""
     seen: list[str] = []
-    _watch(monkeypatch, seen.append)
+    before_each_read(monkeypatch, seen.append)
     return seen
 
 
-def _watch(monkeypatch: pytest.MonkeyPatch, asked: Callable[[str], object]) -> None:
-    """Call `asked` with an adapter's name before a tensor of it is read, by Python or by compiled code."""
+def before_each_read(monkeypatch: pytest.MonkeyPatch, call: Callable[[str], None]) -> None:
+    """Let `call` know the adapter of each tensor before it is read, by compiled code (which asks where) or not."""
     read, where = TensorFile.read, TensorFile.where
 
-    def watched_read(self: TensorFile, entry: Entry, into: memoryview) -> None:
-        asked(self.adapter)
+    def reading(self: TensorFile, entry: Entry, into: memoryview) -> None:
+        call(self.adapter)
         read(self, entry, into)
 
-    def watched_where(self: TensorFile, entry: Entry) -> tuple[int, int]:
-        asked(self.adapter)
+    def asked(self: TensorFile, entry: Entry) -> tuple[int, int]:
+        call(self.adapter)
         return where(self, entry)
 
-    monkeypatch.setattr(TensorFile, "read", watched_read)
-    monkeypatch.setattr(TensorFile, "where", watched_where)
+    monkeypatch.setattr(TensorFile, "read", reading)
+    monkeypatch.setattr(TensorFile, "where", asked)
 
 
 @dataclass
@@ -87,7 +87,7 @@ def _hold(monkeypatch: pytest.MonkeyPatch, name: str) -> Held:
             held.under_way.set()
             assert held.go_on.wait(20)
 
-    _watch(monkeypatch, wait)
+    before_each_read(monkeypatch, wait)
     return held
 
 
