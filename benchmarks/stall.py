@@ -1,7 +1,7 @@
 """What loading adapters does to those who are being served: time between tokens with loads and without, in one run.
 
     python -m benchmarks.stall --model llama-3.1-8b --rank 64 --loads 50 --out results
-    python -m benchmarks.stall --model smollm2-135m --rank 64 --loads 50 --threads 1 --pause 0.5 --out results
+    python -m benchmarks.stall --model smollm2-135m --streams 8 --loads 20 --round 5 --threads 1 --nice 19 --pause 0.5
 
 Streams over a few resident adapters and the base run all the time; half of it is quiet, in the other half adapters
 are loaded one after another, each followed by one token of its own (so that it comes to the device, too). Halves take

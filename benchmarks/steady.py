@@ -75,6 +75,6 @@ def publish(session: Session, files: Sequence[LoRARequest], count: int) -> list[
         digest = hashlib.sha256(request.lora_name.encode()).hexdigest()
         version = structs.replace(weights.version, id=next(_ids), name=request.lora_name, digest=digest)
         engine._intake.registry.publish(request, version)
-        engine._engine.add_adapter(dataclasses.replace(weights, version=version))
+        engine._engine.adapters.add(dataclasses.replace(weights, version=version))
         made.append(request)
     return made

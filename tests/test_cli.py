@@ -9,10 +9,10 @@ import pytest
 from msgspec.structs import fields
 
 from aiolora.cli import main
-from aiolora.cli.flags import add_engine_flags, engine_args, lora_modules
+from aiolora.cli.flags import add_engine_flags, engine_args, lora_modules, lora_policies
 from aiolora.config import EngineArgs
 from aiolora.errors import ConfigError
-from aiolora.types import LoRARequest
+from aiolora.types import AdapterPolicy, LoRARequest
 from tests.conftest import ModelOf
 from tests.tiny import make_adapter
 
@@ -61,8 +61,23 @@ def test_lora_modules_take_both_forms_and_turn_lora_on() -> None:
     assert parsed("m", "--lora-modules", *modules).enable_lora
 
 
+def test_a_lora_module_may_say_what_it_may_take() -> None:
+    modules = ["sql=/a", '{"name": "x", "path": "/b", "policy": {"weight": 2, "tokens_per_minute": 100}}']
+    assert lora_policies(modules) == {"x": AdapterPolicy(weight=2.0, tokens_per_minute=100)}
+
+
 @pytest.mark.parametrize(
-    "item", ["name", "=path", "name=", "{", '{"name": "x"}', '{"name": "x", "path": "p", "rank": 8}', "[]"]
+    "item",
+    [
+        "name",
+        "=path",
+        "name=",
+        "{",
+        '{"name": "x"}',
+        '{"name": "x", "path": "p", "rank": 8}',
+        '{"name": "x", "path": "p", "policy": {"weight": -1}}',
+        "[]",
+    ],
 )
 def test_a_wrong_lora_module_is_named_with_the_way_out(item: str) -> None:
     with pytest.raises(ConfigError, match="write name=path or"):

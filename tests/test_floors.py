@@ -27,7 +27,7 @@ HOMES = {
     "transformers": {"tokenizer", "models"},
     "tokenizers": {"tokenizer"},
     "huggingface_hub": {"hub"},
-    "threading": {"engine/async_engine"},
+    "threading": {"engine/bridge"},
     "rich": {"cli", "llm"},
     "subprocess": {"models/embedded", "ops/build_native"},
     "pickle": set[str](),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from aiolora.config import EngineArgs
 from aiolora.types import (
+    AdapterPolicy,
     AdapterVersion,
     CompletionOutput,
     Logprob,
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AdapterPolicy",
     "AdapterVersion",
     "AsyncLLMEngine",
     "CompletionOutput",

@@ -13,6 +13,7 @@ AioloraError
 ├── AdapterError                this one adapter cannot be used (HTTP 422; carries `adapter`)
 │   ├── AdapterNotFoundError    (HTTP 404)
 │   ├── AdapterResolveError     no resolver found it, and one failed (HTTP 502)
+│   ├── AdapterBusyError        over its tokens a minute (HTTP 429; carries `retry_after_s`)
 │   ├── AdapterConflictError    name or id already stands for something else (HTTP 400)
 │   ├── AdapterFormatError      unreadable, truncated, pickled, not finite
 │   ├── AdapterMismatchError    made for another base: unknown modules or wrong shapes
@@ -92,6 +93,14 @@ class AdapterNotFoundError(AdapterError):
 
 class AdapterResolveError(AdapterError):
     """No resolver found the adapter, and one of them failed or was too late; `__cause__` is the first failure."""
+
+
+class AdapterBusyError(AdapterError):
+    """The adapter has used its tokens of the minute; ask again in `retry_after_s` seconds."""
+
+    def __init__(self, adapter: str, message: str, *, retry_after_s: int) -> None:
+        super().__init__(adapter, message)
+        self.retry_after_s = retry_after_s
 
 
 class AdapterConflictError(AdapterError):

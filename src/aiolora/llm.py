@@ -5,18 +5,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from anyio.from_thread import start_blocking_portal
 from rich.progress import Progress
 from torch import Tensor
 
-from aiolora.config import EngineArgs
+from aiolora.config import EngineArgs, Environment
+from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.build import READERS, Built, build
-from aiolora.engine.core import AdapterStanding, Snapshot
+from aiolora.engine.core import Snapshot
 from aiolora.engine.intake import LoRA
+from aiolora.engine.names import Names, not_held
 from aiolora.engine.output import Assembler
 from aiolora.errors import AdapterFormatError, AioloraError, RequestError
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.memory import AnyConfig, in_memory
+from aiolora.lora.resolvers import choose_resolvers
+from aiolora.lora.resolving import Resolving
 from aiolora.types import (
+    AdapterPolicy,
     AdapterVersion,
     LoRARequest,
     Messages,
@@ -38,9 +44,12 @@ class LLMEngine:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="aiolora-read")
         self._ahead: dict[LoRARequest, Future[AdapterWeights]] = {}
         self._again: dict[AdapterVersion, Future[AdapterWeights]] = {}
+        self._resolved: list[LoRARequest] = []  # what a resolver gave and is still to be loaded
+        self._resolving = self._resolvers(args)
         self._built: Built = build(args, self._read_again)
         self._engine = self._built.engine
         self._intake = self._built.intake
+        self._names = Names(self._intake, lambda message: message(self._engine))
         self._assemblers: dict[str, Assembler] = {}
         self._failures: dict[str, AioloraError] = {}  # request id -> what is still to be raised
 
@@ -55,20 +64,28 @@ class LLMEngine:
         prompt: Prompt | Messages,
         params: SamplingParams | None = None,
         lora_request: LoRA = None,
+        *,
+        priority: int = 0,
     ) -> None:
-        """Queue a request. Raises `RequestError` or `AdapterError`; nothing is queued then."""
+        """Queue a request; `priority` as in `AsyncLLMEngine.stream`.
+
+        Raises `RequestError` or `AdapterError`; nothing is queued then.
+        """
         if request_id in self._assemblers:
             raise RequestError(f"request_id {request_id!r} is in use; give each request its own", param="request_id")
         mix = self._mix(lora_request)
+        self._intake.policies.check(mix)
         request = self._intake.request(
             prompt,
             params,
             mix,
             request_id=request_id,
             lora_request=lora_request if isinstance(lora_request, LoRARequest) else None,
+            priority=priority,
         )
         self._assemblers[request_id] = Assembler(request, self._intake.tokenizers.of(request.mix))
         self._engine.add(request)
+        self._intake.policies.charge(mix, len(request.prompt_token_ids))
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has still something to bring."""
@@ -103,6 +120,8 @@ class LLMEngine:
                 touched.pop(delta.request_id, None)
                 continue
             touched[delta.request_id] = assembler
+            if output is not None:
+                self._intake.policies.charge(assembler.request.mix, 1)
             if output is not None and output.finish_reason is not None and delta.finish_reason is None:
                 self._engine.abort(delta.request_id, delta.index)  # a stop string, which only text can show
         for request_id, assembler in touched.items():
@@ -123,44 +142,85 @@ class LLMEngine:
         tensors: Mapping[str, Tensor] | None = None,
         config: AnyConfig | None = None,
         load_inplace: bool = False,
+        policy: AdapterPolicy | None = None,
     ) -> AdapterVersion:
         """Load an adapter, or find it loaded: as `AsyncLLMEngine.add_lora`, also from memory. Raises `AdapterError`."""
         if isinstance(lora, LoRARequest):
-            return self._version(lora)
-        source = in_memory(lora, tensors, config)
-        self._intake.parts(lora)
-        number = self._intake.registry.number(lora)
-        self._intake.registry.check(lora, number)
-        return self._publish(self._built.load(source), number, replace=load_inplace)
+            version = self._version(lora)
+        else:
+            source = in_memory(lora, tensors, config)
+            self._intake.parts(lora)
+            number = self._intake.registry.number(lora)
+            self._intake.registry.check(lora, number)
+            version = self._names.publish(self._built.load(source), number, replace=load_inplace)
+        if policy is not None:
+            self.set_lora_policy(version.name, policy)
+        return version
 
-    def announce_lora(self, lora: LoRARequest) -> None:
+    def resolve_lora(self, lora_name: str) -> bool:
+        """Read what was announced, or what a resolver finds, for a name: as `AsyncLLMEngine.resolve_lora`. Blocks.
+
+        Resolvers run on a loop of their own, which lives as long as the call.
+        """
+        announced = self._intake.registry.announced(lora_name)
+        if announced is not None:
+            self._version(announced.request)
+        if self._intake.registry.knows(lora_name):
+            return True
+        if self._resolving is None:
+            return False
+        with start_blocking_portal() as portal:
+            found = portal.call(self._resolving.resolve, lora_name)
+        while self._resolved:
+            self._version(self._resolved.pop())
+        return found
+
+    def announce_lora(self, lora: LoRARequest, *, policy: AdapterPolicy | None = None) -> None:
         """Make a name known, to be read when it is first asked for: as `AsyncLLMEngine.announce_lora`."""
         self._intake.parts(lora)
         if self._intake.registry.match(lora) is None:
             self._intake.registry.announce(self._built.check(lora))
+        if policy is not None:
+            self.set_lora_policy(lora.lora_name, policy)
 
     def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
-        """Forget an adapter, by name or `lora_int_id`. False: it was not known.
+        """Forget an adapter, by name or `lora_int_id`, or an alias: as `AsyncLLMEngine.remove_lora`."""
+        return self._names.remove(lora, force=force)
 
-        Requests under way finish, and what it takes is free after the last; `force`: they end with "abort".
+    def rollback_lora(self, lora: str | int, digest: str | None = None) -> AdapterVersion:
+        """Let a name stand again for what it stood for before: as `AsyncLLMEngine.rollback_lora`."""
+        version = self._names.earlier(lora, digest)
+        if self._engine.adapters.revive(version):
+            return self._names.bring_back(version, None)
+        if version.source is None:
+            raise not_held(version)
+        return self._names.bring_back(version, self._built.load(read_again(version)))
+
+    def alias_lora(self, alias: str, lora: str | int) -> None:
+        """`alias` is another name of an adapter from now on: as `AsyncLLMEngine.alias_lora`."""
+        self._intake.registry.alias(alias, lora)
+
+    def set_lora_policy(self, lora: str | int, policy: AdapterPolicy) -> None:
+        """What an adapter may take from now on: as `AsyncLLMEngine.set_lora_policy`.
+
+        `add_request` raises `AdapterBusyError` where it has used its tokens of the minute.
         """
-        name = self._intake.registry.named(lora)
-        known = self._intake.registry.forget(name) if name is not None else None
-        if isinstance(known, AdapterVersion):
-            self._engine.drop_adapter(known, force=force)
-        return known is not None
+        self._names.allow(lora, policy)
 
     def pin_lora(self, lora: str | int) -> None:
         """Never evict it: as `AsyncLLMEngine.pin_lora`. Raises `UnknownModelError` and `AdapterMemoryError`."""
-        self._engine.pin_adapter(self._loaded(lora))
+        self._engine.adapters.pin(self._version(self._intake.registry.name(lora)))
 
     def unpin_lora(self, lora: str | int) -> None:
         """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
-        self._engine.unpin_adapter(self._loaded(lora))
+        version = self._intake.registry.look_up(self._intake.registry.name(lora))
+        if isinstance(version, AdapterVersion):  # what was never read is not pinned
+            self._engine.adapters.unpin(version)
 
     def lora_standing(self) -> list[AdapterStanding]:
         """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""
-        return self._engine.standing(self._intake.registry.versions())
+        registry = self._intake.registry
+        return self._engine.adapters.standing(registry.versions(), registry.earlier_versions())
 
     @contextlib.contextmanager
     def read_ahead(self, loras: Iterable[LoRA]) -> Iterator[None]:
@@ -187,6 +247,17 @@ class LLMEngine:
         """Counts for those who watch."""
         return self._engine.snapshot()
 
+    def _resolvers(self, args: EngineArgs) -> Resolving | None:
+        """None: unknown names stay unknown."""
+        environment = Environment.read()
+        if not (environment.runtime_lora_updating and args.enable_lora):
+            return None
+
+        async def keep(found: LoRARequest) -> None:
+            self._resolved.append(found)
+
+        return Resolving(args.model, choose_resolvers(environment), keep, timeout_s=environment.resolver_timeout_s)
+
     def _drop(self, request_id: str) -> None:
         self._engine.abort(request_id)
         self._assemblers.pop(request_id, None)
@@ -194,33 +265,20 @@ class LLMEngine:
 
     def _mix(self, lora: LoRA) -> Mix | None:
         parts = self._intake.parts(lora)
-        return Mix(tuple((self._version(part), weight) for part, weight in parts)) if parts else None
+        return self._intake.mix([(self._version(part), weight) for part, weight in parts])
 
     def _version(self, lora: str | LoRARequest) -> AdapterVersion:
         registry = self._intake.registry
         if isinstance(lora, str):
-            return self._loaded(lora)
+            self.resolve_lora(lora)
+            return registry.find(lora)
         known = registry.match(lora)
         if known is not None:
             return known
         self._intake.parts(lora)  # refuses where LoRA is off
         ahead = self._ahead.pop(lora, None)
         weights = self._built.load(lora) if ahead is None else ahead.result()
-        return self._publish(weights, lora.lora_int_id, replace=lora.load_inplace)
-
-    def _loaded(self, lora: str | int) -> AdapterVersion:
-        registry = self._intake.registry
-        name = registry.named(lora)
-        announced = registry.announced(name) if name is not None else None
-        return registry.get(lora) if announced is None else self._version(announced.request)
-
-    def _publish(self, weights: AdapterWeights, number: int, *, replace: bool) -> AdapterVersion:
-        old = self._intake.registry.publish(weights.version, number, replace=replace)
-        if old is None:
-            self._engine.add_adapter(weights)
-        else:
-            self._engine.replace_adapter(old, weights)
-        return weights.version
+        return self._names.publish(weights, lora.lora_int_id, replace=lora.load_inplace)
 
     def _read_again(self, version: AdapterVersion) -> None:
         self._again[version] = self._readers.submit(self._built.load, read_again(version))
@@ -236,9 +294,9 @@ class LLMEngine:
             except Exception as error:
                 known = error if isinstance(error, AioloraError) else None
                 failure = known or AdapterFormatError(version.name, f"could not be read again: {error!r}")
-                self._engine.adapter_failed(version, failure)
+                self._engine.adapters.failed(version, failure)
             else:
-                self._engine.adapter_landed(version, weights)
+                self._engine.adapters.landed(version, weights)
 
 
 class LLM:
@@ -260,14 +318,16 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         lora_request: LoRA | Sequence[LoRA] = None,
+        priority: int | Sequence[int] = 0,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """An output a prompt, in order. `sampling_params` and `lora_request`: one for all, or a list of equal length.
+        """An output a prompt, in order.
 
-        In a list of adapters None means the base model. `use_tqdm` shows a progress bar on a terminal.
+        `sampling_params`, `lora_request` and `priority`: one for all, or a list of equal length. In a list of adapters
+        None means the base model. `use_tqdm` shows a progress bar on a terminal.
         """
         several: list[Prompt | Messages] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
-        return self._run(several, sampling_params, lora_request, use_tqdm)
+        return self._run(several, sampling_params, lora_request, priority, use_tqdm)
 
     def chat(
         self,
@@ -275,28 +335,31 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         lora_request: LoRA | Sequence[LoRA] = None,
+        priority: int | Sequence[int] = 0,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """The same for one conversation or a list of them, through the model's chat template."""
         several = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self._run(several, sampling_params, lora_request, use_tqdm)  # type: ignore[arg-type]
+        return self._run(several, sampling_params, lora_request, priority, use_tqdm)  # type: ignore[arg-type]
 
     def _run(
         self,
         prompts: list[Prompt | Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         lora_request: LoRA | Sequence[LoRA],
+        priority: int | Sequence[int],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = _spread("sampling_params", sampling_params, len(prompts))
         loras = _spread("lora_request", lora_request, len(prompts))
+        priorities = _spread("priority", priority, len(prompts))
         ids = []
         try:
             with self._engine.read_ahead(loras):
-                for prompt, one_params, lora in zip(prompts, params, loras):
+                for prompt, one_params, lora, rank in zip(prompts, params, loras, priorities):
                     request_id = str(self._number)
                     self._number += 1
-                    self._engine.add_request(request_id, prompt, one_params, lora_request=lora)
+                    self._engine.add_request(request_id, prompt, one_params, lora_request=lora, priority=rank)
                     ids.append(request_id)
             return self._drain(ids, use_tqdm)
         except BaseException:

@@ -111,6 +111,28 @@ class LoRARequest(Struct, frozen=True):
             raise RequestError(f"lora_int_id={self.lora_int_id}: must be 1 to 2**63-1", param="lora_request")
 
 
+class AdapterPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one adapter may take of an engine; it belongs to the adapter's name. Raises `RequestError`."""
+
+    weight: Annotated[float, Meta(ge=0.01, le=100, description="its share while others wait too; 2: twice theirs")] = (
+        1.0
+    )
+    max_concurrency: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="answers that run at a time; more wait")
+    ] = None
+    tokens_per_minute: Annotated[
+        Annotated[int, Meta(ge=1)] | None, Meta(description="of prompts and answers; more requests are refused")
+    ] = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            try:
+                convert(value, field.type)
+            except Exception as error:
+                raise RequestError(f"policy: {field.name}={value!r}: {error}", param="policy") from None
+
+
 class SitePages(Struct, frozen=True):
     """What an adapter needs of one kind of pages."""
 
@@ -235,6 +257,7 @@ class Request(Struct, frozen=True, kw_only=True, weakref=True, dict=True):
     mix: Mix | None = None
     prompt: str | None = None
     lora_request: LoRARequest | None = None
+    priority: int = 0  # lower is earlier, among those of the same mix
     arrival_s: float = 0.0  # time.monotonic()
     eos_token_ids: frozenset[int] | None = None  # None: those of the base's tokenizer
 

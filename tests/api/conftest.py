@@ -29,11 +29,15 @@ class Standing(AsyncLLMEngine):
     def __init__(self, *, started: bool, death: BaseException | None = None) -> None:
         super().__init__(EngineArgs(model="none"))
         self.calls: list[str] = []
-        self._is_started, self._death = started, death
+        self._is_started, self._is_dead = started, death
 
     @property
     def started(self) -> bool:
         return self._is_started
+
+    @property
+    def death(self) -> BaseException | None:
+        return self._is_dead
 
     async def start(self) -> None:
         self.calls.append("start")

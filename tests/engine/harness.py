@@ -129,6 +129,7 @@ class World:
         self.failures: dict[int, list[Exception]] = {}  # version id -> what its reads failed with
         self.in_memory: list[AdapterVersion] = []
         self.removed: list[AdapterVersion] = []
+        self.shelved: list[AdapterVersion] = []
         self._kept: set[tuple[str, int]] = set()  # pinned versions, by the level that they are on
         self._num_versions = 0
         self._num_requests = 0
@@ -146,7 +147,7 @@ class World:
         version = AdapterVersion(
             self._num_versions, name, digest, source, 8, pages, 0, additive=additive, invocation=invocation
         )
-        self.engine.add_adapter(self._weights(version))
+        self.engine.adapters.add(self._weights(version))
         if source is None:
             self.in_memory.append(version)
         return version
@@ -160,7 +161,23 @@ class World:
             for ticket in self.tickets.values():
                 if ticket.open and ticket.request.mix is not None and version in ticket.request.mix.versions:
                     ticket.aborted = True
-        self.engine.drop_adapter(version, force=force)
+        self.engine.adapters.drop(version, force=force)
+
+    def replace(self, old: AdapterVersion, new: AdapterVersion) -> None:
+        """The name of `old` stands for `new`, which is in host memory; `old` is kept while there is room."""
+        if old in self.in_memory:
+            self.in_memory.remove(old)
+        self.shelved.append(old)
+        self.engine.adapters.replace(old, new, keep=True)
+
+    def revive(self, version: AdapterVersion) -> bool:
+        """Whether a name may stand for a shelved version again."""
+        if not self.engine.adapters.revive(version):
+            return False
+        self.shelved.remove(version)
+        if version.source is None:
+            self.in_memory.append(version)
+        return True
 
     def answer(self, version: AdapterVersion, outcome: str) -> None:
         """What `read_again(version)` brought: "ok", "changed" or "error"."""
@@ -168,7 +185,7 @@ class World:
         if outcome == "error":
             failed = ReadFailedError(version.name, "the folder is gone")
             self.failures.setdefault(version.id, []).append(failed)
-            self.engine.adapter_failed(version, failed)
+            self.engine.adapters.failed(version, failed)
             return
         self._num_versions += 1
         digest = version.digest if outcome == "ok" else sha256(f"changed {self._num_versions}".encode()).hexdigest()
@@ -177,7 +194,7 @@ class World:
         )
         if outcome == "changed":
             self.failures.setdefault(version.id, []).append(AdapterChangedError(version.name, ""))
-        self.engine.adapter_landed(version, self._weights(again))
+        self.engine.adapters.landed(version, self._weights(again))
 
     def _weights(self, version: AdapterVersion) -> AdapterWeights:
         return cast("AdapterWeights", FakeWeights(version))
@@ -192,7 +209,15 @@ class World:
 
     # -- requests --
 
-    def submit(self, prompt: Items[int], mix: Mix | None = None, *, id: str | None = None, **params: Any) -> Ticket:  # noqa: A002
+    def submit(
+        self,
+        prompt: Items[int],
+        mix: Mix | None = None,
+        *,
+        id: str | None = None,  # noqa: A002
+        priority: int = 0,
+        **params: Any,
+    ) -> Ticket:
         self._num_requests += 1
         params.setdefault("seed", self._num_requests * 1000)
         request = Request(
@@ -200,6 +225,7 @@ class World:
             prompt_token_ids=tuple(prompt),
             params=SamplingParams(**params),
             mix=mix,
+            priority=priority,
             arrival_s=self.now_s,
         )
         ticket = self.tickets[request.id] = Ticket(request, self.shape.max_model_len)
@@ -249,8 +275,8 @@ class World:
         require(self.pool.num_available == self.pool.num_pages, "all pages are available")
         require(not self.residency._leases, "no leases are left")
         require(self.scheduler.idle and not self.scheduler._slots.active, "nothing is active")
-        require(not self.runner.outstanding and not self.engine._reading, "nothing is under way")
-        arriving = {version.id for version, _ in self.engine._copying}
+        require(not self.runner.outstanding and not self.engine.adapters.reading, "nothing is under way")
+        arriving = {version.id for version, _ in self.engine.adapters.copying}
         require(self.residency._arriving == arriving, "whoever arrives is watched", arriving)
 
     def _deliver(self, delta: TokenDelta) -> None:
@@ -304,6 +330,8 @@ class World:
         require(leases == self.residency._leases, "leases equal holders", f"{leases} {self.residency._leases}")
         active = Counter(seq.mix for seq in holders if seq.mix)
         require(active == scheduler._slots.active, "active mixes equal holders")
+        names = Counter(name for seq in holders if seq.mix for name in {version.name for version in seq.mix.versions})
+        require(names == scheduler.shares._running, "answers of an adapter equal holders")
         require(len(active) <= self.shape.limits.max_loras, "max_loras")
         flights = Counter(work.seq for flight in runner.outstanding for work in flight.works)
         size = self.shape.limits.page_size
@@ -323,17 +351,27 @@ class World:
         self._kept = kept
         needed = {version for mix in mixes if mix is not None for version in mix.versions}
         for version in self.removed:
-            under_way = self.residency.leased(version) or version in needed or version.id in self.engine._reading
+            under_way = (
+                self.residency.leased(version) or version in needed or version.id in self.engine.adapters.reading
+            )
             held = self.residency.in_host(version) or self.residency.placed(version)
             arriving = version.id in self.residency._arriving
             require(under_way or arriving or not held, "what has no name and no request is free", version.label)
+        for version in self.shelved:
+            read = version.id in self.engine.adapters.reading
+            under_way = self.residency.leased(version) or version in needed or read
+            arriving = version.id in self.residency._arriving
+            free = not self.residency.placed(version)
+            require(under_way or arriving or free, "what is shelved takes nothing on the device", version.label)
+        guests, surplus = self.residency._shelved, len(self.residency._host) - self.shape.max_host
+        require(surplus <= 0 or not guests, "what is shelved is the first to go", guests)
 
     def _verify_places(self, holders: list[Sequence]) -> None:
         scheduler = self.scheduler
         waiting = list(scheduler.waiting())
         for mix, queue in scheduler._queues._queues.items():
-            numbers = [seq.number for seq in queue]
-            require(bool(queue) and numbers == sorted(numbers), "a queue is in order of arrival", numbers)
+            turns = [seq.turn for seq in queue]
+            require(bool(queue) and turns == sorted(turns), "a queue is in order of arrival and priority", turns)
             require(all(seq.mix == mix and seq.status is Status.WAITING for seq in queue), "a queue of one mix")
         live = [seq for seqs in self.engine._sequences.values() for seq in seqs if not seq.finished]
         places = Counter(map(id, [*scheduler.running, *waiting]))

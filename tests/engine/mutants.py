@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from aiolora.engine.adapters import Adapters
 from aiolora.engine.core import Engine
 from aiolora.engine.queues import Queues, Slots
 from aiolora.engine.scheduler import Batch, Scheduler
@@ -264,10 +265,10 @@ def max_loras_is_not_enforced(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def a_placed_adapter_is_not_written_again(patch: pytest.MonkeyPatch) -> None:
-    original = Engine._bring
+    original = Adapters._bring
     written: set[tuple[int, int]] = set()
 
-    def bring(self: Engine, version: AdapterVersion, spared: set[int]) -> None:
+    def bring(self: Adapters, version: AdapterVersion, spared: set[int]) -> None:
         store = self._store
         if (id(self), version.id) in written:
             self._store = None
@@ -276,7 +277,7 @@ def a_placed_adapter_is_not_written_again(patch: pytest.MonkeyPatch) -> None:
         if self._residency.on_device(version):
             written.add((id(self), version.id))
 
-    patch.setattr(Engine, "_bring", bring)
+    patch.setattr(Adapters, "_bring", bring)
 
 
 @mutant
@@ -294,7 +295,7 @@ def an_adapter_from_memory_is_evicted(patch: pytest.MonkeyPatch) -> None:
 
     def store(self: Residency[Any], version: AdapterVersion, weights: Any, *, wanted: Collection[int] = ()) -> None:
         original(self, version, weights, wanted=wanted)
-        for old in list(self._host)[: max(0, len(self._host) - self._max_host)]:
+        for old in list(self._host)[: max(0, len(self._host) - self.max_host)]:
             if old != version.id and not self._leases[old]:
                 del self._host[old]
 
@@ -303,38 +304,41 @@ def an_adapter_from_memory_is_evicted(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def a_changed_adapter_is_taken(patch: pytest.MonkeyPatch) -> None:
-    def adapter_landed(self: Engine, version: AdapterVersion, weights: Any) -> None:
-        self._stalled = False
-        self._reading.discard(version.id)
+    def landed(self: Adapters, version: AdapterVersion, weights: Any) -> None:
+        self.stirred = True
+        self.reading.discard(version.id)
         self._residency.store(version, weights)
 
-    patch.setattr(Engine, "adapter_landed", adapter_landed)
+    patch.setattr(Adapters, "landed", landed)
 
 
 @mutant
 def a_failed_read_fails_everybody(patch: pytest.MonkeyPatch) -> None:
-    def adapter_failed(self: Engine, version: AdapterVersion, error: Exception) -> None:
-        self._stalled = False
-        self._reading.discard(version.id)
-        for seq in list(self.scheduler.waiting()):
-            if seq.mix is not None:
-                self._end(seq, "error", error)
+    def failed(self: Adapters, version: AdapterVersion, error: Exception) -> None:
+        self.stirred = True
+        self.reading.discard(version.id)
+        for mix in self._requests.mixes():
+            for other in mix.versions:
+                self._requests.fail_waiting(other, error)
 
-    patch.setattr(Engine, "adapter_failed", adapter_failed)
+    patch.setattr(Adapters, "failed", failed)
 
 
 @mutant
 def later_mixes_are_spared(patch: pytest.MonkeyPatch) -> None:
     """This engine had it: two mixes that do not fit together waited for each other for ever."""
 
-    def place(self: Engine) -> None:
+    def place(self: Adapters) -> None:
+        self._look_for_landed()
         spared = self._wanted()
-        for mix in self.scheduler.wanted(self._reading):
+        for mix in self._scheduler.wanted(self.reading):
             for version in mix.versions:
-                if not self._residency.on_device(version) and version.id not in self._reading:
+                if self._missing(version):
+                    self._read(version)
+                if self._residency.in_host(version) and not self._residency.placed(version):
                     self._bring(version, spared)
 
-    patch.setattr(Engine, "_place", place)
+    patch.setattr(Adapters, "place", place)
 
 
 @mutant
@@ -457,7 +461,10 @@ def a_read_stalls_whoever_needs_none(patch: pytest.MonkeyPatch) -> None:
         "stalled",
         property(
             lambda self: (
-                bool(self._reading) and not self.scheduler.running and not self._in_flight and not self._undelivered
+                bool(self.adapters.reading)
+                and not self.scheduler.running
+                and not self._in_flight
+                and not self._undelivered
             )
         ),
     )
@@ -494,14 +501,34 @@ def pins_take_no_room(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def a_removed_version_is_dropped_while_somebody_needs_it(patch: pytest.MonkeyPatch) -> None:
-    def sweep(self: Engine) -> None:
+    def sweep(self: Adapters) -> None:
         for version in list(self._going.values()):
             if self._residency.drop(version):
                 del self._going[version.id]
 
-    patch.setattr(Engine, "_sweep", sweep)
+    patch.setattr(Adapters, "sweep", sweep)
 
 
 @mutant
 def a_removed_version_is_never_dropped(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Engine, "_sweep", lambda self: None)
+    patch.setattr(Adapters, "sweep", lambda self: None)
+
+
+@mutant
+def a_shelved_version_is_never_evicted(patch: pytest.MonkeyPatch) -> None:
+    original = Residency._stays
+    patch.setattr(Residency, "_stays", lambda self, number: number in self._shelved or original(self, number))
+
+
+@mutant
+def a_shelved_version_keeps_its_pages(patch: pytest.MonkeyPatch) -> None:
+    def shelve(self: Residency[Any], version: AdapterVersion) -> bool:
+        self._retired.discard(version.id)
+        return True
+
+    patch.setattr(Residency, "shelve", shelve)
+
+
+@mutant
+def a_revived_version_is_swept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Adapters, "revive", lambda self, version: self._residency.revive(version))

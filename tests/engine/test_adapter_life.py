@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aiolora import AsyncLLMEngine, EngineArgs, LLMEngine, LoRARequest, SamplingParams
-from aiolora.engine.core import AdapterStanding
+from aiolora.engine.adapters import AdapterStanding
 from aiolora.errors import AdapterConflictError, AdapterMemoryError, RequestError, UnknownModelError
 from tests.conftest import ModelOf
 from tests.tiny import make_adapter

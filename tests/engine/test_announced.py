@@ -3,15 +3,18 @@
 import asyncio
 import shutil
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from aiolora import AsyncLLMEngine, EngineArgs, LLMEngine, LoRARequest, SamplingParams
+from aiolora import AdapterPolicy, AsyncLLMEngine, EngineArgs, LLMEngine, LoRARequest, SamplingParams
 from aiolora.errors import (
+    AdapterBusyError,
     AdapterConflictError,
     AdapterError,
     AdapterFormatError,
@@ -48,14 +51,44 @@ def adapters(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> lis
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Adapters of whose tensors something was read, a tensor at a time."""
     seen: list[str] = []
-    read = TensorFile.read
+    before_each_read(monkeypatch, seen.append)
+    return seen
 
-    def noted(self: TensorFile, entry: Entry, into: memoryview) -> None:
-        seen.append(self.adapter)
+
+def before_each_read(monkeypatch: pytest.MonkeyPatch, call: Callable[[str], None]) -> None:
+    """Let `call` know the adapter of each tensor before it is read, by compiled code (which asks where) or not."""
+    read, where = TensorFile.read, TensorFile.where
+
+    def reading(self: TensorFile, entry: Entry, into: memoryview) -> None:
+        call(self.adapter)
         read(self, entry, into)
 
-    monkeypatch.setattr(TensorFile, "read", noted)
-    return seen
+    def asked(self: TensorFile, entry: Entry) -> tuple[int, int]:
+        call(self.adapter)
+        return where(self, entry)
+
+    monkeypatch.setattr(TensorFile, "read", reading)
+    monkeypatch.setattr(TensorFile, "where", asked)
+
+
+@dataclass
+class Held:
+    """The first read of an adapter, which does not begin before `go_on`."""
+
+    under_way: threading.Event
+    go_on: threading.Event
+
+
+def _hold(monkeypatch: pytest.MonkeyPatch, name: str) -> Held:
+    held = Held(threading.Event(), threading.Event())
+
+    def wait(adapter: str) -> None:
+        if adapter == name and not held.under_way.is_set():
+            held.under_way.set()
+            assert held.go_on.wait(20)
+
+    before_each_read(monkeypatch, wait)
+    return held
 
 
 async def tokens(engine: AsyncLLMEngine, lora: str | LoRARequest) -> list[int]:
@@ -143,27 +176,18 @@ async def test_a_name_that_changes_while_it_is_first_read_means_what_it_means_la
 ) -> None:
     second = await tokens(engine, LoRARequest("second", 9, adapters[1].lora_path))
     await engine.announce_lora(adapters[0])
-    under_way, go_on = threading.Event(), threading.Event()
-    read = TensorFile.read
-
-    def waiting(self: TensorFile, entry: Entry, into: memoryview) -> None:
-        if self.adapter == "a0" and not under_way.is_set():
-            under_way.set()
-            assert go_on.wait(20)
-        read(self, entry, into)
-
-    monkeypatch.setattr(TensorFile, "read", waiting)
+    held = _hold(monkeypatch, "a0")
     asked = asyncio.ensure_future(tokens(engine, "a0"))
-    assert await asyncio.to_thread(under_way.wait, 20)
+    assert await asyncio.to_thread(held.under_way.wait, 20)
     moved = LoRARequest("a0", 1, adapters[1].lora_path, load_inplace=then == "replaced")
     if then == "replaced":
-        asyncio.get_running_loop().call_later(0.2, go_on.set)
+        asyncio.get_running_loop().call_later(0.2, held.go_on.set)
         await engine.add_lora(moved)
     else:
         assert await engine.remove_lora("a0")
         if then == "announced again":
             await engine.announce_lora(moved)
-    go_on.set()
+    held.go_on.set()
     if then == "removed":
         with pytest.raises(UnknownModelError):
             await asked
@@ -194,10 +218,97 @@ def test_the_blocking_engine_announces_too(model_of: ModelOf, adapters: list[LoR
         engine.announce_lora(adapter)
     assert reads == []
     assert engine.remove_lora("a2")
-    engine.add_request("one", PROMPT, SHORT, lora_request="a1")
+    engine.alias_lora("prod", "a1")
+    engine.set_lora_policy("prod", AdapterPolicy(weight=2))
+    engine.unpin_lora("a1")
+    assert reads == []
+    engine.add_request("one", PROMPT, SHORT, lora_request="prod")
     while engine.has_unfinished_requests():
         outputs = engine.step()
     assert set(reads) == {"a1"}
     assert outputs[0].adapter == engine.list_loras()[0].label
     engine.pin_lora("a0")
     assert [(each.version.name, each.pinned) for each in engine.lora_standing()] == [("a0", True), ("a1", False)]
+
+
+async def test_an_alias_of_an_announced_adapter_reads_it_and_follows_where_it_is_moved(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], reads: list[str]
+) -> None:
+    for adapter in adapters[:2]:
+        await engine.announce_lora(adapter)
+    await engine.alias_lora("prod", "a0")
+    with pytest.raises(AdapterConflictError, match="prod"):
+        await engine.announce_lora(LoRARequest("prod", 7, adapters[2].lora_path))
+    with pytest.raises(UnknownModelError, match="did you mean 'prod'"):
+        await tokens(engine, "prodd")
+    assert reads == []
+    first = await tokens(engine, "prod")
+    assert set(reads) == {"a0"}
+    assert first == await tokens(engine, "a0")
+    await engine.alias_lora("prod", "a1")
+    with pytest.raises(AdapterConflictError, match="prod"):
+        await engine.remove_lora("a1")
+    assert set(reads) == {"a0"}
+    assert await tokens(engine, "prod") == await tokens(engine, "a1")
+
+
+async def test_an_alias_that_moves_while_its_adapter_is_first_read_means_what_it_means_last(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for adapter in adapters[:2]:
+        await engine.announce_lora(adapter)
+    await engine.alias_lora("prod", "a0")
+    held = _hold(monkeypatch, "a0")
+    asked = asyncio.ensure_future(tokens(engine, "prod"))
+    assert await asyncio.to_thread(held.under_way.wait, 20)
+    await engine.alias_lora("prod", "a1")
+    held.go_on.set()
+    assert await asked == await tokens(engine, "a1")
+
+
+async def test_what_an_adapter_may_take_is_said_before_it_is_read_and_goes_with_its_name(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], reads: list[str]
+) -> None:
+    await engine.announce_lora(adapters[0], policy=AdapterPolicy(tokens_per_minute=4))
+    await engine.announce_lora(adapters[1])
+    await engine.set_lora_policy("a1", AdapterPolicy(weight=2))
+    assert engine.intake.policies.get("a1").weight == 2
+    assert reads == []
+    assert len(await tokens(engine, "a0")) == 5
+    with pytest.raises(AdapterBusyError, match="'a0'"):
+        await tokens(engine, "a0")
+    assert await engine.remove_lora("a1")
+    await engine.announce_lora(adapters[1])
+    assert engine.intake.policies.get("a1") == AdapterPolicy()
+
+
+async def test_what_was_never_read_has_no_earlier_version_and_is_not_pinned(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], reads: list[str]
+) -> None:
+    await engine.announce_lora(adapters[0])
+    with pytest.raises(AdapterNotFoundError, match="no earlier version"):
+        await engine.rollback_lora("a0")
+    await engine.unpin_lora("a0")
+    with pytest.raises(UnknownModelError):
+        await engine.unpin_lora("a1")
+    assert reads == []
+    moved = LoRARequest("a0", 1, adapters[1].lora_path, load_inplace=True)
+    await engine.add_lora(moved)
+    with pytest.raises(AdapterNotFoundError, match="no earlier version"):
+        await engine.rollback_lora("a0")
+    second = await tokens(engine, "a0")
+    await engine.add_lora(LoRARequest("a0", 1, adapters[2].lora_path, load_inplace=True))
+    await engine.rollback_lora("a0")
+    assert await tokens(engine, "a0") == second
+
+
+async def test_what_is_announced_while_a_resolver_looks_for_it_is_read(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def announce(name: str) -> bool:
+        await engine.announce_lora(adapters[0])
+        return False
+
+    monkeypatch.setattr(engine._adapters, "_resolving", SimpleNamespace(resolve=announce, stop=lambda: None))
+    assert await engine.resolve_lora("a0")
+    assert [version.name for version in await engine.list_loras()] == ["a0"]

@@ -92,6 +92,15 @@ async def test_abort_ends_the_stream_with_the_reason_abort(engine: AsyncLLMEngin
     await idle(engine)
 
 
+async def test_abort_ends_every_one_of_n_answers(engine: AsyncLLMEngine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, n=3)
+    task = asyncio.create_task(engine.generate(PROMPT, params, request_id="mine"))
+    await running(engine, 3)
+    engine.abort("mine")
+    output = await task
+    assert [answer.finish_reason for answer in output.outputs] == ["abort"] * 3
+
+
 async def test_an_id_used_again_at_once_never_gets_tokens_of_the_request_before(engine: AsyncLLMEngine) -> None:
     expected = await tokens(engine)
     for _ in range(20):

@@ -5,7 +5,7 @@ import pytest
 from aiolora.engine.runner import Flight
 from aiolora.engine.scheduler import Batch, SchedulerLimits
 from aiolora.errors import AdapterChangedError, AdapterMemoryError, NonFiniteLogitsError
-from aiolora.types import Mix, TokenDelta
+from aiolora.types import AdapterVersion, Mix, TokenDelta
 from tests.engine.harness import Shape, World
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -109,7 +109,7 @@ def test_a_removed_adapter_is_dropped_unless_somebody_needs_it() -> None:
         world.submit(PROMPT, mix, max_tokens=4, ignore_eos=True)
     steps(world, 1)
     for mix in (used, waited_for, unused):
-        world.engine.drop_adapter(mix.versions[0])
+        world.engine.adapters.drop(mix.versions[0])
     in_host = [world.residency.in_host(mix.versions[0]) for mix in (used, waited_for, unused)]
     assert in_host == [True, True, False]
     world.submit(PROMPT, unused, max_tokens=1)
@@ -249,3 +249,55 @@ def test_what_waits_for_room_is_not_pushed_out_of_host_memory_by_what_waits_behi
     steps(world, 10)
     assert not running.open
     assert not any(ticket.open for ticket in waiting)
+
+
+def test_the_adapter_of_a_request_is_read_when_it_comes_though_no_slot_is_near() -> None:
+    world = world_of(max_loras=1, adapter_pages=2, max_host=2)
+    world.answer_at_once = lambda version: None
+    mixes = [mix_of(world, name) for name in ("cold", "colder", "busy")]  # host memory has the last two
+    busy = world.submit(PROMPT, mixes[2], max_tokens=12, ignore_eos=True)
+    steps(world, 1)
+    cold = world.submit(PROMPT, mixes[0], max_tokens=1)
+    steps(world, 1)
+    assert list(world.reads.values()) == list(mixes[0].versions)
+    world.answer(mixes[0].versions[0], "ok")
+    steps(world, 1)
+    assert world.residency.on_device(mixes[0].versions[0]), "and copied, for there is room beside the one that runs"
+    assert busy.open
+    assert cold.open
+    world.drain()
+
+
+def test_the_device_is_ready_when_a_drained_slot_comes_free() -> None:
+    world = world_of(max_loras=1, adapter_pages=2, max_host=2)
+    hot, cold = mix_of(world, "hot"), mix_of(world, "cold")
+    running = world.submit(PROMPT, hot, max_tokens=20, ignore_eos=True)
+    steps(world, 2)
+    waiting = world.submit(PROMPT, cold, max_tokens=1)
+    world.now_s += 2  # past its patience: the slot is closed
+    steps(world, 1)
+    assert world.scheduler._slots.closed == {hot}
+    assert world.residency.on_device(cold.versions[0])
+    assert running.open
+    steps(world, 18)
+    assert not running.open
+    assert not waiting.open
+
+
+def test_looking_ahead_reads_each_adapter_once_however_many_wait() -> None:
+    world = world_of(max_loras=1, adapter_pages=2, max_host=3)
+    mixes = [mix_of(world, f"adapter{number}") for number in range(8)]
+    reads: list[str] = []
+
+    def note(version: AdapterVersion) -> str:
+        reads.append(version.name)
+        return "ok"
+
+    world.answer_at_once = note
+    evicted = [mix for mix in mixes if not world.residency.in_host(mix.versions[0])]
+    tickets = [world.submit(PROMPT, mix, max_tokens=6, ignore_eos=True) for mix in evicted]
+    steps(world, 1)
+    assert reads == [mix.versions[0].name for mix in evicted[:3]], "as many as host memory holds"
+    steps(world, 60)
+    assert not any(ticket.open for ticket in tickets)
+    assert sorted(reads) == sorted(mix.versions[0].name for mix in evicted)

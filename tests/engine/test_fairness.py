@@ -7,10 +7,11 @@ from statistics import quantiles
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from aiolora.engine.queues import MAX_ABSENT
 from aiolora.engine.sequence import Sequence
-from aiolora.types import Mix
+from aiolora.types import AdapterPolicy, Mix
 from tests.engine.test_scheduler import Desk
 
 STEP_S = 0.05
@@ -165,3 +166,88 @@ def test_counters_of_mixes_that_came_once_are_forgotten_though_the_device_is_nev
         street.come(street.desk.adapter(number, placed=False), tokens=2)
         street.step()
     assert len(street.desk.scheduler._queues._served) < 1.5 * MAX_ABSENT
+
+
+def test_of_two_mixes_that_never_run_out_one_of_twice_the_weight_gets_twice_the_service() -> None:
+    street, rng = Street(slots=2, seats=8), random.Random(4)
+    light, heavy = street.desk.adapter(1), street.desk.adapter(2)
+    street.desk.scheduler.shares.put("adapter2", AdapterPolicy(weight=2.0))
+
+    def customers() -> None:
+        for mix in (light, heavy):
+            while street.num_open(mix) < 16:
+                street.come(mix, tokens=rng.randrange(1, 40))
+
+    street.run(3000, customers)
+    assert street.served[heavy] / street.served[light] == pytest.approx(2.0, rel=0.05)
+
+
+def test_an_adapter_at_its_concurrency_waits_in_its_own_queue_and_holds_up_nobody() -> None:
+    street = Street(slots=2, seats=8)
+    limited, other = street.desk.adapter(1), street.desk.adapter(2)
+    street.desk.scheduler.shares.put("adapter1", AdapterPolicy(max_concurrency=2))
+    for _ in range(6):
+        street.come(limited, tokens=10)
+    most = 0
+    for number in range(40):
+        if number % 5 == 0:
+            street.come(other, tokens=10)
+        street.step()
+        most = max(most, sum(seq.mix == limited for seq in street.desk.scheduler.running))
+    assert most == 2
+    assert street.waits[other] == [1] * 8, "there were seats"
+    assert [wait <= 2 for wait in street.waits[limited]] == [True, True, False, False, False, False]
+    assert len(street.waits[limited]) == 6
+
+
+def test_a_limit_counts_all_mixes_of_an_adapter_and_outlasts_its_reload() -> None:
+    desk = Street(slots=4, seats=8).desk
+    alone, other = desk.adapter(1), desk.adapter(2)
+    reloaded = desk.adapter(3)
+    version = structs.replace(reloaded.versions[0], name="adapter1")
+    desk.scheduler.shares.put("adapter1", AdapterPolicy(max_concurrency=1))
+    both = Mix(((alone.versions[0], 0.5), (other.versions[0], 0.5)))
+    seqs = [desk.one([1, 2], mix) for mix in (alone, both, Mix(((version, 1.0),)), other)]
+    begun = []
+    for _ in range(6):
+        begun.append([seq for seq, start, _ in desk.step() if start == 0])
+        for seq in list(desk.scheduler.running):
+            if seq.num_output == 2:
+                desk.scheduler.finish(seq, "stop")
+    assert [set(step) for step in begun if step] == [{seqs[0], seqs[3]}, {seqs[1]}, {seqs[2]}]
+
+
+def test_who_waits_for_a_limit_of_its_own_saves_nothing_up_for_when_it_is_lifted() -> None:
+    street = Street(slots=1, seats=4)
+    limited, shares = street.desk.adapter(1), street.desk.scheduler.shares
+    shares.put("adapter1", AdapterPolicy(max_concurrency=1))
+
+    def customers() -> None:
+        for mix in (limited, None):
+            while street.num_open(mix) < 8:
+                street.come(mix, tokens=10)
+
+    street.run(200, customers)
+    before = dict(street.served)
+    assert before[limited] < before[None] / 2
+    shares.put("adapter1", None)
+    street.run(60, customers)
+    gained = {mix: street.served[mix] - before[mix] for mix in before}
+    assert gained[limited] == pytest.approx(gained[None], rel=0.2), "equal from now on, nothing made up for"
+
+
+def test_who_waits_for_a_limit_of_its_own_closes_nobodys_slot() -> None:
+    street = Street(slots=2, seats=8, patience_s=1.0)
+    limited, running, other = (street.desk.adapter(number) for number in (1, 2, 3))
+    both = Mix(((limited.versions[0], 0.5), (other.versions[0], 0.5)))
+    street.desk.scheduler.shares.put("adapter1", AdapterPolicy(max_concurrency=1))
+    street.come(limited, tokens=60)
+    street.come(running, tokens=50, prompt=30)
+    street.step()
+    street.come(both, tokens=5)
+    street.run(40, lambda: None)
+    street.come(running, tokens=1)
+    street.step()
+    assert street.waits[running] == [1, 1], "what waits for its limit would gain nothing from a closed slot"
+    street.run(40, lambda: None)
+    assert len(street.waits[both]) == 1

@@ -40,13 +40,14 @@ class Desk:
                 if not self.residency.placed(version) and self.residency.place(version, wanted=spared) is not None:
                     self.residency.landed(version)
 
-    def add(self, prompt: list[int], mix: Mix | None = None, **params: Any) -> list[Sequence]:
+    def add(self, prompt: list[int], mix: Mix | None = None, *, priority: int = 0, **params: Any) -> list[Sequence]:
         """The n sequences of one request."""
         request = Request(
             id=f"r{self._arrivals}",
             prompt_token_ids=tuple(prompt),
             params=SamplingParams(**params),
             mix=mix,
+            priority=priority,
             arrival_s=self.now_s,
         )
         seqs = []
@@ -406,3 +407,42 @@ def test_an_ended_sequence_leaves_its_place_in_the_line() -> None:
     assert desk.scheduler.idle
     assert desk.residency.leased(adapter.versions[0]) == 0
     assert desk.pool.num_available == desk.pool.num_pages
+
+
+def test_a_lower_priority_number_comes_first_among_those_of_its_mix_and_before_nobody_else() -> None:
+    desk = Desk(max_num_seqs=2)
+    adapter = desk.adapter(1)
+    late, plain, urgent = (desk.one([1, 2], adapter, priority=priority) for priority in (1, 0, -5))
+    other = desk.one([1, 2])
+    order = []
+    while desk.scheduler.num_waiting:
+        order += [seq for seq, start, _ in desk.step() if start == 0]
+        for seq in list(desk.scheduler.running):
+            desk.scheduler.finish(seq, "stop")
+    assert order == [urgent, other, plain, late], "the base model waited no longer than it would have"
+
+
+def test_a_priority_is_worth_ten_seconds_of_waiting_so_nobody_waits_for_ever() -> None:
+    desk = Desk(max_num_seqs=1)
+    desk.one([1])
+    desk.step()
+    late = desk.one([1], priority=1)
+    desk.now_s = 9.0
+    before = desk.one([1])
+    desk.now_s = 11.0
+    behind = desk.one([1])
+    assert [seq.turn for seq in desk.scheduler.waiting()] == [before.turn, late.turn, behind.turn]
+
+
+def test_under_page_pressure_who_has_time_gives_way_and_who_is_urgent_takes_from_nobody() -> None:
+    desk = Desk(num_pages=7)
+    adapter = desk.adapter(1)
+    patient = desk.one([2] * 7, adapter, priority=1)
+    plain, urgent = desk.one([1] * 7), desk.one([1] * 7, adapter, priority=-9)
+    for _ in range(4):
+        desk.step()
+    assert patient.status is Status.WAITING
+    assert desk.scheduler.running == [plain, urgent]
+    for _ in range(4):
+        desk.step()
+    assert desk.scheduler.running == [plain], "the latest arrival, as urgent as it is"

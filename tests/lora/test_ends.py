@@ -1,6 +1,6 @@
 """Adapters of embedding, head and norms: PEFT's numbers over several blocks of rows, memory, mixes, refusals."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from aiolora import LLM, LoRARequest, RequestOutput, SamplingParams
 from aiolora.errors import AdapterMemoryError, AdapterMismatchError, AdapterUnsupportedError, RequestError
 from aiolora.types import Prompt
 from tests.lora.fidelity import train
-from tests.tiny import hf_logits, kernels, load_hf, load_peft, make_model, prompt_ids, reconfigure
+from tests.tiny import hf_logits, kernels, load_hf, load_peft, make_model, prompt_ids, reconfigure, rewrite
 
 VOCABULARY = 290  # two blocks and a part of one
 TOLERANCE = 1e-4
@@ -289,3 +289,47 @@ def test_low_rank_factors_over_a_resized_vocabulary_are_refused(trained: Trained
     train(base, {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}, tmp_path / "a", seed=0)
     with pytest.raises(AdapterUnsupportedError, match=r"over a resized vocabulary of 300.*retrain with"):
         trained.serve().engine.add_lora(LoRARequest("a", 1, str(tmp_path / "a")))
+
+
+def test_dora_over_a_weight_that_is_not_the_bases_is_refused_and_one_that_is_may_be_saved_along(
+    trained: Trained, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "use_dora": True}
+    peft = train(trained.hf, config, tmp_path / "a", seed=0)
+    lora = LoRARequest("a", 1, str(tmp_path / "a"))
+    llm = trained.serve()
+    (output,) = llm.generate(prompt_ids(1, 9, VOCABULARY), PARAMS, lora_request=lora, use_tqdm=False)
+    assert error(output, peft) < TOLERANCE
+    rewrite(tmp_path / "a", changed("base_layer.weight"))
+    with pytest.raises(AdapterUnsupportedError, match=r"(lm_head|embed_tokens) has DoRA over a weight that is not"):
+        trained.serve().engine.add_lora(lora)
+
+
+def test_an_adapter_that_wakes_in_the_prompt_has_no_rows_of_its_own(trained: Trained, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"], "alora_invocation_tokens": [5, 6]}
+    train(trained.hf, config, tmp_path / "a", seed=0)
+    lora = LoRARequest("a", 1, str(tmp_path / "a"))
+    trained.serve().engine.add_lora(lora)
+    rewrite(tmp_path / "a", changed("base_layer.weight"))
+    with pytest.raises(AdapterUnsupportedError, match=r"alora_invocation_tokens with rows of its own"):
+        trained.serve().engine.add_lora(lora)
+
+
+def changed(end: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Other values in the tensors whose names end so; there must be some."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert any(name.endswith(end) for name in tensors)
+        return {name: tensor + 1 if name.endswith(end) else tensor for name, tensor in tensors.items()}
+
+    return change
+
+
+def test_announced_adapters_of_the_ends_are_checked_by_their_header(trained: Trained, tmp_path: Path) -> None:
+    whole = LoRARequest("a head of its own", 1, trained.loras["a head of its own"].lora_path)
+    engine = trained.serve().engine
+    engine.announce_lora(whole)
+    train(trained.hf, {"modules_to_save": ["lm_head"]}, tmp_path / "a", seed=0)
+    rewrite(tmp_path / "a", lambda tensors: {n: t[:99] if "lm_head" in n else t for n, t in tensors.items()})
+    with pytest.raises(AdapterUnsupportedError, match="resized to"):
+        engine.announce_lora(LoRARequest("a", 2, str(tmp_path / "a")))

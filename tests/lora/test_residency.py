@@ -1,8 +1,10 @@
 """The book of adapters: host memory, device pages, leases."""
 
 import pytest
+from msgspec.structs import replace
 
 from aiolora.errors import AdapterMemoryError
+from aiolora.lora.eviction import FROM_DISK
 from aiolora.lora.kinds import PageKinds, Room
 from aiolora.lora.residency import Placement, Residency
 from aiolora.types import AdapterVersion, SitePages
@@ -142,11 +144,12 @@ def test_a_pinned_version_is_evicted_from_neither_level_until_it_is_unpinned() -
     residency.store(two, two.name)
     place(residency, two)
     assert residency.resident() == [one, two]
-    residency.unpin(one)
     residency.store(three, three.name)
-    assert not residency.in_host(one)
+    residency.unpin(one)
     place(residency, three)
     assert residency.resident() == [two, three]
+    residency.store(version(4), "adapter4")
+    assert not residency.in_host(one)
 
 
 def test_a_pin_must_leave_room_for_others_on_both_levels() -> None:
@@ -195,6 +198,32 @@ def test_a_retired_version_stays_in_host_memory_until_it_is_dropped() -> None:
     assert residency.in_host(one)
     assert residency.drop(one)
     assert not residency.in_host(one)
+
+
+def test_the_device_keeps_what_only_a_disk_has_longer_than_what_is_in_host_memory() -> None:
+    disk, host, new, newer = (version(number) for number in (1, 2, 3, 4))
+    residency = book(disk, host, max_host=2)
+    place(residency, disk, host)
+    residency.store(new, new.name)
+    assert not residency.in_host(disk)
+    place(residency, new)
+    assert residency.resident() == [disk, new], "one copy is cheaper than one read"
+    for _ in range(4 * FROM_DISK):
+        residency.lease(new)
+        residency.release(new)
+    residency.store(newer, newer.name)
+    place(residency, newer)
+    assert residency.resident() == [new, newer], "but it does not stay for ever"
+
+
+def test_host_memory_keeps_large_ones_longer_than_small_ones() -> None:
+    large, small = replace(version(1), nbytes=100), replace(version(2), nbytes=10)
+    residency = book(large, small, max_host=2)
+    residency.store(version(3), "adapter3")
+    assert [residency.in_host(each) for each in (large, small)] == [True, False]
+    for number in range(4, 30):
+        residency.store(replace(version(number), nbytes=10), f"adapter{number}")
+    assert not residency.in_host(large)
 
 
 def test_a_wanted_version_is_spared() -> None:

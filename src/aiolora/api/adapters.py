@@ -1,4 +1,4 @@
-"""Adapters come and go over HTTP, where the operator allows it: load, unload, pin, and where each of them is."""
+"""Adapters come and go over HTTP, where the operator allows it, and where each of them is."""
 
 import os
 from typing import Literal, TypeAlias
@@ -14,9 +14,12 @@ from aiolora.api.decode import parse
 from aiolora.api.errors import HTTPRequest, SwitchedOffError
 from aiolora.api.serving import Served
 from aiolora.config import Environment
-from aiolora.engine.core import AdapterStanding
+from aiolora.engine.adapters import AdapterStanding
+from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.errors import AdapterConflictError, AdapterMemoryError, AdapterNotFoundError, RequestError
-from aiolora.types import AnnouncedAdapter, LoRARequest
+from aiolora.types import AdapterPolicy, AnnouncedAdapter, LoRARequest
+
+_DONE = {"pin": "pinned", "unpin": "unpinned", "alias": "", "rollback": "", "policy": "limited"}  # verb -> its success
 
 Allowed: TypeAlias = NamedDependency[Environment]  # what the operator switched on when the app was made
 
@@ -28,12 +31,25 @@ class LoadAdapter(Struct, frozen=True):
     lora_path: str  # a folder of the server; a hub repository where the operator allows those
     load_inplace: bool = False
     pinned: bool = False
+    policy: AdapterPolicy | None = None
 
 
 class UnloadAdapter(Struct, frozen=True):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: str
+
+
+class Alias(Struct, frozen=True):
+    """POST /v1/lora_adapters/NAME/alias."""
+
+    alias: str
+
+
+class RollBack(Struct, frozen=True):
+    """POST /v1/lora_adapters/NAME/rollback; a body is not needed."""
+
+    digest: str | None = None  # or its beginning: to that version or not at all
 
 
 class AdapterCard(Struct, frozen=True, kw_only=True):
@@ -50,6 +66,9 @@ class AdapterCard(Struct, frozen=True, kw_only=True):
     requests: int
     draining: bool
     loaded_at: int
+    earlier: str | None  # NAME@DIGEST12 that a roll-back would bring back
+    aliases: list[str]
+    policy: AdapterPolicy
     object: Literal["lora_adapter"] = "lora_adapter"
 
 
@@ -70,13 +89,15 @@ async def load_lora_adapter(request: HTTPRequest, serving: Served, environment: 
     said = parse(LoadAdapter, await request.body())
     name, engine = _filled("lora_name", said.lora_name), serving.engine
     _filled("lora_path", said.lora_path)
+    number = engine.intake.registry.number(name)
+    engine.intake.registry.check(name, number)
     known = engine.intake.registry.named(name) is not None
     if known and not said.load_inplace:
         raise AdapterConflictError(name, "is already loaded; set load_inplace to true to replace it")
     if not environment.hub_adapters and not await anyio.to_thread.run_sync(_is_folder, said.lora_path):
         raise AdapterNotFoundError(name, f"no adapter found at {said.lora_path!r}: it is no folder of the server")
-    number = engine.intake.registry.number(name)
-    await engine.add_lora(LoRARequest(name, number, said.lora_path, load_inplace=said.load_inplace))
+    lora = LoRARequest(name, number, said.lora_path, load_inplace=said.load_inplace)
+    await engine.add_lora(lora, policy=said.policy)
     if said.pinned:
         try:
             await engine.pin_lora(name)
@@ -89,7 +110,7 @@ async def load_lora_adapter(request: HTTPRequest, serving: Served, environment: 
 
 @post("/v1/unload_lora_adapter", status_code=200, operation_id="unload_lora_adapter", tags=["adapters"])
 async def unload_lora_adapter(request: HTTPRequest, serving: Served, environment: Allowed) -> Response[str]:
-    """Forget an adapter. Requests under way finish on it, and what it takes is free after the last."""
+    """Forget an adapter, or an alias. Requests under way finish on it, and what it takes is free after the last."""
     _check_switch(environment)
     name = _filled("lora_name", parse(UnloadAdapter, await request.body()).lora_name)
     if not await serving.engine.remove_lora(name):
@@ -100,24 +121,48 @@ async def unload_lora_adapter(request: HTTPRequest, serving: Served, environment
 @get("/v1/lora_adapters", operation_id="lora_adapters", tags=["adapters"])
 async def lora_adapters(serving: Served) -> AdapterList:
     """Where every adapter is and who needs it; at the end those without a name that requests still run with."""
-    known = serving.engine.intake.registry.known()
-    standing = {each.version.id: each for each in await serving.engine.lora_standing()}
-    cards = [_unread_card(one) if isinstance(one, AnnouncedAdapter) else _card(standing.pop(one.id)) for one in known]
-    return AdapterList([*cards, *map(_card, standing.values())])
+    engine = serving.engine
+    known = engine.intake.registry.known()
+    standing = {each.version.id: each for each in await engine.lora_standing()}
+    cards = [
+        _unread_card(engine, one) if isinstance(one, AnnouncedAdapter) else _card(engine, standing.pop(one.id))
+        for one in known
+    ]
+    return AdapterList([*cards, *(_card(engine, gone) for gone in standing.values())])
 
 
-@post("/v1/lora_adapters/{name_and_verb:path}", status_code=200, operation_id="pin_lora_adapter", tags=["adapters"])
-async def pin_lora_adapter(name_and_verb: FromPath[str], serving: Served, environment: Allowed) -> Response[str]:
-    """`NAME/pin`: never evict it; `NAME/unpin`: it may be evicted again. A name may hold slashes."""
+@post("/v1/lora_adapters/{name_and_verb:path}", status_code=200, operation_id="change_lora_adapter", tags=["adapters"])
+async def change_lora_adapter(
+    name_and_verb: FromPath[str], request: HTTPRequest, serving: Served, environment: Allowed
+) -> Response[str]:
+    """`NAME/VERB`; a name may hold slashes, and be an alias.
+
+    `pin`: never evict it; `unpin`: it may be evicted again. `alias`: give it another name, `{"alias": ...}`.
+    `rollback`: it stands again for what it stood for before it was replaced. `policy`: what it may take,
+    `{"weight": ..., "max_concurrency": ..., "tokens_per_minute": ...}`.
+    """
     _check_switch(environment)
     name, _, verb = name_and_verb.removeprefix("/").rpartition("/")
-    if verb not in ("pin", "unpin"):
+    if verb not in _DONE:
         raise NotFoundException
-    engine = serving.engine
+    engine, body = serving.engine, await request.body()
     if engine.intake.registry.named(name) is None:
         raise AdapterNotFoundError(name, "is not loaded; GET /v1/lora_adapters lists what is")
-    await (engine.pin_lora(name) if verb == "pin" else engine.unpin_lora(name))
-    return Response(f"Success: LoRA adapter '{name}' {verb}ned successfully", media_type=MediaType.TEXT)
+    done = _DONE[verb]
+    if verb == "pin":
+        await engine.pin_lora(name)
+    elif verb == "unpin":
+        await engine.unpin_lora(name)
+    elif verb == "alias":
+        alias = _filled("alias", parse(Alias, body).alias)
+        await engine.alias_lora(alias, name)
+        done = f"aliased as '{alias}'"
+    elif verb == "rollback":
+        version = await engine.rollback_lora(name, parse(RollBack, body or b"{}").digest)
+        done = f"rolled back to {version.label}"
+    else:
+        await engine.set_lora_policy(name, parse(AdapterPolicy, body))
+    return Response(f"Success: LoRA adapter '{name}' {done} successfully", media_type=MediaType.TEXT)
 
 
 def _check_switch(environment: Environment) -> None:
@@ -138,7 +183,7 @@ def _is_folder(path: str) -> bool:
     return os.path.isdir(os.path.expanduser(path))
 
 
-def _card(standing: AdapterStanding) -> AdapterCard:
+def _card(engine: AsyncLLMEngine, standing: AdapterStanding) -> AdapterCard:
     version = standing.version
     return AdapterCard(
         id=version.name,
@@ -152,10 +197,13 @@ def _card(standing: AdapterStanding) -> AdapterCard:
         requests=standing.requests,
         draining=standing.draining,
         loaded_at=int(version.loaded_at),
+        earlier=None if standing.earlier is None else standing.earlier.label,
+        aliases=[] if standing.draining else _aliases(engine, version.name),
+        policy=engine.intake.policies.get(version.name),
     )
 
 
-def _unread_card(known: AnnouncedAdapter) -> AdapterCard:
+def _unread_card(engine: AsyncLLMEngine, known: AnnouncedAdapter) -> AdapterCard:
     return AdapterCard(
         id=known.name,
         digest=None,
@@ -168,4 +216,11 @@ def _unread_card(known: AnnouncedAdapter) -> AdapterCard:
         requests=0,
         draining=False,
         loaded_at=int(known.announced_at),
+        earlier=None,
+        aliases=_aliases(engine, known.name),
+        policy=engine.intake.policies.get(known.name),
     )
+
+
+def _aliases(engine: AsyncLLMEngine, name: str) -> list[str]:
+    return [alias for alias, meant in engine.intake.registry.aliases().items() if meant == name]

@@ -10,7 +10,7 @@ from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 
 import aiolora
-from aiolora.api.adapters import load_lora_adapter, lora_adapters, pin_lora_adapter, unload_lora_adapter
+from aiolora.api.adapters import change_lora_adapter, load_lora_adapter, lora_adapters, unload_lora_adapter
 from aiolora.api.chat import chat_completions
 from aiolora.api.completions import completions
 from aiolora.api.errors import answer_error, answer_http_error
@@ -64,7 +64,7 @@ def create_app(
             load_lora_adapter,
             unload_lora_adapter,
             lora_adapters,
-            pin_lora_adapter,
+            change_lora_adapter,
             health,
             version,
         ],

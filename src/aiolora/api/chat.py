@@ -41,7 +41,7 @@ async def chat_completions(request: HTTPRequest, serving: Served) -> Response[Ch
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     with naming(prompt="messages", max_tokens=limit):
         messages, params = _messages(said), _params(said)
-        [assembler] = await serving.prepare(answer_id, said.model, [messages], params)
+        [assembler] = await serving.prepare(answer_id, said, [messages], params)
     return await serving.respond(request, [assembler], _Reply(said, answer_id, assembler), stream=bool(said.stream))
 
 

@@ -37,7 +37,7 @@ async def completions(request: HTTPRequest, serving: Served) -> Response[Complet
     if len(prompts) * params.n > _MAX_CHOICES:
         raise RequestError(f"{len(prompts)} prompts with n={params.n}: at most {_MAX_CHOICES} answers", param="prompt")
     answer_id = f"cmpl-{uuid.uuid4().hex}"
-    assemblers = await serving.prepare(answer_id, said.model, prompts, params)
+    assemblers = await serving.prepare(answer_id, said, prompts, params)
     reply = _Reply(said, answer_id, assemblers)
     return await serving.respond(request, assemblers, reply, stream=bool(said.stream))
 

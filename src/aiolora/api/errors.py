@@ -16,6 +16,7 @@ from litestar.exceptions import HTTPException
 from msgspec import Struct
 
 from aiolora.errors import (
+    AdapterBusyError,
     AdapterConflictError,
     AdapterError,
     AdapterNotFoundError,
@@ -77,6 +78,7 @@ _TABLE: dict[type[BaseException], _Row] = {
     RequestError: _Row(400, "invalid_request_error", "invalid_value"),
     AdapterNotFoundError: _Row(404, "invalid_request_error", "adapter_not_found"),
     AdapterResolveError: _Row(502, "server_error", "adapter_not_resolved"),
+    AdapterBusyError: _Row(429, "tokens", "rate_limit_exceeded"),
     AdapterConflictError: _Row(400, "invalid_request_error", "adapter_conflict"),
     AdapterError: _Row(422, "invalid_request_error", "adapter_unusable"),
     NonFiniteLogitsError: _Row(500, "server_error", "non_finite_logits"),
@@ -122,7 +124,8 @@ def without_folders(message: str) -> str:
 def answer_error(_: HTTPRequest, error: Exception) -> Response[ErrorBody]:
     """Litestar's exception handler for everything raised before a response has begun."""
     status, body = describe(error)
-    return Response(body, status_code=status)
+    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, AdapterBusyError) else None
+    return Response(body, status_code=status, headers=headers)
 
 
 def answer_http_error(request: HTTPRequest, error: HTTPException) -> Response[ErrorBody]:

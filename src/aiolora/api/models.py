@@ -1,4 +1,4 @@
-"""GET /v1/models: the base model, then its adapters in the order they came."""
+"""GET /v1/models: the base model, then its adapters in the order they came, then their aliases."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from litestar.params import FromPath
 from msgspec import Struct
 
 from aiolora.api.serving import Served, Serving
-from aiolora.types import AdapterVersion, AnnouncedAdapter
+from aiolora.types import AdapterVersion
 
 
 class ModelCard(Struct, frozen=True):
@@ -32,9 +32,8 @@ class ModelList(Struct, frozen=True):
 @get("/v1/models", operation_id="models", tags=["models"])
 async def models(serving: Served) -> ModelList:
     """Everything that is served."""
-    return ModelList(
-        [_base_card(serving), *(_card(serving, known) for known in serving.engine.intake.registry.known())]
-    )
+    names = serving.engine.intake.registry.names()
+    return ModelList([_base_card(serving), *(_card(serving, name) for name in names)])
 
 
 @get("/v1/models/{model_id:path}", operation_id="model", tags=["models"])
@@ -44,7 +43,7 @@ async def model(model_id: FromPath[str], serving: Served) -> ModelCard:
     adapter = None if serving.base in (name, model_id) else serving.adapter(name)
     if adapter is None:
         return _base_card(serving)
-    return next(_card(serving, known) for known in serving.engine.intake.registry.known() if known.name == adapter)
+    return _card(serving, adapter)
 
 
 def _base_card(serving: Serving) -> ModelCard:
@@ -52,9 +51,11 @@ def _base_card(serving: Serving) -> ModelCard:
     return ModelCard(serving.base, int(serving.since), engine.args.model, None, engine.plan.max_model_len)
 
 
-def _card(serving: Serving, known: AdapterVersion | AnnouncedAdapter) -> ModelCard:
+def _card(serving: Serving, name: str) -> ModelCard:
+    known = serving.engine.intake.registry.look_up(name)
+    assert known is not None, f"{name} is known"
     return ModelCard(
-        known.name,
+        name,
         int(known.loaded_at if isinstance(known, AdapterVersion) else known.announced_at),
         known.source or known.name,
         known.base_model_name or serving.base,

@@ -13,11 +13,12 @@ from litestar import Response
 from litestar.di import NamedDependency
 from msgspec import Struct
 
-from aiolora.api.errors import HTTPRequest, describe
+from aiolora.api.errors import HTTPRequest, describe, naming
 from aiolora.api.sse import DONE, EventStream, frames
+from aiolora.api.wire import GenerationRequest
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.output import Assembler
-from aiolora.errors import UnknownModelError
+from aiolora.errors import RequestError, UnknownModelError
 from aiolora.types import Messages, Prompt, SamplingParams, TokenOutput
 
 _CLIENT_CLOSED = 499  # nginx's word for it; nobody is left to read it
@@ -58,23 +59,43 @@ class Serving:
         registry = self.engine.intake.registry
         if registry.named(model) is not None:
             return model
-        adapters = [known.name for known in registry.known()]
-        close = difflib.get_close_matches(model, [self.base, *adapters], n=1)
+        close = difflib.get_close_matches(model, [self.base, *registry.names()], n=1)
         hint = f"did you mean {close[0]!r}?" if close else "GET /v1/models lists what is served"
         raise UnknownModelError(f"the model {model[:200]!r} does not exist; {hint}")
 
     async def prepare(
-        self, answer_id: str, model: str, prompts: Iterable[Prompt | Messages], params: SamplingParams
+        self, answer_id: str, said: GenerationRequest, prompts: Iterable[Prompt | Messages], params: SamplingParams
     ) -> list[Assembler]:
         """A request a prompt, checked but not yet running: what a client can get wrong is raised here."""
-        if model != self.base:
-            await self.engine.resolve_lora(model)
-        adapter = self.adapter(model)
+        lora: str | dict[str, float] | None
+        if said.lora is not None:
+            with naming(model="lora"):
+                lora = await self._weighted(said.model, said.lora)
+        else:
+            lora = await self._adapter(said.model)
         assemblers = []
         for position, prompt in enumerate(prompts):
-            request = await self.engine.prepare(prompt, params, lora=adapter, request_id=f"{answer_id}-{position}")
+            request = await self.engine.prepare(
+                prompt, params, lora=lora, priority=said.priority or 0, request_id=f"{answer_id}-{position}"
+            )
             assemblers.append(Assembler(request, self.engine.intake.tokenizers.of(request.mix)))
         return assemblers
+
+    async def _adapter(self, model: str) -> str | None:
+        """As `adapter`, where a resolver may find it."""
+        if model != self.base:
+            await self.engine.resolve_lora(model)
+        return self.adapter(model)
+
+    async def _weighted(self, model: str, lora: dict[str, float]) -> dict[str, float]:
+        """Every name in `lora` is that of an adapter, and `model` that of the base."""
+        if model != self.base:
+            raise RequestError(f"lora goes with the base model: set model to {self.base!r}", param="lora")
+        self.engine.intake.parts(lora)  # before any of them is looked for
+        for name in lora:
+            if await self._adapter(name) is None:
+                raise RequestError(f"lora: {name!r} is the base model, no adapter", param="lora")
+        return lora
 
     async def respond(
         self, request: HTTPRequest, assemblers: Sequence[Assembler], reply: Reply, *, stream: bool

@@ -20,6 +20,8 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     """What completions and chat have in common."""
 
     model: str
+    lora: dict[str, float] | None = None  # adapters and their weights, on the base model
+    priority: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None

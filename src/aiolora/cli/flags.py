@@ -10,7 +10,7 @@ from msgspec.structs import fields
 
 from aiolora.config import EngineArgs
 from aiolora.errors import ConfigError
-from aiolora.types import LoRARequest
+from aiolora.types import AdapterPolicy, LoRARequest
 
 
 class _Module(Struct, forbid_unknown_fields=True):
@@ -19,6 +19,7 @@ class _Module(Struct, forbid_unknown_fields=True):
     name: str
     path: str
     base_model_name: str | None = None
+    policy: AdapterPolicy | None = None
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, *, model: str | None = None) -> None:
@@ -45,7 +46,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: str | None = Non
         action="extend",
         default=[],
         metavar="MODULE",
-        help='adapters to load at start: name=path or {"name": ..., "path": ..., "base_model_name": ...}',
+        help='adapters to load at start: name=path or {"name": ..., "path": ..., "base_model_name": ..., '
+        '"policy": {"weight": ..., "max_concurrency": ..., "tokens_per_minute": ...}}',
     )
 
 
@@ -70,6 +72,12 @@ def lora_modules(items: Iterable[str]) -> list[LoRARequest]:
     ]
 
 
+def lora_policies(items: Iterable[str]) -> dict[str, AdapterPolicy]:
+    """What `--lora-modules` lets its adapters take, by name. Raises `ConfigError`."""
+    modules = [_module(item) for item in items if item]
+    return {module.name: module.policy for module in modules if module.policy is not None}
+
+
 def _module(item: str) -> _Module:
     try:
         if item.lstrip().startswith("{"):
@@ -84,7 +92,7 @@ def _module(item: str) -> _Module:
     except (ValueError, msgspec.MsgspecError) as error:
         raise ConfigError(
             f"--lora-modules {item!r}: {error}; write name=path or "
-            '{"name": "...", "path": "...", "base_model_name": "..."}'
+            '{"name": "...", "path": "...", "base_model_name": "...", "policy": {...}}'
         ) from None
     return module
 

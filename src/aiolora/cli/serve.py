@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import sys
 
-from aiolora.cli.flags import add_engine_flags, engine_args, lora_modules
+from aiolora.cli.flags import add_engine_flags, engine_args, lora_modules, lora_policies
 from aiolora.errors import ConfigError, MissingExtraError
 
 
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from aiolora.engine.async_engine import AsyncLLMEngine
 
     said, modules = engine_args(args), lora_modules(args.lora_modules)
+    policies = lora_policies(args.lora_modules)
     base = args.served_model_name or args.model
     if base in [module.lora_name for module in modules]:
         raise ConfigError(f"--lora-modules: {base!r} is the name of the base model; choose another")
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     async def serve() -> None:
         async with AsyncLLMEngine.from_engine_args(said) as engine:
             for module in modules:
-                await engine.announce_lora(module)
+                await engine.announce_lora(module, policy=policies.get(module.lora_name))
             plan = engine.plan
             print(
                 f"{args.model} on {plan.device}: {plan.num_pages * plan.page_size} KV tokens "

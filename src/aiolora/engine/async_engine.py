@@ -1,58 +1,43 @@
-"""AsyncLLMEngine: the one bridge between the asyncio loop and the engine thread.
-
-Down: a message into a deque and an event, once a request. Up: one `call_soon_threadsafe` a step with all its deltas.
-"""
+"""AsyncLLMEngine: the engine for those on an asyncio loop."""
 
 import asyncio
 import contextlib
 import itertools
-import threading
 import weakref
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
 
 import anyio.to_thread
 from msgspec import structs
 from torch import Tensor
 
 from aiolora.config import EngineArgs, Environment
+from aiolora.engine.adapters import AdapterStanding
+from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built, build
-from aiolora.engine.core import AdapterStanding, Engine, Snapshot
+from aiolora.engine.core import Engine, Snapshot
 from aiolora.engine.intake import Intake, LoRA
+from aiolora.engine.loading import Loading
 from aiolora.engine.mailbox import Mailbox
+from aiolora.engine.names import Names
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
-from aiolora.errors import (
-    AdapterError,
-    AdapterFormatError,
-    AdapterNotFoundError,
-    AioloraError,
-    EngineDeadError,
-    RequestError,
-)
-from aiolora.lora.loader import AdapterWeights
-from aiolora.lora.memory import AnyConfig, InMemory, in_memory
+from aiolora.errors import EngineDeadError, RequestError
+from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.lora.resolvers import choose_resolvers
-from aiolora.lora.resolving import Resolving
 from aiolora.types import (
+    AdapterPolicy,
     AdapterVersion,
     LoRARequest,
     Messages,
-    Mix,
     Prompt,
     Request,
     RequestOutput,
     SamplingParams,
     TokenDelta,
     TokenOutput,
-    read_again,
 )
-
-T = TypeVar("T")
-Message = Callable[[Engine], None]
 
 
 class AsyncLLMEngine:
@@ -69,21 +54,13 @@ class AsyncLLMEngine:
     def __init__(self, args: EngineArgs) -> None:
         self.args = args
         self._built: Built | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._inbox: deque[Message] = deque()
-        self._wake = threading.Event()
-        self._stopping = False
-        self._death: BaseException | None = None
+        self._bridge: Bridge | None = None
+        self._loading: Loading | None = None
+        self._names: Names | None = None
         self._mailboxes: dict[str, Mailbox] = {}  # by ticket
-        self._tickets: dict[str, str] = {}  # request id -> the name the engine knows it by, never used twice
+        self._tickets: dict[str, Request] = {}  # request id -> the request as the engine knows it: no id is used twice
         self._num_tickets = itertools.count()
-        self._loading: dict[object, asyncio.Future[AdapterVersion]] = {}
-        self._reloading = asyncio.Lock()  # what was asked for later is read later
-        self._questions: set[asyncio.Future[Any]] = set()  # to the engine thread, not answered
-        self._resolving: Resolving | None = None  # None: unknown names stay unknown
         self._starting = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._snapshot: Snapshot | None = None
 
     @classmethod
@@ -106,37 +83,28 @@ class AsyncLLMEngine:
         Raises `ConfigError`, a `ModelError`, or `EngineDeadError` where it has stopped before.
         """
         async with self._starting:
-            if self._thread is not None:
+            if self._built is not None:
                 self._alive()
                 return
-            self._loop = asyncio.get_running_loop()
-            environment = Environment.read()
+            environment, resolvers = Environment.read(), None
             if environment.runtime_lora_updating and self.args.enable_lora:
-                chosen = await anyio.to_thread.run_sync(choose_resolvers, environment)
-                self._resolving = Resolving(
-                    self.args.model, chosen, self._load_resolved, timeout_s=environment.resolver_timeout_s
-                )
-            self._built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
-            self._snapshot = self._built.engine.snapshot()
-            engine = self._built.engine
-            self._thread = threading.Thread(target=self._run, args=(engine,), name="aiolora-engine", daemon=True)
-            self._thread.start()
+                resolvers = await anyio.to_thread.run_sync(choose_resolvers, environment)
+            self._bridge = bridge = Bridge(self._deliver, self._fail)
+            built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
+            self._names = Names(built.intake, bridge.post)
+            self._loading = Loading(
+                built, bridge, self._names, resolvers, resolver_timeout_s=environment.resolver_timeout_s
+            )
+            self._snapshot = built.engine.snapshot()
+            self._built = built
+            bridge.start(built.engine)
 
     async def stop(self) -> None:
         """End every stream with `EngineDeadError` and the thread with its step. Idempotent."""
-        if self._thread is None:
+        if self._built is None or self._bridge is None:
             return
-        self._stopping = True
-        self._wake.set()
-        for task in self._tasks:
-            task.cancel()
-        if self._resolving is not None:
-            self._resolving.stop()
-        for loading in self._loading.values():
-            loading.cancel()
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self._thread.join)
-        self._fail(RuntimeError("it was shut down"))
+        self._adapters.stop()
+        await self._bridge.stop()
 
     @property
     def intake(self) -> Intake:
@@ -151,12 +119,12 @@ class AsyncLLMEngine:
     @property
     def started(self) -> bool:
         """Whether `start` has been called and has loaded the model."""
-        return self._thread is not None
+        return self._built is not None
 
     @property
     def death(self) -> BaseException | None:
         """Why the engine has stopped; None while it lives."""
-        return self._death
+        return None if self._bridge is None else self._bridge.death
 
     def snapshot(self) -> Snapshot:
         """The engine as of its last step, or of its falling idle."""
@@ -171,14 +139,15 @@ class AsyncLLMEngine:
         *,
         lora: LoRA = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[TokenOutput]:
         """Every token as it comes. Leaving the iteration (break, cancellation, aclose) aborts the request.
 
         `lora`: the name of an adapter that is loaded or that a resolver finds, a LoRARequest (loaded on first use), or
-        {name: weight}.
-        Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
+        {name: weight}. `priority`: lower is earlier, among the requests of the same adapters: a unit is worth 10 s of
+        waiting. Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
         """
-        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
+        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id, priority=priority)
         async with contextlib.aclosing(
             self.run([Assembler(request, self.intake.tokenizers.of(request.mix))])
         ) as bursts:
@@ -193,9 +162,10 @@ class AsyncLLMEngine:
         *,
         lora: LoRA = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> RequestOutput:
         """The whole answer. Cancelling aborts the request."""
-        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id)
+        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id, priority=priority)
         assembler = Assembler(request, self.intake.tokenizers.of(request.mix))
         async for _ in self.run([assembler]):
             pass
@@ -208,21 +178,24 @@ class AsyncLLMEngine:
         *,
         lora: LoRA = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> Request:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here."""
         self._alive()
         parts = self.intake.parts(lora)
-        mix = Mix(tuple([(await self._version(part), weight) for part, weight in parts])) if parts else None
+        mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
+        self.intake.policies.check(mix)
         request = self.intake.request(
             prompt,
             sampling_params,
             mix,
             request_id=request_id,
             lora_request=lora if isinstance(lora, LoRARequest) else None,
+            priority=priority,
         )
         if mix is not None:  # removed or replaced from now on, it still serves this request, be it run soon or late
-            self._post(lambda engine: engine.hold_adapters(mix))
-            weakref.finalize(request, self._post, lambda engine: engine.let_go(mix)).atexit = False
+            self._across.post(lambda engine: engine.adapters.hold(mix))
+            weakref.finalize(request, self._across.post, lambda engine: engine.adapters.let_go(mix)).atexit = False
         return request
 
     async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
@@ -236,14 +209,15 @@ class AsyncLLMEngine:
         if taken is not None:
             raise RequestError(f"request_id {taken!r} is in use; give each request its own", param="request_id")
         # a delta of a request that was left may still be on its way when its id is used again: tickets tell them apart
-        tickets = [f"{request.id}#{next(self._num_tickets)}" for request in requests]
-        positions = {ticket: position for position, ticket in enumerate(tickets)}
-        mailbox = Mailbox()
+        tickets = [structs.replace(request, id=f"{request.id}#{next(self._num_tickets)}") for request in requests]
+        positions = {ticket.id: position for position, ticket in enumerate(tickets)}
+        mailbox, charge = Mailbox(), self.intake.policies.charge
         try:
             for request, ticket in zip(requests, tickets):
                 self._tickets[request.id] = ticket
-                self._mailboxes[ticket] = mailbox
-                self._post(partial(_add, request=structs.replace(request, id=ticket)))
+                self._mailboxes[ticket.id] = mailbox
+                self._across.post(partial(_add, request=ticket))
+                charge(request.mix, len(request.prompt_token_ids))
             while not all(assembler.finished for assembler in assemblers):
                 burst = []
                 for delta in await mailbox.get():
@@ -251,6 +225,7 @@ class AsyncLLMEngine:
                     output = assemblers[position].feed(delta)
                     if output is None:
                         continue
+                    charge(requests[position].mix, 1)
                     if output.finish_reason is not None and delta.finish_reason is None:
                         self._abort(delta.request_id, delta.index)  # a stop string, which only text can show
                     burst.append((position, output))
@@ -259,16 +234,17 @@ class AsyncLLMEngine:
         finally:
             for assembler, ticket in zip(assemblers, tickets):
                 self._tickets.pop(assembler.request.id, None)
-                self._mailboxes.pop(ticket, None)
+                self._mailboxes.pop(ticket.id, None)
                 if not assembler.finished:
-                    self._abort(ticket)
+                    self._abort(ticket.id)
 
     def abort(self, request_id: str) -> None:
         """End a request: its stream simply ends, its answers with "abort". Unknown ids are fine."""
         ticket = self._tickets.get(request_id)
         if ticket is not None:
-            self._abort(ticket)
-            self._mailboxes[ticket].put(TokenDelta(ticket, 0, token_id=None, finish_reason="abort"))
+            self._abort(ticket.id)
+            for index in range(ticket.params.n):
+                self._mailboxes[ticket.id].put(TokenDelta(ticket.id, index, token_id=None, finish_reason="abort"))
 
     async def add_lora(
         self,
@@ -277,32 +253,37 @@ class AsyncLLMEngine:
         tensors: Mapping[str, Tensor] | None = None,
         config: AnyConfig | None = None,
         load_inplace: bool = False,
+        policy: AdapterPolicy | None = None,
     ) -> AdapterVersion:
         """Load an adapter, or find it loaded. Raises `AdapterError`; a failed load changes nothing.
 
         With a name for `lora`, from memory: `tensors` under the names that PEFT saves, on any device, and `config` as
         in adapter_config.json, or a `peft.LoraConfig`. They are copied. `load_inplace` replaces what the name stands
-        for; requests under way finish on the old version.
+        for; requests under way finish on the old version. `policy`: as `set_lora_policy`, once it is loaded.
         """
         self._alive()
         if isinstance(lora, LoRARequest):
             self.intake.parts(lora)
-            return await self._version(lora)
-        source = in_memory(lora, tensors, config)
-        self.intake.parts(lora)
-        number = self.intake.registry.number(lora)
-        return await self._shared(object(), self._load(source, number, replace=load_inplace))
+            version = await self._adapters.version(lora)
+        else:
+            source = in_memory(lora, tensors, config)
+            self.intake.parts(lora)
+            version = await self._adapters.add(source, replace=load_inplace)
+        if policy is not None:
+            self._naming.allow(version.name, policy)
+        return version
 
-    async def announce_lora(self, lora: LoRARequest) -> None:
+    async def announce_lora(self, lora: LoRARequest, *, policy: AdapterPolicy | None = None) -> None:
         """Make the name of an adapter known, to be read when it is first asked for: thousands cost a start little.
 
         Its config and the header of its tensors are checked now; its digest, and values that are not finite, come to
         light at the first read. Raises `AdapterError`; what is known from the same place already stays as it is.
+        `policy`: as `set_lora_policy`, once it is known.
         """
         self._alive()
-        self.intake.parts(lora)
-        if self.intake.registry.match(lora) is None:
-            self.intake.registry.announce(await anyio.to_thread.run_sync(self._parts.check, lora))
+        await self._adapters.announce(lora)
+        if policy is not None:
+            self._naming.allow(lora.lora_name, policy)
 
     async def resolve_lora(self, lora_name: str) -> bool:
         """Read the adapter that was announced, or that a resolver finds, for a name.
@@ -311,42 +292,66 @@ class AsyncLLMEngine:
         `AIOLORA_ALLOW_RUNTIME_LORA_UPDATING`. Raises `AdapterError`.
         """
         self._alive()
-        await self._read_announced(lora_name)
-        if self.intake.registry.knows(lora_name):
-            return True
-        return self._resolving is not None and await self._resolving.resolve(lora_name)
+        return await self._adapters.resolve(lora_name)
 
     async def remove_lora(self, lora: str | int, *, force: bool = False) -> bool:
-        """Forget an adapter, by name or `lora_int_id`. False: it was not known.
+        """Forget an adapter, by name or `lora_int_id`, or an alias. False: it was not known.
 
-        Requests under way finish, and what it takes is free after the last; `force`: they end with "abort".
+        Requests under way finish, and what it takes is free after the last; `force`: they end with "abort". Raises
+        `AdapterConflictError` where it has aliases; `force` removes those, too.
         """
         self._alive()
-        registry = self.intake.registry
-        name = registry.named(lora)
-        known = registry.forget(name) if name is not None else None
-        if isinstance(known, AdapterVersion):
-            self._post(lambda engine: engine.drop_adapter(known, force=force))
-        return known is not None
+        return self._naming.remove(lora, force=force)
+
+    async def rollback_lora(self, lora: str | int, digest: str | None = None) -> AdapterVersion:
+        """Let a name stand again for what it stood for before it was replaced last, which becomes what it was before.
+
+        One version a name is kept, in host memory while nobody else needs the room, and is read again where its source
+        still holds it. `digest`, or its beginning: roll back to that version or not at all. Requests under way finish
+        on what they began with. Raises `UnknownModelError`, `AdapterNotFoundError` where there is no such version, and
+        `AdapterChangedError` where its source holds something else by now; nothing has changed then.
+        """
+        self._alive()
+        return await self._adapters.roll_back(lora, digest)
+
+    async def alias_lora(self, alias: str, lora: str | int) -> None:
+        """`alias` is another name of an adapter from now on, also of what replaces it; it may have been another's.
+
+        `remove_lora(alias)` ends it. Raises `UnknownModelError`, and `AdapterConflictError` where `alias` is the name
+        of a model or adapter.
+        """
+        self._alive()
+        self.intake.registry.alias(alias, lora)
+
+    async def set_lora_policy(self, lora: str | int, policy: AdapterPolicy) -> None:
+        """What an adapter may take from now on: a weight in the turns, answers at a time, tokens a minute.
+
+        It belongs to the name: a reload keeps it, `remove_lora` ends it. Raises `UnknownModelError`.
+        """
+        self._alive()
+        self._naming.allow(lora, policy)
 
     async def pin_lora(self, lora: str | int) -> None:
-        """Keep an adapter, by name or `lora_int_id`, in host memory and, once it is there, on the device.
+        """Keep an adapter, by name, alias or `lora_int_id`, in host memory and, once it is there, on the device.
 
-        Until `unpin_lora` or `remove_lora`; a version that replaces it takes the pin over. Raises `UnknownModelError`,
-        and `AdapterMemoryError` where what is left beside all pinned ones would hold no adapter of `max_lora_rank`.
+        One that was announced is read for it. Until `unpin_lora` or `remove_lora`; a version that replaces it takes the
+        pin over. Raises `UnknownModelError`, and `AdapterMemoryError` where what is left beside all pinned ones would
+        hold no adapter of `max_lora_rank`.
         """
-        version = await self._loaded(lora)
-        await self._ask(lambda engine: engine.pin_adapter(version))
+        version = await self._adapters.version(self.intake.registry.name(lora))
+        await self._across.ask(lambda engine: engine.adapters.pin(version))
 
     async def unpin_lora(self, lora: str | int) -> None:
         """It may be evicted again. Not pinned: nothing. Raises `UnknownModelError`."""
-        version = await self._loaded(lora)
-        await self._ask(lambda engine: engine.unpin_adapter(version))
+        version = self.intake.registry.look_up(self.intake.registry.name(lora))
+        if isinstance(version, AdapterVersion):  # what was never read is not pinned
+            await self._across.ask(lambda engine: engine.adapters.unpin(version))
 
     async def lora_standing(self) -> list[AdapterStanding]:
         """Where every loaded adapter is and who needs it; at the end those removed that requests still run with."""
-        versions = self.intake.registry.versions()
-        return await self._ask(lambda engine: engine.standing(versions))
+        registry = self.intake.registry
+        versions, earlier = registry.versions(), registry.earlier_versions()
+        return await self._across.ask(lambda engine: engine.adapters.standing(versions, earlier))
 
     async def list_loras(self) -> list[AdapterVersion]:
         """Loaded adapters in the order they came."""
@@ -362,103 +367,27 @@ class AsyncLLMEngine:
             raise EngineDeadError("the engine is not started; use `async with engine:` or `await engine.start()`")
         return self._built
 
+    @property
+    def _across(self) -> Bridge:
+        assert self._bridge is not None, "started engines have it"
+        return self._bridge
+
+    @property
+    def _naming(self) -> Names:
+        assert self._names is not None, "started engines have it"
+        return self._names
+
+    @property
+    def _adapters(self) -> Loading:
+        assert self._loading is not None, "started engines have it"
+        return self._loading
+
     def _alive(self) -> None:
-        if self._death is not None:
-            raise EngineDeadError(f"the engine has stopped: {self._death}") from self._death
         assert self._parts is not None
-
-    async def _version(self, lora: str | LoRARequest) -> AdapterVersion:
-        """The version that `lora` means, loaded once however many ask at the same time."""
-        registry = self.intake.registry
-        if isinstance(lora, str):
-            await self.resolve_lora(lora)
-            return registry.find(lora)
-        known = registry.match(lora)
-        if known is not None:
-            return known
-        number, replace = lora.lora_int_id, lora.load_inplace
-        return await self._shared(object() if replace else lora, self._load(lora, number, replace=replace))
-
-    async def _loaded(self, lora: str | int) -> AdapterVersion:
-        await self._read_announced(self.intake.registry.named(lora))
-        return self.intake.registry.get(lora)
-
-    async def _read_announced(self, name: str | None) -> None:
-        """Read what was announced under `name`, if it is still to be read."""
-        registry = self.intake.registry
-        while name is not None and (announced := registry.announced(name)) is not None:
-            try:
-                await self._version(announced.request)
-            except AdapterError:
-                if registry.announced(name) is announced:
-                    raise  # else it was removed or replaced meanwhile: the name says what holds now
-
-    async def _shared(self, key: object, load: Coroutine[Any, Any, AdapterVersion]) -> AdapterVersion:
-        """Run `load`, or wait for the one that runs under `key`: nobody's in particular, no caller can take it away."""
-        loading = self._loading.get(key)
-        if loading is None:
-            loading = self._loading[key] = asyncio.ensure_future(load)
-
-            def end(done: asyncio.Future[AdapterVersion]) -> None:
-                del self._loading[key]
-                if not done.cancelled():
-                    done.exception()  # who asked may have left
-
-            loading.add_done_callback(end)
-        else:
-            load.close()
-        try:
-            return await asyncio.shield(loading)
-        except asyncio.CancelledError:
-            if loading.cancelled():
-                raise EngineDeadError("the engine has stopped") from self._death
-            raise
-
-    async def _load_resolved(self, lora: LoRARequest) -> None:
-        if not self.intake.registry.knows(lora.lora_name):  # else somebody has loaded it while it was looked for
-            await self._version(lora)
-
-    async def _load(self, source: LoRARequest | InMemory, number: int, *, replace: bool) -> AdapterVersion:
-        """Read and publish."""
-        registry = self.intake.registry
-        registry.check(source.lora_name, number)
-        announced = registry.announced(source.lora_name)
-        async with self._reloading if replace else contextlib.nullcontext():
-            weights = await anyio.to_thread.run_sync(self._parts.load, source)
-            if isinstance(source, LoRARequest) and (known := registry.match(source)) is not None:
-                return known  # others have loaded it since then
-            still = registry.announced(source.lora_name)
-            if announced is not None and not replace and (still is None or still.request != announced.request):
-                raise AdapterNotFoundError(source.lora_name, "was removed or replaced while it was read")
-            old = registry.publish(weights.version, number, replace=replace)
-        if old is None:
-            self._post(lambda engine: engine.add_adapter(weights))
-        else:
-            self._post(lambda engine: engine.replace_adapter(old, weights))
-        return weights.version
-
-    async def _ask(self, question: Callable[[Engine], T]) -> T:
-        """Let the engine thread do something between two steps; its answer, or the `AioloraError` it raises."""
-        self._alive()
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._questions.add(answer)
-        answer.add_done_callback(self._questions.discard)
-
-        def asked(engine: Engine) -> None:
-            try:
-                self._to_loop(partial(_resolve, answer, question(engine)))
-            except AioloraError as error:
-                self._to_loop(partial(_reject, answer, error))
-
-        self._post(asked)
-        return await answer
+        self._across.check()
 
     def _abort(self, ticket: str, index: int | None = None) -> None:
-        self._post(lambda engine: engine.abort(ticket, index))
-
-    def _post(self, message: Message) -> None:
-        self._inbox.append(message)
-        self._wake.set()
+        self._across.post(lambda engine: engine.abort(ticket, index))
 
     def _deliver(self, deltas: list[TokenDelta], snapshot: Snapshot) -> None:
         """On the loop: what one step brought, onto each stream."""
@@ -470,74 +399,13 @@ class AsyncLLMEngine:
 
     def _fail(self, error: BaseException) -> None:
         """On the loop: the engine has stopped; say so to every stream."""
-        self._death = self._death or error
         for mailbox in self._mailboxes.values():
-            mailbox.fail(self._death)
-        for question in list(self._questions):
-            _reject(question, EngineDeadError(f"the engine has stopped: {self._death}"))
-
-    # ---- below: the engine thread ----
-
-    def _run(self, engine: Engine) -> None:
-        try:
-            while True:
-                self._wake.clear()  # before reading what it announces, or the last word could be missed
-                if self._stopping:
-                    return
-                while self._inbox:
-                    self._inbox.popleft()(engine)
-                working = engine.has_work and not engine.stalled
-                deltas = engine.step() if working else []
-                self._to_loop(partial(self._deliver, deltas, engine.snapshot()))
-                if not working:
-                    self._wake.wait()
-        except BaseException as error:
-            self._to_loop(partial(self._fail, error))
-
-    def _to_loop(self, call: Callable[[], None]) -> None:
-        assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
-            self._loop.call_soon_threadsafe(call)
+            mailbox.fail(error)
 
     def _read_again(self, version: AdapterVersion) -> None:
-        self._to_loop(lambda: self._start_reading(version))
-
-    # ---- on the loop again ----
-
-    def _start_reading(self, version: AdapterVersion) -> None:
-        task = asyncio.ensure_future(self._reading(version))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _reading(self, version: AdapterVersion) -> None:
-        message: Message
-        try:
-            weights: AdapterWeights = await anyio.to_thread.run_sync(self._parts.load, read_again(version))
-            message = partial(_landed, version=version, weights=weights)
-        except Exception as error:
-            known = error if isinstance(error, AioloraError) else None
-            failure = known or AdapterFormatError(version.name, f"could not be read again: {error!r}")
-            message = partial(_failed, version=version, error=failure)
-        self._post(message)
+        """On the engine thread."""
+        self._across.to_loop(lambda: self._adapters.read_again(version))
 
 
 def _add(engine: Engine, *, request: Request) -> None:
     engine.add(request)
-
-
-def _resolve(answer: asyncio.Future[T], result: T) -> None:
-    if not answer.done():
-        answer.set_result(result)
-
-
-def _reject(answer: asyncio.Future[Any], error: AioloraError) -> None:
-    if not answer.done():
-        answer.set_exception(error)
-
-
-def _landed(engine: Engine, *, version: AdapterVersion, weights: AdapterWeights) -> None:
-    engine.adapter_landed(version, weights)
-
-
-def _failed(engine: Engine, *, version: AdapterVersion, error: AioloraError) -> None:
-    engine.adapter_failed(version, error)

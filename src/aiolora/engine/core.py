@@ -1,48 +1,24 @@
 """Engine: add, abort, step. The private core that every face holds; one thread owns it."""
 
-import logging
 import math
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TypeAlias
 
 from msgspec import Struct
 
+from aiolora.engine.adapters import Adapters, Store
 from aiolora.engine.batch import logit_offsets
 from aiolora.engine.runner import Flight, Landed, Runner
 from aiolora.engine.sampler import Sampled
 from aiolora.engine.scheduler import Batch, Scheduled, Scheduler
 from aiolora.engine.sequence import Sequence
-from aiolora.errors import (
-    AdapterChangedError,
-    AdapterError,
-    AdapterMemoryError,
-    AdapterNotFoundError,
-    AioloraError,
-    NonFiniteLogitsError,
-)
+from aiolora.errors import AioloraError, NonFiniteLogitsError
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.residency import Residency
 from aiolora.types import AdapterVersion, FinishReason, Mix, Request, TokenDelta
-
-logger = logging.getLogger(__name__)
-
-
-class Arrival(Protocol):
-    """Bytes of an adapter on their way to the device, as `lora.pool.Arrival`."""
-
-    def done(self) -> bool: ...
-
-    def wait(self) -> None: ...
-
-
-class Store(Protocol):
-    """What the engine asks of `lora.pool.AdapterPool`."""
-
-    def write(self, weights: AdapterWeights, pages: Mapping[int, list[int]]) -> Arrival: ...
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
@@ -58,17 +34,6 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     steps: int
 
 
-class AdapterStanding(Struct, frozen=True, kw_only=True):
-    """Where one version is and who needs it, at one moment."""
-
-    version: AdapterVersion
-    residency: Literal["gpu", "cpu", "disk"]  # the fastest place that it is in; "gpu": the device's pages
-    pinned: bool
-    in_use: bool  # a sequence runs with it
-    requests: int  # under way with it, waiting ones too
-    draining: bool  # its name is gone, or stands for another version
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ends:
     """When every sequence ends, whatever its request says."""
@@ -78,11 +43,9 @@ class Ends:
 
 
 class Engine:
-    """Requests in, token deltas out, a step at a time.
+    """Requests in, token deltas out, a step at a time. `adapters`: what callers do with adapters.
 
-    `room_of_one`: rank pages of a kind that pinned adapters leave to the others, enough for the largest.
-    `read_again(version)` is called when an evicted adapter is needed: it must not block, and answers by
-    `adapter_landed` or `adapter_failed` later (or at once).
+    `room_of_one`, `read_again`: see `Adapters`.
     """
 
     def __init__(
@@ -100,20 +63,11 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
-        self._residency = residency
-        self._store = store
+        self.adapters = Adapters(self, scheduler, residency, store, room_of_one=room_of_one, read_again=read_again)
         self._ends = ends
         self._random = random.Random(seed)
-        self._read_again = read_again
         self._clock = clock
-        self._room = room_of_one
-        self._reading: set[int] = set()
-        self._num_reads = 0  # asked for, ever
-        self._holds: Counter[int] = Counter()  # version id -> requests that were prepared with it and are alive
-        self._going: dict[int, AdapterVersion] = {}  # names are gone, somebody under way may need them
-        self._barred: set[int] = set()  # those of them that nobody may begin with any more
-        self._copying: list[tuple[AdapterVersion, Arrival]] = []  # placed and not landed, oldest first
-        self._stalled = False  # the last step found nothing to do and nothing has come since
+        self._stalled = False  # the last step found nothing to do and no request has come or gone since
         self._sequences: dict[str, list[Sequence]] = {}
         self._in_flight: Flight | None = None
         self._arrivals = 0
@@ -128,7 +82,8 @@ class Engine:
     @property
     def stalled(self) -> bool:
         """Whether a step would do nothing before an adapter lands or somebody calls."""
-        return self._stalled and bool(self._reading) and not self._undelivered
+        waits = self._stalled and not self.adapters.stirred
+        return waits and bool(self.adapters.reading) and not self._undelivered
 
     def add(self, request: Request) -> None:
         """Let the request's n sequences wait. The request was checked by who made it.
@@ -160,114 +115,23 @@ class Engine:
             if index is None or seq.index == index:
                 self.scheduler.finish(seq, "abort")
                 self._forget(seq)
-        self._sweep()
+        self.adapters.sweep()
 
-    def add_adapter(self, weights: AdapterWeights) -> None:
-        """Keep a version that was just read in host memory."""
-        self._stalled = False
-        self._residency.store(weights.version, weights, wanted=self._wanted())
+    def mixes(self) -> list[Mix]:
+        """Of every request under way that has one, waiting ones too."""
+        return [seqs[0].mix for seqs in self._sequences.values() if seqs[0].mix is not None]
 
-    def replace_adapter(self, old: AdapterVersion, weights: AdapterWeights) -> None:
-        """`add_adapter` of what the name of `old` stands for from now on; a pin goes over to it."""
-        pinned = self._residency.pinned(old)
-        self.drop_adapter(old)
-        self.add_adapter(weights)
-        if pinned:
-            try:
-                self.pin_adapter(weights.version)
-            except AdapterMemoryError as error:
-                logger.warning("%s is not pinned any more: %s", weights.version.label, error)
-
-    def drop_adapter(self, version: AdapterVersion, *, force: bool = False) -> None:
-        """Its name is gone: what it takes is free as soon as nobody under way needs it. `force`: they are aborted."""
-        self._residency.retire(version)
-        self._going[version.id] = version
-        if force:
-            self._stalled = False
-            self._barred.add(version.id)
-            for seq in [seq for seqs in self._sequences.values() for seq in seqs]:
-                if seq.mix is not None and version in seq.mix.versions:
-                    self._end(seq, "abort")
-        self._sweep()
-
-    def pin_adapter(self, version: AdapterVersion) -> None:
-        """Keep it in host memory (read again at once where it is not) and, once there, on the device.
-
-        Raises `AdapterMemoryError` where that would leave somebody else without room.
-        """
-        for mix in {seqs[0].mix for seqs in self._sequences.values()}:
-            if mix is not None and not self._residency.fits([version, *mix.versions]):
-                names = "+".join(other.name for other in mix.versions)
-                raise AdapterMemoryError(
-                    version.name,
-                    f"cannot be pinned: requests under way with {names} need its room; raise --lora-memory or wait",
-                )
-        self._residency.pin(version, room=self._room)
-        if not self._residency.in_host(version) and version.id not in self._reading:
-            self._reading.add(version.id)
-            self._read_again(version)
-
-    def unpin_adapter(self, version: AdapterVersion) -> None:
-        """It may be evicted again."""
-        self._residency.unpin(version)
-
-    def hold_adapters(self, mix: Mix) -> None:
-        """A request was prepared with `mix` and may be added any time: its adapters are not dropped before `let_go`."""
-        self._holds.update(version.id for version in mix.versions)
-
-    def let_go(self, mix: Mix) -> None:
-        """That request has ended, or will never be added."""
-        self._holds.subtract(version.id for version in mix.versions)
-        self._holds += Counter()  # without the zeros
-        self._sweep()
-
-    def standing(self, versions: Iterable[AdapterVersion]) -> list[AdapterStanding]:
-        """How it is with each of `versions`, then with those whose names are gone and that are not free yet."""
-        requests: Counter[int] = Counter()
-        for seqs in self._sequences.values():
-            if seqs[0].mix is not None:
-                requests.update({version.id for version in seqs[0].mix.versions})
-        return [
-            AdapterStanding(
-                version=version,
-                residency="gpu"
-                if self._residency.on_device(version)
-                else "cpu"
-                if self._residency.in_host(version)
-                else "disk",
-                pinned=self._residency.pinned(version),
-                requests=requests[version.id],
-                in_use=bool(self._residency.leased(version)),
-                draining=version.id in self._going,
-            )
-            for version in dict.fromkeys([*versions, *self._going.values()])
-        ]
-
-    def adapter_landed(self, version: AdapterVersion, weights: AdapterWeights) -> None:
-        """`read_again(version)` brought these weights, in the name of `version` if they are the same."""
-        if weights.version.digest != version.digest:
-            self.adapter_failed(
-                version,
-                AdapterChangedError(
-                    version.name,
-                    f"{version.source} now holds {weights.version.digest[:12]}, not {version.digest[:12]} as when "
-                    "it was loaded; load it again with load_inplace=True",
-                ),
-            )
-            return
-        self._stalled = False
-        self._reading.discard(version.id)
-        self._residency.store(version, weights, wanted=self._wanted())
-        self._sweep()
-
-    def adapter_failed(self, version: AdapterVersion, error: Exception) -> None:
-        """`read_again(version)` failed: whoever waits for it fails, nobody else."""
-        self._stalled = False
-        self._reading.discard(version.id)
+    def fail_waiting(self, version: AdapterVersion, error: Exception) -> None:
+        """End the sequences that wait for `version`; nobody else's."""
         for seq in list(self.scheduler.waiting()):
             if seq.mix is not None and version in seq.mix.versions:
                 self._end(seq, "error", error)
-        self._sweep()
+
+    def abort_all(self, version: AdapterVersion) -> None:
+        """End the sequences with `version`, running or not."""
+        for seq in [seq for seqs in self._sequences.values() for seq in seqs]:
+            if seq.mix is not None and version in seq.mix.versions:
+                self._end(seq, "abort")
 
     def step(self) -> list[TokenDelta]:
         """Launch the next step, settle the one before (or this one, where the runner does not overlap).
@@ -275,8 +139,8 @@ class Engine:
         Raises what a launch raises (out of memory): the requests of that step end with an error, others may go on.
         """
         batch = self._schedule()
-        while self._copying and not (batch.runs or self._in_flight or self._undelivered):
-            self._copying[0][1].wait()  # there is nothing else to do
+        while self.adapters.copying and not (batch.runs or self._in_flight or self._undelivered):
+            self.adapters.wait()  # there is nothing else to do
             batch = self._schedule()
         try:
             launched = self._runner.launch(batch) if batch.runs else None
@@ -289,8 +153,9 @@ class Engine:
         if landing is not None:
             self._steps += 1
             deltas += self._settle(landing.batch, landing.land())
-        self._sweep()
+        self.adapters.sweep()
         self._stalled = launched is None and landing is None and not deltas
+        self.adapters.stirred = False
         return deltas
 
     def snapshot(self) -> Snapshot:
@@ -303,69 +168,13 @@ class Engine:
             num_pages=pool.num_pages,
             preemptions=self.scheduler.num_preemptions,
             cached_tokens=self.scheduler.num_cached_tokens,
-            resident_adapters=tuple(version.label for version in self._residency.resident()),
+            resident_adapters=tuple(version.label for version in self.adapters.resident()),
             steps=self._steps,
         )
 
     def _schedule(self) -> Batch:
-        self._look_for_landed()
-        self._place()
-        return self.scheduler.schedule(self._clock(), self._reading)
-
-    def _sweep(self) -> None:
-        """Drop what has no name any more and that nobody under way needs."""
-        if not self._going:
-            return
-        needed = {version.id for seqs in self._sequences.values() if seqs[0].mix for version in seqs[0].mix.versions}
-        for version in list(self._going.values()):
-            if version.id in needed or version.id in self._reading or self._holds[version.id]:
-                continue
-            if self._residency.drop(version):
-                del self._going[version.id]
-                self._barred.discard(version.id)
-
-    def _look_for_landed(self) -> None:
-        under_way = []
-        for version, arrival in self._copying:
-            if arrival.done():
-                self._residency.landed(version)
-            else:
-                under_way.append((version, arrival))
-        self._copying = under_way
-
-    def _place(self) -> None:
-        """Bring what the next steps need onto the device, as far as there is room; nobody waits for it.
-
-        A mix may take the room of those behind it in line: were they spared too, two that do not fit together could
-        each wait for the other.
-        """
-        reads = -1
-        while reads != self._num_reads:  # one began, or failed all who waited for it: look again who comes next
-            reads = self._num_reads
-            spared: set[int] = set()
-            for mix in self.scheduler.wanted(self._reading):
-                spared.update(version.id for version in mix.versions)
-                for version in mix.versions:
-                    idle = not self._residency.placed(version) and version.id not in self._reading
-                    if idle and reads == self._num_reads:
-                        self._bring(version, spared)
-
-    def _bring(self, version: AdapterVersion, spared: set[int]) -> None:
-        if not self._residency.in_host(version):
-            self._reading.add(version.id)
-            self._num_reads += 1
-            self._read_again(version)
-        if self._residency.in_host(version):
-            placement = self._residency.place(version, wanted=spared)
-            if placement is not None:
-                arrival = self._store.write(placement.weights, placement.pages) if self._store is not None else None
-                if arrival is None or arrival.done():
-                    self._residency.landed(version)
-                else:
-                    self._copying.append((version, arrival))
-
-    def _wanted(self) -> set[int]:
-        return {version.id for mix in self.scheduler.wanted(self._reading) for version in mix.versions}
+        self.adapters.place()
+        return self.scheduler.schedule(self._clock(), self.adapters.reading)
 
     def _settle(self, batch: Batch, landed: Landed) -> list[TokenDelta]:
         """Append what a step brought and end what has ended."""
@@ -423,20 +232,10 @@ class Engine:
 
     def _refused(self, request: Request, mix: Mix) -> bool:
         """Whether every answer was ended at once: of adapters that are too large together, or gone."""
-        name = "+".join(version.name for version in mix.versions)
-        error: AdapterError | None = None
-        barred = any(version.id in self._barred for version in mix.versions)
-        if not barred:
-            if not self._residency.fits(mix.versions):
-                error = AdapterMemoryError(
-                    name,
-                    "together they need more pages than the room for adapters has, beside those that are pinned; "
-                    "raise --lora-memory, or --lora-ends-memory where it is of embeddings, heads or norms",
-                )
-            elif any(version.source is None and not self._residency.in_host(version) for version in mix.versions):
-                error = AdapterNotFoundError(name, "was removed, and it came from memory: load it again")
-            else:
-                return False
+        barred = self.adapters.barred(mix)
+        error = None if barred else self.adapters.refusal(mix)
+        if not barred and error is None:
+            return False
         reason: FinishReason = "abort" if barred else "error"
         self._undelivered += [
             TokenDelta(request.id, index, token_id=None, finish_reason=reason, error=error)
@@ -467,3 +266,6 @@ class Engine:
                 chosen = (run.seq.tokens[len(kept)], sampled.logprob, sampled.rank)
                 others = ((token, logprob, rank) for rank, (token, logprob) in enumerate(sampled.top, start=1))
                 kept.append((chosen, *others))
+
+
+Message: TypeAlias = Callable[[Engine], None]  # what the thread that owns an engine does between two steps

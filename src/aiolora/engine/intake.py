@@ -1,22 +1,26 @@
 """Intake: from what a caller says to a checked Request, and from a name to the adapter version it stands for."""
 
 import logging
-import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestError
+from aiolora.lora.policies import Policies
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.tokenizers import Tokenizers
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import NEVER, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
+from aiolora.types import NEVER, AdapterVersion, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
+
+MAX_WEIGHT = 100  # of one adapter in a request
+MAX_PARTS = 16  # adapters in a request
+MAX_PRIORITY = 1000  # either way
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Intake:
     ) -> None:
         self.tokenizers = Tokenizers(tokenizer)
         self.registry = registry
+        self.policies = Policies()
         self.limits = limits
         self.model = model
         self._lora_enabled = lora_enabled
@@ -52,8 +57,13 @@ class Intake:
         *,
         request_id: str | None = None,
         lora_request: LoRARequest | None = None,
+        priority: int = 0,
     ) -> Request:
         """Tokenise and check. Raises `RequestError` naming the field, the value and the limit."""
+        if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise RequestError(
+                f"priority={priority}: must be {-MAX_PRIORITY} to {MAX_PRIORITY}, lower is earlier", param="priority"
+            )
         tokenizer = self.tokenizers.of(mix)
         text, ids = self._tokens(prompt, tokenizer)
         params = params or SamplingParams()
@@ -65,6 +75,7 @@ class Intake:
             mix=mix,
             prompt=text,
             lora_request=lora_request,
+            priority=priority,
             arrival_s=time.monotonic(),
             eos_token_ids=None if tokenizer is self.tokenizers.base else tokenizer.eos_token_ids,
         )
@@ -91,10 +102,21 @@ class Intake:
             return [(lora, 1.0)]
         if not isinstance(lora, Mapping) or not lora:
             raise RequestError(f"lora={lora!r}: give a name, a LoRARequest or {{name: weight}}", param="lora")
+        if len(lora) > MAX_PARTS:
+            raise RequestError(f"lora names {len(lora)} adapters; a request takes up to {MAX_PARTS}", param="lora")
         for key, weight in lora.items():
-            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise RequestError(f"lora: weight {weight} of {key!r} is not a finite number", param="lora")
+            if not isinstance(weight, (int, float)) or not abs(weight) <= MAX_WEIGHT:  # NaN neither
+                raise RequestError(
+                    f"lora: weight {weight} of {key!r} is no number of {-MAX_WEIGHT} to {MAX_WEIGHT}", param="lora"
+                )
         return [(key, float(weight)) for key, weight in lora.items()]
+
+    def mix(self, parts: Iterable[tuple[AdapterVersion, float]]) -> Mix | None:
+        """The sum of those adapters, one that comes twice with both weights; None: there are none, the base model."""
+        weights: dict[AdapterVersion, float] = {}
+        for version, weight in parts:
+            weights[version] = weights.get(version, 0.0) + weight
+        return Mix(tuple(weights.items())) if weights else None
 
     def _tokens(self, prompt: Prompt | Messages, tokenizer: Tokenizer) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):

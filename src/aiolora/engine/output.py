@@ -39,13 +39,12 @@ class Assembler:
         """
         if delta.error is not None:
             raise delta.error
-        if delta.token_id is None:  # the whole request was ended from outside
-            for answer in self._answers:
-                answer.finish_reason = answer.finish_reason or delta.finish_reason
-            self._unfinished = sum(answer.finish_reason is None for answer in self._answers)
-            return None
         answer = self._answers[delta.index]
         if answer.finish_reason is not None:
+            return None
+        if delta.token_id is None:  # ended from outside
+            answer.finish_reason = delta.finish_reason
+            self._end_of_one()
             return None
         if self._metrics.first_token_time is None:
             self._metrics.first_token_time = time.monotonic()
@@ -56,9 +55,7 @@ class Assembler:
             ]
         output = answer.feed(delta, self._top(delta))
         if output.finish_reason is not None:
-            self._unfinished -= 1
-            if self._unfinished == 0:
-                self._metrics.finished_time = time.monotonic()
+            self._end_of_one()
         return output
 
     def output(self) -> RequestOutput:
@@ -75,6 +72,11 @@ class Assembler:
             adapter="+".join(version.label for version in request.mix.versions) if request.mix else None,
             metrics=self._metrics,
         )
+
+    def _end_of_one(self) -> None:
+        self._unfinished -= 1
+        if self._unfinished == 0:
+            self._metrics.finished_time = time.monotonic()
 
     def _top(self, delta: TokenDelta) -> dict[int, Logprob] | None:
         if self.request.params.logprobs is None or delta.token_id is None:

@@ -14,22 +14,22 @@ from aiolora.types import Mix
 
 MAX_ABSENT = 256  # counters of mixes that have nothing waiting, before those that say nothing are forgotten
 
-number_of = attrgetter("number")
+turn_of, seniority_of = attrgetter("turn"), attrgetter("seniority")
 
 
 class Queues:
-    """Waiting sequences, a queue a mix (the base model is one), each in order of arrival.
+    """Waiting sequences, a queue a mix (the base model is one), each in order of arrival and priority.
 
     Mixes are ordered by virtual token counters (VTC, arXiv 2401.00588): a mix is charged for what the device does for
-    it, and the one charged least comes first, ties by arrival. So two mixes that both have something waiting get the
-    same service, up to one step's; alone, a mix is first come, first served. A mix that comes back is lifted to the
-    least counter of those that wait: nobody saves up for later.
+    it, over its weight, and the one charged least comes first, ties by arrival. So two mixes that both have something
+    waiting get service as their weights are, up to one step's; alone, a mix is first come, first served. A mix that
+    comes back is lifted to the least counter of those that wait: nobody saves up for later.
     """
 
     def __init__(self) -> None:
         self._queues: dict[Mix | None, deque[Sequence]] = {}
-        self._served: defaultdict[Mix | None, int] = defaultdict(int)
-        self._floor = 0  # what the mix that emptied its queue last had been charged
+        self._served: defaultdict[Mix | None, float] = defaultdict(float)
+        self._floor = 0.0  # what the mix that emptied its queue last had been charged
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -42,12 +42,12 @@ class Queues:
         return mix in self._queues
 
     def add(self, seq: Sequence) -> None:
-        """Let `seq` wait, behind those of its mix that came before it; a preempted one came before some that wait."""
+        """Let `seq` wait, behind those of its mix that it does not come before; so a preempted one is soon back."""
         queue = self._queues.get(seq.mix)
         if queue is None:
             self._lift(seq.mix)
             queue = self._queues[seq.mix] = deque()
-        insort(queue, seq, key=number_of)
+        insort(queue, seq, key=turn_of)
 
     def remove(self, seq: Sequence) -> None:
         """`seq` waits no more; fine if it never did."""
@@ -61,25 +61,31 @@ class Queues:
     def head(self, mix: Mix | None) -> Sequence:
         return self._queues[mix][0]
 
-    def heads(self) -> list[tuple[int, int, Sequence]]:
+    def heads(self) -> list[tuple[float, int, Sequence]]:
         """(charged, number, sequence) of the first of each mix: the least comes first."""
         return [self.rank(mix) for mix in self._queues]
 
-    def rank(self, mix: Mix | None) -> tuple[int, int, Sequence]:
+    def rank(self, mix: Mix | None) -> tuple[float, int, Sequence]:
         head = self._queues[mix][0]
         return self.served(mix), head.number, head
 
-    def served(self, mix: Mix | None) -> int:
-        return self._served.get(mix, 0)
+    def served(self, mix: Mix | None) -> float:
+        return self._served.get(mix, 0.0)
 
-    def charge(self, mix: Mix | None, count: int) -> None:
-        """The device computes so many tokens for `mix`, those that it samples counted twice."""
+    def charge(self, mix: Mix | None, count: float) -> None:
+        """The device computes so many tokens for `mix`, those that it samples counted twice, all over its weight."""
         self._served[mix] += count
+
+    def keep_up(self, limited: Collection[Mix]) -> None:
+        """`limited` could not go on for limits of their own: they save nothing up, as if they had not waited."""
+        least = min((self.served(mix) for mix in self._queues if mix not in limited), default=self._floor)
+        for mix in limited:
+            self._served[mix] = max(self.served(mix), least)
 
     def forget(self) -> None:
         """Nobody waits or runs: all are equal again."""
         self._served.clear()
-        self._floor = 0
+        self._floor = 0.0
 
     def _lift(self, mix: Mix | None) -> None:
         least = min(map(self.served, self._queues), default=self._floor)
@@ -138,7 +144,12 @@ class Slots:
         return sorted(self._since, key=self._since.__getitem__)
 
     def turn(
-        self, now: float, *, held_up: Callable[[Mix], bool], ready: Callable[[Mix], bool], served: Callable[[Mix], int]
+        self,
+        now: float,
+        *,
+        held_up: Callable[[Mix], bool],
+        ready: Callable[[Mix], bool],
+        served: Callable[[Mix], float],
     ) -> None:
         """Decide who may take a slot in this step, and who is closed. Who is `held_up` from outside is never due."""
         line = self.line()

@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from aiolora.engine.queues import Queues, Slots, number_of
+from aiolora.engine.queues import Queues, Slots, seniority_of
 from aiolora.engine.sequence import Sequence, Status
+from aiolora.engine.shares import Shares
 from aiolora.pages import PagePool
 from aiolora.types import AdapterVersion, FinishReason, Mix
 
@@ -60,20 +61,21 @@ class Scheduler:
     """Fair among mixes of adapters, within three bounds: KV pages, tokens a step, distinct mixes (`max_loras`).
 
     Sequences wait in a queue a mix, so that an adapter that is not on the device holds up nobody else. The mix served
-    least comes first (`Queues`); within one, and among equals, first come, first served. The first in line that finds
-    no pages is not overtaken: as every running sequence ends, so does its wait. With more mixes than `max_loras` they
-    take turns (`Slots` says how long one waits at most). Under page pressure the latest arrival is preempted and
-    computed again.
+    least comes first (`Queues`); within one, and among equals, first come, first served, but for priorities within a
+    mix. The first in line that finds no pages is not overtaken by other mixes: as every running sequence ends, so does
+    its wait. With more mixes than `max_loras` they take turns (`Slots` says how long one waits at most). Under page
+    pressure the latest arrival is preempted and computed again, earlier than it those that said they have time.
 
     Owns page and lease accounting of sequences; nobody else takes or releases. Engine thread only.
     """
 
     def __init__(self, limits: SchedulerLimits, pool: PagePool, residency: Leases) -> None:
         self.limits = limits
-        self.running: list[Sequence] = []  # in order of arrival
+        self.running: list[Sequence] = []  # by seniority
         self.pool = pool
         self._residency = residency
         self._queues = Queues()
+        self.shares = Shares()
         self._slots = Slots(limits.max_loras, limits.patience_s)
         self._now_s = 0.0  # of the step made last
         self._leaving: list[Sequence] = []  # preempted or ended, their pages held until their flights have landed
@@ -115,6 +117,14 @@ class Scheduler:
             elif len(mixes) < self.limits.max_loras:
                 mixes.append(mix)
         return mixes
+
+    def line(self) -> list[Mix]:
+        """Mixes that wait for a slot, the longest wait first."""
+        return self._slots.line()
+
+    def lineup(self) -> list[Mix]:
+        """Mixes that run, then those that wait for a slot, the longest wait first."""
+        return [*self._slots.active, *self._slots.line()]
 
     def schedule(self, now: float, arriving: Collection[int] = ()) -> Batch:
         """The next step. Sequences in it have their pages and leases; `num_computed` counts them as computed.
@@ -183,7 +193,7 @@ class Scheduler:
         self.pool.check()
         self._residency.check()
         assert len(self._slots.active) <= self.limits.max_loras, "more mixes than max_loras"
-        assert self.running == sorted(self.running, key=number_of), "running ones are out of order"
+        assert self.running == sorted(self.running, key=seniority_of), "running ones are out of order"
         for seq in self.running:
             assert seq.holds
             assert len(seq.pages) >= -(-seq.num_computed // self.limits.page_size)
@@ -192,14 +202,18 @@ class Scheduler:
         """Let waiting heads in, of the mix served least first."""
         self._slots.turn(
             now,
-            held_up=lambda mix: any(version.id in arriving for version in mix.versions),
+            held_up=lambda mix: self.shares.full(mix) or any(version.id in arriving for version in mix.versions),
             ready=self._on_device,
             served=self._queues.served,
         )
         heads = self._queues.heads()
         heapq.heapify(heads)
+        limited: list[Mix] = []
         while heads and budget > 0 and len(self.running) < self.limits.max_num_seqs:
             _, _, seq = heapq.heappop(heads)
+            if seq.mix is not None and self.shares.full(seq.mix):
+                limited.append(seq.mix)
+                continue
             if not (self._slots.admits(seq) and self._on_device(seq.mix)) or self._held_back(seq):
                 continue
             count = self._start(seq, budget)
@@ -209,6 +223,8 @@ class Scheduler:
             self._queues.remove(seq)
             if seq.mix in self._queues:
                 heapq.heappush(heads, self._queues.rank(seq.mix))
+        if limited:
+            self._queues.keep_up(limited)
 
     def _on_device(self, mix: Mix | None) -> bool:
         return mix is None or all(self._residency.on_device(version) for version in mix.versions)
@@ -239,9 +255,10 @@ class Scheduler:
         self.num_cached_tokens += start
         seq.status = Status.RUNNING
         seq.holds = True
-        insort(self.running, seq, key=number_of)
+        insort(self.running, seq, key=seniority_of)
         if seq.mix is not None:
             self._slots.enter(seq.mix)
+            self.shares.enter(seq.mix)
             for version in seq.mix.versions:
                 self._residency.lease(version)
         return count
@@ -304,7 +321,8 @@ class Scheduler:
         seq.num_flights += 1
         if samples:
             seq.num_pending += 1
-        self._queues.charge(seq.mix, count + samples)
+        tokens = count + samples
+        self._queues.charge(seq.mix, tokens / self.shares.weight(seq.mix) if self.shares.policies else tokens)
         return count
 
     def _publish(self, seq: Sequence, run: Scheduled) -> None:
@@ -319,6 +337,7 @@ class Scheduler:
         seq.pages = array("i")
         seq.num_computed = seq.num_landed = 0
         if seq.mix is not None:
+            self.shares.leave(seq.mix)
             if self._slots.leave(seq.mix) and seq.mix in self._queues:
                 self._slots.wait(seq.mix, self._now_s)
             for version in seq.mix.versions:

@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 from aiolora.types import FinishReason, Mix, Request, SamplingParams
 
+PRIORITY_S = 10.0  # of waiting that a unit of priority is worth: nobody is overtaken for ever by those that come later
 _PROCESS_SECRET = random.SystemRandom().randbytes(32)  # so that nobody can craft prompts that collide in the cache
 
 
@@ -29,6 +30,9 @@ class Sequence:
         self.index = index
         self.seed = seed
         self.number = number  # order of arrival
+        self.turn = (request.arrival_s + PRIORITY_S * request.priority, number)  # its place among those of its mix
+        # and among all that run: they give way from the end, and nobody's priority is at the cost of other mixes
+        self.seniority = (request.arrival_s + PRIORITY_S * max(request.priority, 0), number)
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
         self.active_from = request.active_from  # position; tokens before it are the base's

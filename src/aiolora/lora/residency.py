@@ -1,11 +1,12 @@
 """Residency: the book of where each adapter version is - on disk, in host memory, in device pages. Pure Python."""
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from aiolora.errors import AdapterMemoryError
+from aiolora.lora.eviction import FROM_DISK, worth
 from aiolora.lora.kinds import PageKinds, Room
 from aiolora.pages import PagePool
 from aiolora.types import AdapterVersion
@@ -23,40 +24,53 @@ class Placement(Generic[W]):
 
 
 class Residency(Generic[W]):
-    """Two levels: host memory (a count of versions) and device pages (a pool a kind), both least recently used first.
+    """Two levels: host memory (a count of versions) and device pages (a pool a kind). `worth` says who goes first.
 
     Each kind of page has a pool, of as many as there is `room` for. A version is leased by every sequence that runs
     with it; a leased version is never evicted from either level. A placed version is on the device once its bytes have
     landed there; until then it is neither leased nor evicted. A version without a source cannot be read again and is
     never evicted from host memory, only dropped. A pinned version is evicted from neither level, a retired one (its
-    name is gone, requests under way still need it) not from host memory: its source may hold something else by now.
+    name is gone, requests under way still need it) not from host memory: its source may hold something else by now. A
+    shelved one (no request needs it, its name may come back to it) is a guest in host memory, the first to be evicted.
     Engine thread only.
     """
 
     def __init__(self, kinds: PageKinds, room: Room, *, max_host: int) -> None:
         self._kinds = kinds
         self._pools = [PagePool(count) for count in room.pages(kinds)]
-        self._max_host = max_host
-        self._host: OrderedDict[int, tuple[AdapterVersion, W]] = OrderedDict()
-        self._device: OrderedDict[int, tuple[AdapterVersion, dict[int, list[int]]]] = OrderedDict()
+        self.max_host = max_host
+        self._host: dict[int, tuple[AdapterVersion, W]] = {}
+        self._device: dict[int, tuple[AdapterVersion, dict[int, list[int]]]] = {}
+        self._uses = 0  # of any version, so far
+        self._used: dict[int, int] = {}  # version id -> which of those was its last
         self._arriving: set[int] = set()  # placed, their bytes still on the way
         self._leases: Counter[int] = Counter()
         self._pinned: dict[int, AdapterVersion] = {}
         self._retired: set[int] = set()
+        self._shelved: set[int] = set()
 
     def store(self, version: AdapterVersion, weights: W, *, wanted: Collection[int] = ()) -> None:
-        """Keep `weights` in host memory, evicting the least recently used above the limit.
+        """Keep `weights` in host memory, evicting who is worth least above the limit.
 
         Versions whose ids are `wanted` are spared: two that wait for room must not push each other out.
         """
         self._host[version.id] = (version, weights)
-        self._host.move_to_end(version.id)
-        for old in list(self._host):
-            if len(self._host) <= self._max_host:
-                break
-            spared = old == version.id or self._leases[old] or old in wanted or self._stays(old)
-            if not spared:
-                del self._host[old]
+        self._use(version)
+        surplus = len(self._host) - self.max_host
+        if surplus <= 0:
+            return
+        victims = [
+            old
+            for old in self._host
+            if not (old == version.id or self._leases[old] or old in wanted or self._stays(old))
+        ]
+        for old in sorted(victims, key=self._worth_in_host)[:surplus]:
+            del self._host[old]
+            self._shelved.discard(old)
+
+    def staying(self) -> set[int]:
+        """Ids of versions that leave host memory only by `unpin` or `drop`."""
+        return {number for number in self._host if self._stays(number)}
 
     def in_host(self, version: AdapterVersion) -> bool:
         return version.id in self._host
@@ -75,7 +89,8 @@ class Residency(Generic[W]):
 
     def resident(self) -> list[AdapterVersion]:
         """Versions on the device, least recently used first."""
-        return [version for version, _ in self._device.values() if version.id not in self._arriving]
+        there = [version for version, _ in self._device.values() if version.id not in self._arriving]
+        return sorted(there, key=lambda version: self._used[version.id])
 
     def leased(self, version: AdapterVersion) -> int:
         return self._leases[version.id]
@@ -88,13 +103,16 @@ class Residency(Generic[W]):
         and no change, where there is no room now.
         """
         _, weights = self._host[version.id]
-        self._host.move_to_end(version.id)
+        self._use(version)
         needs = {site.kind: site.count for site in version.pages}
-        victims = [
-            old
-            for old in self._device
-            if not (self._leases[old] or old in wanted or old in self._arriving or old in self._pinned)
-        ]
+        victims = sorted(
+            (
+                old
+                for old in self._device
+                if not (self._leases[old] or old in wanted or old in self._arriving or old in self._pinned)
+            ),
+            key=self._worth_on_device,
+        )
         room = {kind: self._pools[kind].num_available for kind in needs}
         chosen = []
         for old in victims:
@@ -130,10 +148,10 @@ class Residency(Generic[W]):
         """
         if version.id in self._pinned:
             return
-        if len(self._pinned) + 1 >= self._max_host:
+        if len(self._pinned) + 1 >= self.max_host:
             raise AdapterMemoryError(
                 version.name,
-                f"cannot be pinned: {len(self._pinned)} are, and max_cpu_loras={self._max_host} must leave room for "
+                f"cannot be pinned: {len(self._pinned)} are, and max_cpu_loras={self.max_host} must leave room for "
                 "one that is not; raise --max-cpu-loras or unpin another",
             )
         spare = self._spare_pages([*self._pinned.values(), version])
@@ -171,6 +189,31 @@ class Residency(Generic[W]):
         self.unpin(version)
         self._retired.add(version.id)
 
+    def shelve(self, version: AdapterVersion) -> bool:
+        """Nobody needs a retired `version` now: free what it takes on the device; host memory keeps it while it can.
+
+        False, and nothing done, as `drop`.
+        """
+        if self._leases[version.id] or version.id in self._arriving:
+            return False
+        self._retired.discard(version.id)
+        if len(self._host) > self.max_host:
+            self._host.pop(version.id, None)
+        elif version.id in self._host:
+            self._shelved.add(version.id)
+        if version.id in self._device:
+            self._evict(version.id)
+        return True
+
+    def revive(self, version: AdapterVersion) -> bool:
+        """A name stands for a retired or shelved version again, if host memory has it; whether it has."""
+        if version.id not in self._host:
+            return False
+        self._retired.discard(version.id)
+        self._shelved.discard(version.id)
+        self._use(version)
+        return True
+
     def drop(self, version: AdapterVersion) -> bool:
         """Nobody will ask for `version` any more: free what it takes on both levels.
 
@@ -180,9 +223,11 @@ class Residency(Generic[W]):
             return False
         self.unpin(version)
         self._retired.discard(version.id)
+        self._shelved.discard(version.id)
         self._host.pop(version.id, None)
         if version.id in self._device:
             self._evict(version.id)
+        self._used.pop(version.id, None)
         return True
 
     def pages(self, version: AdapterVersion) -> dict[int, list[int]]:
@@ -193,9 +238,7 @@ class Residency(Generic[W]):
         """A sequence runs with `version`, which is on the device."""
         assert self.on_device(version), f"{version.label} is leased but not on the device"
         self._leases[version.id] += 1
-        self._device.move_to_end(version.id)
-        if version.id in self._host:
-            self._host.move_to_end(version.id)
+        self._use(version)
 
     def release(self, version: AdapterVersion) -> None:
         """That sequence runs no more."""
@@ -216,9 +259,27 @@ class Residency(Generic[W]):
             assert version_id in self._device, "a leased version was evicted"
             assert version_id not in self._arriving, "a version is leased before it has landed"
         assert self._arriving <= self._device.keys(), "a version was evicted before it had landed"
+        assert self._shelved <= self._host.keys(), "a version is on no shelf"
+        assert not self._shelved & self._device.keys(), "a shelved version is on the device"
+
+    def _use(self, version: AdapterVersion) -> None:
+        self._uses += 1
+        self._used[version.id] = self._uses
+
+    def _worth_in_host(self, version_id: int) -> float:
+        cost = 0 if version_id in self._shelved else max(self._host[version_id][0].nbytes, 1)
+        return worth(cost, self._age(version_id))
+
+    def _worth_on_device(self, version_id: int) -> float:
+        return worth(1 if version_id in self._host else FROM_DISK, self._age(version_id))
+
+    def _age(self, version_id: int) -> int:
+        return self._uses - self._used[version_id] + 1
 
     def _stays(self, version_id: int) -> bool:
         """Whether what is in host memory may go only by `drop`."""
+        if version_id in self._shelved:
+            return False
         return version_id in self._pinned or version_id in self._retired or self._host[version_id][0].source is None
 
     def _spare_pages(self, versions: Collection[AdapterVersion]) -> list[int]:
