@@ -144,8 +144,10 @@ def test_pull_prints_the_folder_of_a_model(capsys: pytest.CaptureFixture[str]) -
 def test_demo_answers_side_by_side_and_says_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapters, root = tmp_path / "adapters", Path(__file__).parent.parent
     shutil.copytree(root / "examples/adapters", adapters)
-    shutil.copytree(root / "tests/data/adapters/upper", adapters / "upper")
+    shutil.copytree(adapters / "sql", adapters / "loha")
+    config = adapters / "loha" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"LORA"', '"LOHA"'))
     assert main(["demo", "--adapters", str(adapters), "--prompt", "Tell me about a cat.", "--max-tokens", "8"]) == 0
     printed = capsys.readouterr().out
     assert "5 streams over base and 4 adapters in one batch: " in printed
-    assert "refused: adapter 'upper'" in printed
+    assert "refused: adapter 'loha'" in printed
