@@ -8,32 +8,25 @@ one H200. Without a GPU: `--model tiny --scale 0.05 --dtype float32`.
 
 import argparse
 import csv
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
+from benchmarks.command import arguments, parse
 from benchmarks.harness import machine
-from benchmarks.shapes import SHAPES
 from benchmarks.start import start_rows
 from benchmarks.workloads import WORKLOADS, Ours, Row
 
 
 def main() -> None:
     names = [*WORKLOADS, "start"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-3.1-8b", choices=list(SHAPES))
+    parser = arguments(__doc__)
     parser.add_argument("--only", default=",".join(names), help=f"some of {','.join(names)}")
     parser.add_argument("--scale", type=float, default=1.0, help="of requests, adapters and answer lengths")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for gpu.csv")
-    args = parser.parse_args()
+    args = parse(parser)
     wanted = args.only.split(",")
     if strange := set(wanted) - set(names):
         parser.error(f"no workload {', '.join(strange)}; there are {', '.join(names)}")
-    args.adapters_dir.mkdir(parents=True, exist_ok=True)
     print(f"# {machine()}, {args.model}, {args.dtype}", flush=True)
     ours = Ours(args.model, args.adapters_dir, args.scale, args.dtype)
     rows: list[Row] = []
@@ -65,7 +58,6 @@ def _print(rows: list[Row]) -> None:
 
 def _write(rows: list[Row], args: argparse.Namespace) -> None:
     """All rows so far: a run that is ended early leaves what it had."""
-    args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "gpu.csv").open("w", newline="") as stream:
         stream.write(f"# {machine()}, {args.model}, {args.dtype}, torch {torch.__version__}\n")
         lines = csv.writer(stream)

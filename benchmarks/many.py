@@ -11,21 +11,18 @@ drawn by zipf, as they come off the disk; at last, with all in host memory, to t
 
 import argparse
 import asyncio
-import csv
 import gc
 import os
 import random
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest
 from benchmarks.adapters import make_adapters
-from benchmarks.harness import machine
-from benchmarks.online import Answer, ask
-from benchmarks.reference import Reference
+from benchmarks.command import arguments, parse, tell
+from benchmarks.online import Answer, ask, checked
 from benchmarks.shapes import SHAPES, started_on
 
 FEW = 5
@@ -190,37 +187,19 @@ async def measure(args: argparse.Namespace) -> None:
     async with AsyncLLMEngine.from_engine_args(engine_args) as engine:
         traffic = Traffic(engine, adapters, args)
         rows = await compare(engine, traffic, adapters, args)
-        assert engine._built is not None
-        picked = random.Random(0).sample(traffic.answers, min(4, len(traffic.answers)))
-        reference = Reference(engine._built.engine._runner._model, args.model)  # type: ignore[attr-defined]
-        check = reference.check([each.output for each in picked], [each.output.lora_request for each in picked])
-    load = f"load {os.getloadavg()[0]:.1f}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "many.csv").open("w", newline="") as stream:
-        stream.write(f"# {machine()}, {load}, {args.model}, {args.clients} clients\n")
-        csv.writer(stream).writerows([("name", "value", "unit", "note"), *rows])
-    print(f"{machine()}, {load}, {args.model}, {args.clients} clients, rank {RANK} on {' and '.join(ON)}")
-    for name, value, unit, note in rows:
-        print(f"{name:55} {value:10.2f} {unit:10} {note}")
-    print(f"check: {check}")
-    if not check.right:
-        raise SystemExit("WRONG")
+        check = checked(engine, args.model, traffic.answers)
+    tell(args.out / "many.csv", f"{args.model}, {args.clients} clients, rank {RANK} on {' and '.join(ON)}", rows, check)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", choices=list(SHAPES))
+    parser = arguments(__doc__, model="smollm2-135m", dtype=False)
     parser.add_argument("--adapters", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=16, help="of each side in a round")
     parser.add_argument("--inputs", type=int, default=32)
     parser.add_argument("--outputs", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    args = parser.parse_args()
-    args.adapters_dir.mkdir(parents=True, exist_ok=True)
-    asyncio.run(measure(args))
+    asyncio.run(measure(parse(parser)))
 
 
 if __name__ == "__main__":

@@ -11,19 +11,18 @@ import asyncio
 import csv
 import random
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, RequestOutput, SamplingParams
 from aiolora.engine.core import Engine
 from aiolora.engine.output import Assembler
 from aiolora.types import TokenDelta
 from benchmarks.adapters import make_adapters
-from benchmarks.harness import machine
-from benchmarks.reference import Reference
+from benchmarks.command import arguments, between, parse, tell
+from benchmarks.reference import Check
+from benchmarks.session import core_of, reference_of
 from benchmarks.shapes import SHAPES, started_on
 
 
@@ -63,7 +62,7 @@ class Watch:
             return deltas
 
         engine.step = step  # type: ignore[method-assign]
-        store = engine._store
+        store = engine.adapters._store
         assert store is not None
         write = store.write
 
@@ -140,6 +139,13 @@ def report(answers: list[Answer], steps: list[Step], took: float) -> list[tuple[
     ]
 
 
+def checked(engine: AsyncLLMEngine, model: str, answers: list[Answer]) -> Check:
+    """Some of `answers`, drawn by chance, against the reference."""
+    picked = random.Random(0).sample(answers, min(4, len(answers)))
+    outputs = [answer.output for answer in picked]
+    return reference_of(engine, model).check(outputs, [output.lora_request for output in outputs])
+
+
 async def measure(args: argparse.Namespace) -> None:
     shape = SHAPES[args.model]
     adapters = make_adapters(args.adapters_dir, args.model, args.adapters)
@@ -160,53 +166,31 @@ async def measure(args: argparse.Namespace) -> None:
         for lora in [] if args.cold else adapters:
             await engine.add_lora(lora)
         await asyncio.gather(*(ask(engine, [300 + n] * 64, 8, adapters[n % args.adapters]) for n in range(32)))
-        assert engine._built is not None
         watch = Watch()
-        watch.attach(engine._built.engine)
+        watch.attach(core_of(engine))
         start = time.perf_counter()
         answers = await drive(args, adapters, engine)
         rows = report(answers, watch.steps, time.perf_counter() - start)
-        picked = random.Random(0).sample(answers, min(4, len(answers)))
-        reference = Reference(engine._built.engine._runner._model, args.model)  # type: ignore[attr-defined]
-        check = reference.check([answer.output for answer in picked], [answer.output.lora_request for answer in picked])
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "online.csv").open("w", newline="") as stream:
-        stream.write(f"# {machine()}, {args.model}, {args.dtype}, {args.rate} requests/s\n")
-        csv.writer(stream).writerows([("name", "value", "unit"), *rows])
+        check = checked(engine, args.model, answers)
     with (args.out / "online_steps.csv").open("w", newline="") as stream:
         lines = csv.writer(stream)
         lines.writerow(["ms", "tokens", "firsts", "adapters"])
         lines.writerows([f"{step.ms:.3f}", step.tokens, step.firsts, step.adapters] for step in watch.steps)
-    print(f"{machine()}, {args.model}, {args.rate} requests/s, {args.adapters} adapters, {args.slots} slots")
-    for name, value, unit in rows:
-        print(f"{name:50} {value:10.2f} {unit}")
-    print(f"check: {check}")
-    if not check.right:
-        raise SystemExit("WRONG")
-
-
-def _between(text: str) -> tuple[int, int]:
-    low, _, high = text.partition("-")
-    return int(low), int(high)
+    said = f"{args.model}, {args.dtype}, {args.rate} requests/s, {args.adapters} adapters, {args.slots} slots"
+    tell(args.out / "online.csv", said, rows, check)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-3.1-8b", choices=list(SHAPES))
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser = arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rate", type=float, default=20, help="requests a second")
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--slots", type=int, default=16, help="adapters on the device at a time")
-    parser.add_argument("--inputs", type=_between, default=(128, 512))
-    parser.add_argument("--outputs", type=_between, default=(64, 128))
+    parser.add_argument("--inputs", type=between, default=(128, 512))
+    parser.add_argument("--outputs", type=between, default=(64, 128))
     parser.add_argument("--cold", action="store_true", help="adapters are read from disk as they come")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    args = parser.parse_args()
-    args.adapters_dir.mkdir(parents=True, exist_ok=True)
-    asyncio.run(measure(args))
+    asyncio.run(measure(parse(parser)))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ floor is the adapter's bytes copied once, page-locked to the device (on a CPU: m
 
 import argparse
 import asyncio
-import csv
 import json
-import os
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +22,10 @@ from torch import Tensor
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest
 from benchmarks.adapters import make_adapters
-from benchmarks.harness import machine, median
+from benchmarks.command import arguments, parse, tell
+from benchmarks.harness import median
 from benchmarks.online import Answer, ask, at
-from benchmarks.reference import Reference
+from benchmarks.session import reference_of
 from benchmarks.shapes import SHAPES, started_on
 from benchmarks.stall import Streams
 
@@ -119,34 +117,18 @@ async def measure(args: argparse.Namespace) -> None:
         nbytes = sum(tensor.nbytes for tensor in sources[0].tensors.values())
         floor = floor_ms(nbytes, device)
         rows.append((f"floor: {nbytes / 1e6:.1f} MB copied once, {nbytes / floor / 1e6:.1f} GB/s", floor, "ms"))
-        assert engine._built is not None
-        reference = Reference(engine._built.engine._runner._model, args.model)  # type: ignore[attr-defined]
         named = [folders[args.count % VERSIONS]] * len(last)
-        check = reference.check([each.answer.output for each in last.values()], named)
-    load = f"load {os.getloadavg()[0]:.1f}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "publish.csv").open("w", newline="") as stream:
-        stream.write(f"# {machine()}, {load}, {args.model}, rank {args.rank}, {args.streams} streams beside\n")
-        csv.writer(stream).writerows([("name", "value", "unit"), *rows])
-    print(f"{machine()}, {load}, {args.model}, rank {args.rank}, {args.count} times, {args.streams} streams beside")
-    for name, value, unit in rows:
-        print(f"{name:70} {value:10.2f} {unit}")
-    print(f"check: {check}")
-    if not check.right:
-        raise SystemExit("WRONG")
+        check = reference_of(engine, args.model).check([each.answer.output for each in last.values()], named)
+    said = f"{args.model}, rank {args.rank}, {args.count} times, {args.streams} streams beside"
+    tell(args.out / "publish.csv", said, rows, check)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", choices=list(SHAPES))
+    parser = arguments(__doc__, model="smollm2-135m", dtype=False)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--count", type=int, default=40, help="publishes, of which the first two do not count")
     parser.add_argument("--streams", type=int, default=0, help="streams of the base that run meanwhile")
-    parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    args = parser.parse_args()
-    args.adapters_dir.mkdir(parents=True, exist_ok=True)
-    asyncio.run(measure(args))
+    asyncio.run(measure(parse(parser)))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from aiolora import LLM, LoRARequest, RequestOutput, SamplingParams
+from aiolora import LLM, AsyncLLMEngine, LoRARequest, RequestOutput, SamplingParams
 from aiolora.engine.core import Engine
 from aiolora.lora.loader import AdapterWeights
-from aiolora.models.decoder import Decoder
 from benchmarks.reference import Check, Reference
 from benchmarks.shapes import SHAPES
 
@@ -85,7 +84,7 @@ class Session:
         picked += [number for number in range(len(loras)) if number not in picked]
         picked = picked[:: max(1, len(picked) // requests)][:requests]
         if self._reference is None:
-            self._reference = Reference(self.model, self.name)
+            self._reference = reference_of(self.llm, self.name)
         return self._reference.check([answers[number] for number in picked], [loras[number] for number in picked])
 
     @property
@@ -99,14 +98,17 @@ class Session:
     def core(self) -> Engine:
         return core_of(self.llm)
 
-    @property
-    def model(self) -> Decoder:
-        model: Decoder = self.core._runner._model  # type: ignore[attr-defined]
-        return model
-
     def weights_of(self, lora: LoRARequest) -> AdapterWeights:
         return self.llm.engine._built.load(lora)
 
 
-def core_of(llm: LLM) -> Engine:
-    return llm.engine._engine
+def core_of(engine: LLM | AsyncLLMEngine) -> Engine:
+    if isinstance(engine, LLM):
+        return engine.engine._engine
+    assert engine._built is not None, "it was not started"
+    return engine._built.engine
+
+
+def reference_of(engine: LLM | AsyncLLMEngine, name: str) -> Reference:
+    """The plain decoder over the weights of `engine`, which has the shape `name`."""
+    return Reference(core_of(engine)._runner._model, name)  # type: ignore[attr-defined]

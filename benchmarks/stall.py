@@ -13,15 +13,14 @@ import asyncio
 import csv
 import os
 import random
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
 from aiolora.engine.output import Assembler
 from aiolora.lora import paging
 from benchmarks.adapters import make_adapters
+from benchmarks.command import arguments, parse
 from benchmarks.harness import machine
 from benchmarks.online import at
 from benchmarks.shapes import SHAPES, started_on
@@ -106,7 +105,6 @@ async def measure(args: argparse.Namespace) -> None:
         await streams.stop()
     shares = (0.5, 0.9, 0.99, 0.999)
     rows = [(f"between tokens, p{share * 100:g}", at(quiet, share), at(loading, share)) for share in shares]
-    args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "stall.csv").open("w", newline="") as stream:
         stream.write(f"# {machine()}, {args.model}, {args.dtype}, {args.streams} streams, rank {args.rank}\n")
         csv.writer(stream).writerows([("name", "quiet_ms", "loading_ms"), *rows])
@@ -118,9 +116,7 @@ async def measure(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-3.1-8b", choices=list(SHAPES))
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser = arguments(__doc__)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--loads", type=int, default=50)
     parser.add_argument("--round", type=int, default=10, help="loads before a quiet while of the same length")
@@ -130,11 +126,7 @@ def main() -> None:
     parser.add_argument("--nice", type=int, default=0, help="niceness of those threads, up to 19")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between two loads")
     parser.add_argument("--settle", type=float, default=3.0, help="seconds before measuring")
-    parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    args = parser.parse_args()
-    args.adapters_dir.mkdir(parents=True, exist_ok=True)
-    asyncio.run(measure(args))
+    asyncio.run(measure(parse(parser)))
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ adapters are floors of the shrink and of the reads of partials; kernels that do 
 Without a GPU the profiler sees operators.
 """
 
-import argparse
 import csv
 import re
-import tempfile
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
+from benchmarks.command import arguments, parse
 from benchmarks.harness import machine
 from benchmarks.session import Session
 from benchmarks.shapes import SHAPES
@@ -109,22 +107,16 @@ def measure(session: Session, ours: Ours, streams: int, adapters: int, steps: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-3.1-8b", choices=list(SHAPES))
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser = arguments(__doc__)
     parser.add_argument("--cases", default="1/0,1/1,32/0,32/1,32/32,256/0,256/32", help="sequences/adapters, ...")
     parser.add_argument("--steps", type=int, default=20, help="steps under the profiler")
     parser.add_argument("--length", type=int, default=256, help="tokens of each prompt")
-    parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    args = parser.parse_args()
-    args.adapters_dir.mkdir(parents=True, exist_ok=True)
+    args = parse(parser)
     ours = Ours(args.model, args.adapters_dir, dtype=args.dtype)
     rows: list[list[str]] = []
     for case in args.cases.split(","):
         streams, adapters = map(int, case.split("/"))
         rows += measure(ours.shared, ours, streams, adapters, args.steps, args.length)
-    args.out.mkdir(parents=True, exist_ok=True)
     head = ["case", "what", "ms a step", "floor ms", "kernels"]
     with (args.out / "steps.csv").open("w", newline="") as stream:
         stream.write(f"# {machine()}, {args.model}, {args.dtype}\n")

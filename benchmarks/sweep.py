@@ -9,13 +9,12 @@ Writes sweep.csv and, with matplotlib, sweep.png. One engine a rank. Without a G
 import argparse
 import csv
 import random
-import tempfile
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from aiolora import LoRARequest
 from benchmarks.adapters import make_adapters
+from benchmarks.command import arguments, parse
 from benchmarks.harness import machine
 from benchmarks.session import Loras
 from benchmarks.shapes import SHAPES
@@ -98,20 +97,15 @@ def sweep_rank(ours: Ours, rank: int, batches: list[int], steps: int, memory: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-3.1-8b", choices=list(SHAPES))
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser = arguments(__doc__)
     parser.add_argument("--ranks", default="8,16,64")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--steps", type=int, default=32, help="timed decode steps, after 8 others")
     parser.add_argument("--quick", action="store_true", help="batches 1, 8, 32, 128 and 16 steps")
     parser.add_argument("--lora-gib", type=float, default=40, help="device memory for adapters")
-    parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    args = parser.parse_args()
+    args = parse(parser)
     batches = [1, 8, 32, 128] if args.quick else [int(batch) for batch in args.batches.split(",")]
     steps = 16 if args.quick else args.steps
-    args.adapters_dir.mkdir(parents=True, exist_ok=True)
     ours = Ours(args.model, args.adapters_dir, dtype=args.dtype)
     points: list[Point] = []
     for rank in map(int, args.ranks.split(",")):
@@ -126,7 +120,6 @@ def main() -> None:
 
 
 def _write(points: list[Point], args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "sweep.csv").open("w", newline="") as stream:
         stream.write(f"# {machine()}, {args.model}, {args.dtype}\n")
         lines = csv.DictWriter(stream, list(Point.__dataclass_fields__))

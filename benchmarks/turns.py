@@ -14,22 +14,18 @@ prompts and lengths of both sides are the same:
 
 import argparse
 import asyncio
-import csv
 import os
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest
 from aiolora.engine.scheduler import SchedulerLimits
 from benchmarks.adapters import make_adapters
-from benchmarks.harness import machine
-from benchmarks.online import Answer, _between, ask, at
-from benchmarks.reference import Reference
+from benchmarks.command import arguments, between, parse, tell
+from benchmarks.online import Answer, ask, at, checked
 from benchmarks.shapes import SHAPES, started_on
 
 PATIENCE_S: float = SchedulerLimits.patience_s
@@ -165,29 +161,16 @@ async def measure(args: argparse.Namespace) -> None:
         await asyncio.gather(*(ask(engine, [300 + n] * 32, 8, adapters[n % len(adapters)]) for n in range(args.seqs)))
         traffic = Traffic(engine, args)
         table = await compare(traffic, adapters, args)
-        picked = random.Random(0).sample(traffic.answers, min(4, len(traffic.answers)))
-        assert engine._built is not None
-        reference = Reference(engine._built.engine._runner._model, args.model)  # type: ignore[attr-defined]
-        check = reference.check([answer.output for answer in picked], [answer.output.lora_request for answer in picked])
+        check = checked(engine, args.model, traffic.answers)
     rows = list(table.rows(args.slots))
-    late = "full" in args.only and table.worst(args.slots) > table.bound(args.slots)
-    load = f"load {os.getloadavg()[0]:.1f}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "turns.csv").open("w", newline="") as stream:
-        stream.write(f"# {machine()}, {load}, {args.model}, {args.dtype}, {args.rate} requests/s\n")
-        csv.writer(stream).writerows([("name", "value", "unit", "note"), *rows])
-    print(f"{machine()}, {load}, {args.model}, {args.rate} requests/s, {args.slots} slots, rank {args.rank}")
-    for name, value, unit, note in rows:
-        print(f"{name:50} {value:10.2f} {unit:4} {note}")
-    print(f"check: {check}")
-    if not check.right or late:
-        raise SystemExit("WRONG" if not check.right else "LATE")
+    said = f"{args.model}, {args.dtype}, {args.rate} requests/s, {args.slots} slots, rank {args.rank}"
+    tell(args.out / "turns.csv", said, rows, check)
+    if "full" in args.only and table.worst(args.slots) > table.bound(args.slots):
+        raise SystemExit("LATE")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", choices=list(SHAPES))
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser = arguments(__doc__, model="smollm2-135m")
     parser.add_argument(
         "--slots", type=int, default=4, help="adapters on the device at a time; there are twice as many"
     )
@@ -197,14 +180,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["even", "full", "hot"], choices=["even", "full", "hot"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=15, help="of arrivals on each side of a round")
-    parser.add_argument("--inputs", type=_between, default=(16, 48))
-    parser.add_argument("--outputs", type=_between, default=(16, 32))
+    parser.add_argument("--inputs", type=between, default=(16, 48))
+    parser.add_argument("--outputs", type=between, default=(16, 32))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapters-dir", type=Path, default=Path(tempfile.gettempdir()) / "aiolora-bench")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    args = parser.parse_args()
-    args.adapters_dir.mkdir(parents=True, exist_ok=True)
-    asyncio.run(measure(args))
+    asyncio.run(measure(parse(parser)))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from aiolora.lora.residency import Residency
 from aiolora.models.decoder import Decoder
 from aiolora.models.loading import load_decoder
 from aiolora.ops import native
-from aiolora.types import Request, RequestOutput, SamplingParams
+from aiolora.types import LoRARequest, Request, RequestOutput, SamplingParams
 
 VOCAB = 96  # few enough that logprobs can ask for all of them
 EOS = 2
@@ -187,6 +187,12 @@ def make_adapter(
     return folder
 
 
+def make_loras(base: Path, folder: Path, count: int) -> list[LoRARequest]:
+    """Strong adapters a0, a1, ... with the ids 1, 2, ..."""
+    made = [make_adapter(base, folder / f"a{seed}", seed=seed, strength=2.0) for seed in range(count)]
+    return [LoRARequest(path.name, number, str(path)) for number, path in enumerate(made, start=1)]
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
     """Replace the tensors of an adapter by what `change` makes of them."""
     file = folder / "adapter_model.safetensors"
@@ -283,7 +289,8 @@ class Loaded:
     def step(self, *runs: tuple[Answer, int, int]) -> list[Tensor]:
         """Run (sequence, first token, count) together: the logits [count, V] of each."""
         with torch.inference_mode():
-            inputs = self.packer.pack(Batch([Scheduled(seq, start, count, True) for seq, start, count in runs]))
+            batch = Batch([Scheduled(seq, start, count, True) for seq, start, count in runs])
+            inputs = self.packer.pack(batch, self.packer.routes(batch))
             inputs = replace(inputs, logits_at=torch.arange(len(inputs.tokens)))
             logits = self.model.logits(self.model(inputs, self.cache.layers))
         return list(logits.split([count for _, _, count in runs]))

@@ -13,7 +13,7 @@ from aiolora import AsyncLLMEngine, EngineArgs, LLMEngine, LoRARequest, Sampling
 from aiolora.engine.adapters import AdapterStanding
 from aiolora.errors import AdapterConflictError, AdapterMemoryError, RequestError, UnknownModelError
 from tests.conftest import ModelOf
-from tests.tiny import make_adapter
+from tests.tiny import make_loras
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
@@ -33,9 +33,7 @@ async def engine(model_of: ModelOf) -> AsyncIterator[AsyncLLMEngine]:
 
 @pytest.fixture(scope="module")
 def adapters(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> list[LoRARequest]:
-    folder = tmp_path_factory.mktemp("adapters")
-    made = [make_adapter(model_of("llama"), folder / f"a{seed}", seed=seed, strength=2.0) for seed in range(4)]
-    return [LoRARequest(path.name, number, str(path)) for number, path in enumerate(made, start=1)]
+    return make_loras(model_of("llama"), tmp_path_factory.mktemp("adapters"), 4)
 
 
 def tensors_of(request: LoRARequest) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from aiolora.errors import (
 )
 from aiolora.lora.tensorfile import Entry, TensorFile
 from tests.conftest import ModelOf
-from tests.tiny import make_adapter, reconfigure, rewrite
+from tests.tiny import make_loras, reconfigure, rewrite
 
 PROMPT = [5, 6, 7, 8]
 SHORT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
@@ -42,9 +42,7 @@ async def engine(model_of: ModelOf) -> AsyncIterator[AsyncLLMEngine]:
 
 @pytest.fixture(scope="module")
 def adapters(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> list[LoRARequest]:
-    folder = tmp_path_factory.mktemp("announced")
-    made = [make_adapter(model_of("llama"), folder / f"a{seed}", seed=seed, strength=2.0) for seed in range(3)]
-    return [LoRARequest(path.name, number, str(path)) for number, path in enumerate(made, start=1)]
+    return make_loras(model_of("llama"), tmp_path_factory.mktemp("announced"), 3)
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def test_rows_of_their_own_are_found_by_each_position_of_their_mix_alone() -> No
     assert routes is not None
     assert mixes_of_logits(batch, routes) == [0, 1, -1, 2, 1]  # by their first run
     own = residency.pages(versions[1])[PAGES.blocks]
-    step = packer.pack(batch)
+    step = packer.pack(batch, routes)
     assert step.own_embeddings is not None
     assert step.own_norms is not None
     assert step.embeds is False

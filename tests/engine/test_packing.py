@@ -26,6 +26,7 @@ from aiolora.engine.staging import Numbers, Staging, size_of
 from aiolora.engine.warm_up import blank_step
 from aiolora.lora.kinds import PageKinds, Room
 from aiolora.lora.residency import Residency
+from aiolora.models.inputs import StepInputs
 from aiolora.ops.linear import Routing
 from aiolora.types import AdapterVersion, Mix, Prompt, Request, SitePages
 from tests.conftest import ModelOf
@@ -86,6 +87,11 @@ class Books:
         seq = Answer(request, 0, seed=0, number=0, max_length=999)
         seq.pages.extend(self.rng.sample(range(500), -(-(start + count) // PAGE)))
         return Scheduled(seq, start, count, True)
+
+
+def packed(packer: Packer, runs: list[Scheduled], in_flight: InFlight | None = None) -> StepInputs:
+    batch = Batch(runs)
+    return packer.pack(batch, packer.routes(batch), in_flight)
 
 
 def mixes_of(runs: Sequence[Scheduled]) -> list[Mix | None]:
@@ -154,7 +160,7 @@ def test_routing_covers_every_token_once(seed: int) -> None:
     mixes += [books.mix((1, 2), (3, 0)), books.sleeper(), books.sleeper()]
     mixes += [books.mix((rng.randint(1, 3), 0), vectors=kinds) for kinds in ((0,), (1,), (0, 1))]
     runs = [books.run(rng.choice(mixes), rng.randint(0, 9), rng.choice((1, 1, 1, 2, 30, 70))) for _ in range(12)]
-    step = books.packer.pack(Batch(runs))
+    step = packed(books.packer, runs)
     of_token = mixes_of(runs)
     if step.routing is None:
         assert set(of_token) == {None}
@@ -245,7 +251,7 @@ def test_a_pending_token_is_a_row_of_the_step_before() -> None:
     pending.start = len(pending.seq.tokens)
     pending.seq.pages.append(33)
     in_flight = InFlight(torch.zeros(4, dtype=torch.int32), {pending.seq: 3, known.seq: 1})
-    step = books.packer.pack(Batch([known, pending]), in_flight)
+    step = packed(books.packer, [known, pending], in_flight)
     assert step.tokens.tolist() == [known.seq.tokens[5], -4]
     assert step.previous is in_flight.tokens
     assert (in_flight.row(known), in_flight.row(pending)) == (-1, 3)
@@ -400,7 +406,7 @@ def test_tables_have_few_widths_however_many_adapters_a_mix_has() -> None:
     widths = []
     for counts in ((1, 1), (2, 1), (3, 1), (4, 2), (5, 1), (4, 4), (9, 1)):
         mix = books.mix(counts)
-        routing = packer.pack(Batch([books.run(mix, 0, 20)])).routing
+        routing = packed(packer, [books.run(mix, 0, 20)]).routing
         assert routing is not None
         check_routing(books, [mix] * 20, routing)
         widths.append(routing.pages.shape[2])
@@ -411,7 +417,7 @@ def test_a_blank_step_is_of_the_shapes_of_a_real_one() -> None:
     books = Books(0)
     runs = [books.run(None, 0, 1), books.run(books.mix((3, 3)), 0, 20)]
     packer = Packer(page_size=PAGE, kinds=PageKinds(KINDS), residency=books.residency, device="cpu", lora_pages=8)
-    real = packer.pack(Batch(runs))
+    real = packed(packer, runs)
     blank = blank_step((1, 20), num_logits=2, page_size=PAGE, device="cpu", kinds=KINDS, pages=8)
     for name in ("tokens", "positions", "slots", "block_tables", "kv_lengths", "query_starts", "logits_at"):
         assert getattr(blank, name).shape == getattr(real, name).shape

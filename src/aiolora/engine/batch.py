@@ -129,10 +129,9 @@ class Packer:
         self.own_rows = rows
         self._staging = Staging(device)
 
-    def pack(self, batch: Batch, in_flight: InFlight | None = None, routes: Routes | None = None) -> StepInputs:
-        """The tensors of `batch`, all of exactly its sizes. `routes`: its own, where they are known already."""
+    def pack(self, batch: Batch, routes: Routes | None, in_flight: InFlight | None = None) -> StepInputs:
+        """The tensors of `batch`, all of exactly its sizes; `routes` are its own."""
         in_flight = in_flight or InFlight.none(1, self._device)
-        routes = routes or self.routes(batch)
         numbers = self.lay_out(batch, routes, in_flight)
         if routes is None or not self.changes_trunk(routes):
             return step_inputs(self._staging.send(numbers), in_flight.tokens, self._device)

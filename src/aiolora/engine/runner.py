@@ -110,7 +110,7 @@ class ModelRunner:
             chosen = self._replay(batch, routes, seqs, rows)
             prompt: list[tuple[Chosen, list[int | None]]] = []
             if chosen is None:
-                inputs = self._packer.pack(batch, self._in_flight, routes)
+                inputs = self._packer.pack(batch, routes, self._in_flight)
                 if self._compiled:
                     _leave_sizes_open(inputs)
                 hidden = self._forward(inputs, self._cache.layers)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from aiolora.errors import AdapterFormatError
-from aiolora.lora.tensorfile import Entry, Tensors
+from aiolora.lora.tensorfile import Entry, Tensors, not_finite
 from aiolora.ops.build_native import library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DONE, _NOT_FINITE, _SHORTER, _FAILED = 1, 2, 3, 1000  # states, as in pages.c
+_NOT_FINITE, _SHORTER, _FAILED = 2, 3, 1000  # states, as in pages.c
 _TENSOR = np.dtype(
     [
         *((name, np.int64) for name in ("fd", "at", "nbytes", "rows", "columns", "stored", "turned")),
@@ -72,9 +72,7 @@ def lay_out(
 def _check(file: Tensors, entry: Entry, state: int, dtype: torch.dtype) -> None:
     """Raise what `state` says; a tensor that was not looked at says nothing, another one has failed."""
     if state == _NOT_FINITE:
-        raise AdapterFormatError(
-            file.adapter, f"{entry.name} ({entry.dtype}) holds values that are not finite floats in {dtype}"
-        )
+        raise not_finite(file.adapter, entry, dtype)
     if state == _SHORTER:
         raise AdapterFormatError(file.adapter, f"{entry.name} cannot be read: the file has become shorter")
     if state >= _FAILED:

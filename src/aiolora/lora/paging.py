@@ -16,14 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aiolora.errors import AdapterFormatError
 from aiolora.lora.compiled import Placed, lay_out
 from aiolora.lora.layout import Layout, Target
-from aiolora.lora.tensorfile import Entry, Tensors
+from aiolora.lora.tensorfile import Entry, Tensors, not_finite
 from aiolora.ops.build_native import library
 from aiolora.ops.linear import RANKS_PER_PAGE
 
-_MAX_THREADS = 16  # of all loads together; two cores at least are left to those who serve
+_MAX_THREADS = 8  # of all loads together, and half of the cores at most: others are being served
 _SERIAL = 1 << 15  # elements from where torch would start threads of its own
 
 Bits = npt.NDArray[np.signedinteger[Any]]  # floats by their bits, which numpy has for bfloat16 too
@@ -146,9 +145,7 @@ def finite(adapter: str, entry: Entry, raw: npt.NDArray[np.uint8], dtype: torch.
     bits: Bits = raw.view(integer) if entry.dtype == dtype else _converted(raw, entry.dtype, dtype)
     # below zero the sign bit is set: the largest unsigned number is then the negative furthest from zero, or NaN
     if bits.max() >= infinity or int(bits.view(unsigned).max()) >= infinity + (1 << 8 * bits.itemsize - 1):
-        raise AdapterFormatError(
-            adapter, f"{entry.name} ({entry.dtype}) holds values that are not finite floats in {dtype}"
-        )
+        raise not_finite(adapter, entry, dtype)
     return bits
 
 
@@ -215,7 +212,7 @@ def _empty(layout: Layout, counts: Mapping[int, int], *, pinned: bool) -> tuple[
 
 
 def _num_threads() -> int:
-    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) - 2))
+    return max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
 
 
 @functools.cache

@@ -181,5 +181,12 @@ def _entry(name: str, value: object, start: int) -> Entry:
     return Entry(name, dtype, tuple(shape), start + low, high - low)
 
 
+def not_finite(adapter: str, entry: Entry, dtype: torch.dtype) -> AdapterFormatError:
+    """Why `entry` cannot be served in `dtype`."""
+    return AdapterFormatError(
+        adapter, f"{entry.name} ({entry.dtype}) holds values that are not finite floats in {dtype}"
+    )
+
+
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return type(values) is list and all(type(value) is int and 0 <= value <= _MAX_EXTENT for value in values)

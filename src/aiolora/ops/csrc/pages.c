@@ -118,7 +118,7 @@ INLINE int not_finite(const char *p, i64 count, int type) { /* whether one has a
     return found != 0;
 }
 
-/* Values in the pages' dtype, in place where they do not grow: `raw` to `out`, the ratio left out. */
+/* Values in the pages' dtype, the ratio left out. */
 INLINE void convert(const char *raw, char *out, i64 count, int stored, int dtype) {
     for (i64 i = 0; i < count; i++)
         put_value(out, i, dtype, value_of(raw, i, stored));
