@@ -74,7 +74,7 @@ def publish(session: Session, files: Sequence[LoRARequest], count: int) -> list[
         request = LoRARequest(f"sweep-{number}", 10**6 + number, files[number % len(files)].lora_path)
         digest = hashlib.sha256(request.lora_name.encode()).hexdigest()
         version = structs.replace(weights.version, id=next(_ids), name=request.lora_name, digest=digest)
-        engine._intake.registry.publish(request, version)
-        engine._engine.adapters.add(dataclasses.replace(weights, version=version))
+        renamed = dataclasses.replace(weights, version=version)
+        engine._names.publish(renamed, request.lora_int_id, replace=False)
         made.append(request)
     return made
