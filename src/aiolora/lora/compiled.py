@@ -1,7 +1,7 @@
 """Tensors into rank pages by `ops/csrc/pages.c`, so that loading leaves the interpreter to those who serve.
 
-A load of 448 tensors takes the interpreter's lock once a thread; by numpy, in `paging.py`, some thousand times, and a
-step that was due beside eight such threads waited up to 80 ms for its turn (16 cores, H100).
+A load of 448 tensors takes the interpreter's lock once a thread; by numpy, in `paging.py`, some thousand times and two
+to three times as long (docs/performance.md).
 """
 
 import ctypes
