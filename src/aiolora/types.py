@@ -207,6 +207,7 @@ class TokenDelta(Struct, frozen=True):
     stop_reason: int | None = None  # the stop token id
     prompt_logprobs: tuple[tuple[tuple[int, float, int], ...] | None, ...] | None = None  # with the first token
     error: Exception | None = None  # with finish_reason "error"
+    started_s: float | None = None  # with the first token: when the sequence left the queue, time.monotonic()
 
 
 class TokenOutput(Struct, frozen=True, kw_only=True):
@@ -237,6 +238,7 @@ class RequestMetrics(Struct, kw_only=True):
     """Times of one request in seconds of `time.monotonic()`."""
 
     arrival_time: float
+    scheduled_time: float | None = None  # it left the queue; known with the first token
     first_token_time: float | None = None
     finished_time: float | None = None
 

@@ -10,6 +10,7 @@ from litestar.exceptions import NotFoundException
 from litestar.params import FromPath
 from msgspec import Struct
 
+from aiolora.api.access import ADMIN
 from aiolora.api.decode import parse
 from aiolora.api.errors import HTTPRequest, SwitchedOffError
 from aiolora.api.serving import Served
@@ -60,7 +61,7 @@ class AdapterList(Struct, frozen=True):
     object: Literal["list"] = "list"
 
 
-@post("/v1/load_lora_adapter", status_code=200, operation_id="load_lora_adapter", tags=["adapters"])
+@post("/v1/load_lora_adapter", status_code=200, operation_id="load_lora_adapter", tags=["adapters"], opt=ADMIN)
 async def load_lora_adapter(request: HTTPRequest, serving: Served, environment: Allowed) -> Response[str]:
     """Read and check an adapter whole, then serve it. `load_inplace` replaces; what fails leaves the old one serving.
 
@@ -87,7 +88,7 @@ async def load_lora_adapter(request: HTTPRequest, serving: Served, environment: 
     return Response(f"Success: LoRA adapter '{name}' added successfully", media_type=MediaType.TEXT)
 
 
-@post("/v1/unload_lora_adapter", status_code=200, operation_id="unload_lora_adapter", tags=["adapters"])
+@post("/v1/unload_lora_adapter", status_code=200, operation_id="unload_lora_adapter", tags=["adapters"], opt=ADMIN)
 async def unload_lora_adapter(request: HTTPRequest, serving: Served, environment: Allowed) -> Response[str]:
     """Forget an adapter. Requests under way finish on it, and what it takes is free after the last."""
     _check_switch(environment)
@@ -100,10 +101,18 @@ async def unload_lora_adapter(request: HTTPRequest, serving: Served, environment
 @get("/v1/lora_adapters", operation_id="lora_adapters", tags=["adapters"])
 async def lora_adapters(serving: Served) -> AdapterList:
     """Where every adapter is and who needs it; at the end those without a name that requests still run with."""
-    return AdapterList([_card(standing) for standing in await serving.engine.lora_standing()])
+    return AdapterList(
+        [_card(one) for one in await serving.engine.lora_standing() if serving.may_use(one.version.name)]
+    )
 
 
-@post("/v1/lora_adapters/{name_and_verb:path}", status_code=200, operation_id="pin_lora_adapter", tags=["adapters"])
+@post(
+    "/v1/lora_adapters/{name_and_verb:path}",
+    status_code=200,
+    operation_id="pin_lora_adapter",
+    tags=["adapters"],
+    opt=ADMIN,
+)
 async def pin_lora_adapter(name_and_verb: FromPath[str], serving: Served, environment: Allowed) -> Response[str]:
     """`NAME/pin`: never evict it; `NAME/unpin`: it may be evicted again. A name may hold slashes."""
     _check_switch(environment)

@@ -1,23 +1,29 @@
 """The server as an ASGI app: run it with uvicorn, or mount it in an app of your own."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from litestar import Litestar
+from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 
 import aiolora
+from aiolora.api.access import Guard, Keys
 from aiolora.api.adapters import load_lora_adapter, lora_adapters, pin_lora_adapter, unload_lora_adapter
 from aiolora.api.chat import chat_completions
 from aiolora.api.completions import completions
 from aiolora.api.errors import answer_error, answer_http_error
+from aiolora.api.metrics import Meter, metrics
 from aiolora.api.models import model, models
+from aiolora.api.readiness import Pulse
 from aiolora.api.serving import Serving
-from aiolora.api.system import health, version
-from aiolora.config import Environment
+from aiolora.api.system import health, ready, version
+from aiolora.api.visits import Door
+from aiolora.config import Environment, ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.errors import ConfigError
 from aiolora.types import LoRARequest
@@ -26,17 +32,25 @@ _MAX_BODY = 4 << 20  # bytes: a context of 256k tokens, as ids
 
 
 def create_app(
-    engine: AsyncLLMEngine, *, lora_modules: Sequence[LoRARequest] = (), served_model_name: str | None = None
+    engine: AsyncLLMEngine,
+    *,
+    lora_modules: Sequence[LoRARequest] = (),
+    served_model_name: str | None = None,
+    args: ServerArgs | None = None,
 ) -> Litestar:
     """The OpenAI API over `engine`, whose base model is served as `served_model_name` (default: the engine's `model`).
 
     An engine that is not started is started with the app and stopped with it; one that the host has started stays the
     host's. `lora_modules` are loaded before the first request. Raises `ConfigError` where one has the base's name.
 
+    Mounted in another app, its lifespan is the host's to enter: `async with app.lifespan():`.
+
     AIOLORA_ALLOW_RUNTIME_LORA_UPDATING and AIOLORA_ALLOW_HUB_ADAPTERS are read here, once.
     """
-    environment = Environment.read()
-    serving = Serving(engine, served_model_name or engine.args.model)
+    environment, args = Environment.read(), args or ServerArgs()
+    base = served_model_name or engine.args.model
+    meter = Meter(engine, base, adapter_labels=args.adapter_labels)
+    serving, door, pulse = Serving(engine, base, meter), Door(log=args.access_log), Pulse(engine, args.ready_timeout)
     if any(module.lora_name == serving.base for module in lora_modules):
         raise ConfigError(f"lora_modules: {serving.base!r} is the name of the base model; choose another")
 
@@ -49,12 +63,14 @@ def create_app(
             for module in lora_modules:
                 await engine.add_lora(module)
             serving.since = time.time()
+            watching = asyncio.ensure_future(pulse.watch())
             yield
+            watching.cancel()
         finally:
             if own:
                 await engine.stop()
 
-    return Litestar(
+    app = Litestar(
         route_handlers=[
             chat_completions,
             completions,
@@ -65,15 +81,46 @@ def create_app(
             lora_adapters,
             pin_lora_adapter,
             health,
+            ready,
+            metrics,
             version,
         ],
         dependencies={
-            "serving": Provide(lambda: serving, use_cache=True, sync_to_thread=False),
+            "serving": Provide(serving.to, sync_to_thread=False),
             "environment": Provide(lambda: environment, use_cache=True, sync_to_thread=False),
+            "meter": Provide(lambda: meter, use_cache=True, sync_to_thread=False),
+            "pulse": Provide(lambda: pulse, use_cache=True, sync_to_thread=False),
+            "door": Provide(lambda: door, use_cache=True, sync_to_thread=False),
         },
+        guards=[Guard(Keys(args), door)],
+        cors_config=CORSConfig(allow_origins=list(args.cors_origin), expose_headers=_EXPOSED)
+        if args.cors_origin
+        else None,
         exception_handlers={HTTPException: answer_http_error, Exception: answer_error},
         lifespan=[lifespan],
         openapi_config=OpenAPIConfig(title="aiolora", version=aiolora.__version__, path="/docs"),
         request_max_body_size=_MAX_BODY,
         logging_config=None,
     )
+    app.asgi_handler = door.before(app.asgi_handler)  # outside everything, so that no answer lacks its id
+    app.state[_DOOR] = door
+    return app
+
+
+async def drain(app: Litestar, deadline_s: float) -> bool:
+    """From now on `app` takes nothing new (503 with Retry-After); True once all that is under way has ended.
+
+    False: some had not when `deadline_s` seconds were over.
+    """
+    door: Door = app.state[_DOOR]
+    door.closed = True
+    try:
+        async with asyncio.timeout(deadline_s):
+            await door.emptied()
+    except TimeoutError:
+        return False
+    return True
+
+
+_DOOR = "aiolora_door"
+_EXPOSED = ["x-request-id", "x-aiolora-adapter", "retry-after"]

@@ -32,7 +32,7 @@ class ModelList(Struct, frozen=True):
 @get("/v1/models", operation_id="models", tags=["models"])
 async def models(serving: Served) -> ModelList:
     """Everything that is served."""
-    return ModelList([_base_card(serving), *(_card(serving, version) for version in await serving.engine.list_loras())])
+    return ModelList([_base_card(serving), *(_card(serving, version) for version in serving.versions())])
 
 
 @get("/v1/models/{model_id:path}", operation_id="model", tags=["models"])

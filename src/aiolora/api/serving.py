@@ -1,6 +1,7 @@
 """The way of a request through the server, the same for completions and chat: name -> engine -> a body or a stream."""
 
 import asyncio
+import copy
 import difflib
 import string
 import time
@@ -14,11 +15,13 @@ from litestar.di import NamedDependency
 from msgspec import Struct
 
 from aiolora.api.errors import HTTPRequest, describe
+from aiolora.api.metrics import Meter
 from aiolora.api.sse import DONE, EventStream, frames
+from aiolora.api.visits import Visit, visit_of
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.output import Assembler
 from aiolora.errors import UnknownModelError
-from aiolora.types import Messages, Prompt, SamplingParams, TokenOutput
+from aiolora.types import AdapterVersion, Messages, Prompt, SamplingParams, TokenOutput
 
 _CLIENT_CLOSED = 499  # nginx's word for it; nobody is left to read it
 
@@ -44,18 +47,35 @@ class Reply(Protocol):
 
 
 class Serving:
-    """The engine behind the routes, and the name under which its base model is served. Owned by the loop."""
+    """The engine behind the routes, as one visitor may see it. Owned by the loop."""
 
-    def __init__(self, engine: AsyncLLMEngine, base: str) -> None:
+    def __init__(self, engine: AsyncLLMEngine, base: str, meter: Meter) -> None:
         self.engine = engine
-        self.base = base
+        self.base = base  # the name under which the base model is served
+        self.meter = meter
         self.since = time.time()  # when it began to serve
+        self._visit: Visit | None = None  # None: of nobody in particular, who sees nothing
+
+    def to(self, request: HTTPRequest) -> "Serving":
+        """What the sender of `request` may see of it."""
+        view = copy.copy(self)
+        view._visit = visit_of(request.scope)
+        return view
+
+    def may_use(self, adapter: str) -> bool:
+        """Whether the visitor may; what they may not use does not exist for them."""
+        caller = None if self._visit is None else self._visit.caller
+        return caller is not None and caller.may_use(adapter)
+
+    def versions(self) -> list[AdapterVersion]:
+        """The adapters that the visitor may use, in the order they came."""
+        return [version for version in self.engine.intake.registry.versions() if self.may_use(version.name)]
 
     def adapter(self, model: str) -> str | None:
         """The adapter that `model` names; None: the base. Raises `UnknownModelError` with the nearest known name."""
         if model == self.base:
             return None
-        adapters = [version.name for version in self.engine.intake.registry.versions()]
+        adapters = [version.name for version in self.versions()]
         if model in adapters:
             return model
         close = difflib.get_close_matches(model, [self.base, *adapters], n=1)
@@ -66,7 +86,7 @@ class Serving:
         self, answer_id: str, model: str, prompts: Iterable[Prompt | Messages], params: SamplingParams
     ) -> list[Assembler]:
         """A request a prompt, checked but not yet running: what a client can get wrong is raised here."""
-        if model != self.base:
+        if model != self.base and self.may_use(model):
             await self.engine.resolve_lora(model)
         adapter = self.adapter(model)
         assemblers = []
@@ -74,6 +94,24 @@ class Serving:
             request = await self.engine.prepare(prompt, params, lora=adapter, request_id=f"{answer_id}-{position}")
             assemblers.append(Assembler(request, self.engine.intake.tokenizer))
         return assemblers
+
+    async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
+        """`AsyncLLMEngine.run`, counted."""
+        mix = assemblers[0].request.mix
+        model = "+".join(version.name for version in mix.versions) if mix else self.base
+        count, failed = self.meter.begin(model, assemblers), False
+        try:
+            async with aclosing(self.engine.run(assemblers)) as bursts:
+                async for burst in bursts:
+                    count.take(burst)
+                    yield burst
+        except Exception:
+            failed = True
+            raise
+        finally:
+            count.end(failed=failed)
+            if self._visit is not None:
+                self._visit.answered_by(model, count.prompt_tokens, count.generated_tokens)
 
     async def respond(
         self, request: HTTPRequest, assemblers: Sequence[Assembler], reply: Reply, *, stream: bool
@@ -87,7 +125,7 @@ class Serving:
         return Response(reply.whole(), headers=headers)
 
     async def _run(self, assemblers: Sequence[Assembler]) -> None:
-        async with aclosing(self.engine.run(assemblers)) as bursts:
+        async with aclosing(self.run(assemblers)) as bursts:
             async for _ in bursts:
                 pass
 
@@ -95,7 +133,7 @@ class Serving:
         """Everything that is ready in one write; an error, now that the status is sent, as the last frame."""
         try:
             yield frames(reply.opening())
-            async with aclosing(self.engine.run(assemblers)) as bursts:
+            async with aclosing(self.run(assemblers)) as bursts:
                 async for burst in bursts:
                     yield frames(chunk for position, output in burst for chunk in reply.token(position, output))
             yield frames(reply.closing()) + DONE

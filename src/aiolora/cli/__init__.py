@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from aiolora import __version__
 from aiolora.cli import demo, generate, inspect, pull, serve
+from aiolora.cli.sources import with_sources
 from aiolora.errors import AioloraError
 
 _COMMANDS = (serve, generate, inspect, pull, demo)
@@ -20,8 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.register(commands)
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if words and words[0] in commands.choices:
+            words[1:] = with_sources(commands.choices[words[0]], words[1:])
+        args = parser.parse_args(words)
         status: int = args.run(args)
     except AioloraError as error:
         print(f"aiolora: {error}", file=sys.stderr)

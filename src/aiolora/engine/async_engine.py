@@ -157,6 +157,13 @@ class AsyncLLMEngine:
         assert self._snapshot is not None
         return self._snapshot
 
+    async def probe(self) -> Snapshot:
+        """The engine as it is now, from its own thread: it answers between two steps, or not at all if it hangs.
+
+        Raises `EngineDeadError`.
+        """
+        return await self._ask(Engine.snapshot)
+
     async def stream(
         self,
         prompt: Prompt | Messages,
