@@ -4,7 +4,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
+import anyio.to_thread
 from litestar import Litestar
 from litestar.config.cors import CORSConfig
 from litestar.di import Provide
@@ -25,8 +27,11 @@ from aiolora.api.system import health, ready, version
 from aiolora.api.visits import Door
 from aiolora.config import Environment, ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
-from aiolora.errors import ConfigError
+from aiolora.errors import ConfigError, MissingExtraError
 from aiolora.types import LoRARequest
+
+if TYPE_CHECKING:
+    from aiolora.api.tracing import Tracing
 
 _MAX_BODY = 4 << 20  # bytes: a context of 256k tokens, as ids
 
@@ -50,7 +55,9 @@ def create_app(
     environment, args = Environment.read(), args or ServerArgs()
     base = served_model_name or engine.args.model
     meter = Meter(engine, base, adapter_labels=args.adapter_labels)
-    serving, door, pulse = Serving(engine, base, meter), Door(log=args.access_log), Pulse(engine, args.ready_timeout)
+    tracing = None if args.otlp_endpoint is None else _tracing(args.otlp_endpoint)
+    serving = Serving(engine, base, meter, tracing)
+    door, pulse = Door(log=args.access_log), Pulse(engine, args.ready_timeout)
     if any(module.lora_name == serving.base for module in lora_modules):
         raise ConfigError(f"lora_modules: {serving.base!r} is the name of the base model; choose another")
 
@@ -69,6 +76,8 @@ def create_app(
         finally:
             if own:
                 await engine.stop()
+            if tracing is not None:
+                await anyio.to_thread.run_sync(tracing.close)
 
     app = Litestar(
         route_handlers=[
@@ -105,6 +114,14 @@ def create_app(
     app.asgi_handler = door.before(app.asgi_handler)  # outside everything, so that no answer lacks its id
     app.state[_DOOR] = door
     return app
+
+
+def _tracing(endpoint: str) -> "Tracing":
+    try:
+        from aiolora.api.tracing import Tracing
+    except ImportError as error:
+        raise MissingExtraError("otlp_endpoint", "otel") from error
+    return Tracing(endpoint)
 
 
 async def drain(app: Litestar, deadline_s: float) -> bool:

@@ -7,7 +7,7 @@ import string
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import quote
 
 from litestar import Response
@@ -22,6 +22,9 @@ from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.output import Assembler
 from aiolora.errors import UnknownModelError
 from aiolora.types import AdapterVersion, Messages, Prompt, SamplingParams, TokenOutput
+
+if TYPE_CHECKING:
+    from aiolora.api.tracing import Tracing  # of an extra
 
 _CLIENT_CLOSED = 499  # nginx's word for it; nobody is left to read it
 
@@ -49,10 +52,11 @@ class Reply(Protocol):
 class Serving:
     """The engine behind the routes, as one visitor may see it. Owned by the loop."""
 
-    def __init__(self, engine: AsyncLLMEngine, base: str, meter: Meter) -> None:
+    def __init__(self, engine: AsyncLLMEngine, base: str, meter: Meter, tracing: "Tracing | None" = None) -> None:
         self.engine = engine
         self.base = base  # the name under which the base model is served
         self.meter = meter
+        self._tracing = tracing
         self.since = time.time()  # when it began to serve
         self._visit: Visit | None = None  # None: of nobody in particular, who sees nothing
 
@@ -112,6 +116,8 @@ class Serving:
             count.end(failed=failed)
             if self._visit is not None:
                 self._visit.answered_by(model, count.prompt_tokens, count.generated_tokens)
+                if self._tracing is not None:
+                    self._tracing.record(self._visit, model, assemblers, failed=failed)
 
     async def respond(
         self, request: HTTPRequest, assemblers: Sequence[Assembler], reply: Reply, *, stream: bool
