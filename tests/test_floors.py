@@ -28,7 +28,7 @@ HOMES = {
     "opentelemetry": {"api/tracing"},
     "yaml": {"cli/sources"},
     "shtab": {"cli/completion"},
-    "matplotlib": {"cli/bench"},
+    "matplotlib": {"cli/bench/plots"},
     "transformers": {"tokenizer", "models"},
     "tokenizers": {"tokenizer"},
     "huggingface_hub": {"hub"},

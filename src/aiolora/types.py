@@ -4,7 +4,7 @@ A request names an adapter; inside, it carries an `AdapterVersion` (which bytes)
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import Annotated, Literal, TypeAlias
 
@@ -16,6 +16,8 @@ from aiolora.errors import ConfigError, RequestError
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Messages: TypeAlias = list[dict[str, object]]
 Prompt: TypeAlias = str | list[int] | Mapping[str, object]
+
+Report: TypeAlias = Callable[[str, int, int], None]  # progress of a long start: what, how many are done, of how many
 
 MAX_N = 128
 MAX_LOGPROBS = 100
@@ -255,6 +257,10 @@ class RequestOutput(Struct, kw_only=True):
     lora_request: LoRARequest | None = None
     adapter: str | None = None  # NAME@DIGEST12
     metrics: RequestMetrics
+
+
+def unreported(what: str, done: int, of: int) -> None:
+    """The `Report` to nobody."""
 
 
 def check_fields(value: Struct) -> None:

@@ -2,12 +2,12 @@
 
 import argparse
 import asyncio
-import sys
 
 from msgspec.structs import fields
 
 from aiolora.cli.flags import add_engine_flags, add_flags, engine_args, lora_modules, server_args
 from aiolora.cli.logs import set_up_logging
+from aiolora.cli.start import started
 from aiolora.config import ServerArgs
 from aiolora.errors import ConfigError, MissingExtraError
 
@@ -41,8 +41,6 @@ def run(args: argparse.Namespace) -> int:
         from aiolora.cli.server import Server, config, new_event_loop
     except ImportError as error:
         raise MissingExtraError("aiolora serve", "server") from error
-    from aiolora.engine.async_engine import AsyncLLMEngine
-
     set_up_logging(args.log_format)
     said, modules = engine_args(args), lora_modules(args.lora_modules)
     settings, base = server_args(args), args.served_model_name or args.model
@@ -50,17 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--lora-modules: {base!r} is the name of the base model; choose another")
 
     async def serve() -> None:
-        async with AsyncLLMEngine.from_engine_args(said) as engine:
-            for module in modules:
-                await engine.add_lora(module)
-            plan = engine.plan
-            print(
-                f"{args.model} on {plan.device}: {plan.num_pages * plan.page_size} KV tokens "
-                f"({plan.kv_nbytes / 2**20:.0f} MiB), context {plan.max_model_len}, "
-                f"{plan.max_num_seqs} sequences a step, {len(modules)} adapters loaded, "
-                f"room for adapters {plan.adapter_nbytes / 2**20:.0f} MiB",
-                file=sys.stderr,
-            )
+        async with started(said, modules) as engine:
             app = create_app(engine, served_model_name=base, args=settings)
             await Server(config(app, args.host, args.port), app, args.shutdown_timeout).serve()
 

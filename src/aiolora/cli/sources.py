@@ -12,6 +12,14 @@ from aiolora.config import said_in_environment
 from aiolora.errors import ConfigError
 
 
+def completed(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """What was typed, with what the sources say put behind the flags of the command that it names."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and words and words[0] in action.choices:
+            return [words[0], *completed(action.choices[words[0]], words[1:])]
+    return with_sources(parser, words)
+
+
 def with_sources(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """`argv` of one command, completed. Where `parser` has no `--config` nothing else is looked at.
 

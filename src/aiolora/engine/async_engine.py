@@ -36,12 +36,14 @@ from aiolora.types import (
     Messages,
     Mix,
     Prompt,
+    Report,
     Request,
     RequestOutput,
     SamplingParams,
     TokenDelta,
     TokenOutput,
     read_again,
+    unreported,
 )
 
 T = TypeVar("T")
@@ -93,9 +95,10 @@ class AsyncLLMEngine:
     ) -> None:
         await self.stop()
 
-    async def start(self) -> None:
+    async def start(self, report: Report = unreported) -> None:
         """Load the model in a worker thread and begin to step; started already: nothing.
 
+        `report` is called in that thread as weights and graphs come.
         Raises `ConfigError`, a `ModelError`, or `EngineDeadError` where it has stopped before.
         """
         async with self._starting:
@@ -109,7 +112,7 @@ class AsyncLLMEngine:
                 self._resolving = Resolving(
                     self.args.model, chosen, self._load_resolved, timeout_s=environment.resolver_timeout_s
                 )
-            self._built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
+            self._built = await anyio.to_thread.run_sync(build, self.args, self._read_again, report)
             self._snapshot = self._built.engine.snapshot()
             engine = self._built.engine
             self._thread = threading.Thread(target=self._run, args=(engine,), name="aiolora-engine", daemon=True)
