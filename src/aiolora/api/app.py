@@ -11,9 +11,7 @@ from litestar import Litestar
 from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
-from litestar.openapi import OpenAPIConfig
 
-import aiolora
 from aiolora.api.access import Guard, Keys
 from aiolora.api.adapters import load_lora_adapter, lora_adapters, pin_lora_adapter, unload_lora_adapter
 from aiolora.api.chat import chat_completions
@@ -21,6 +19,7 @@ from aiolora.api.completions import completions
 from aiolora.api.errors import answer_error, answer_http_error
 from aiolora.api.metrics import Meter, metrics
 from aiolora.api.models import model, models
+from aiolora.api.page import openapi, page
 from aiolora.api.readiness import Pulse
 from aiolora.api.serving import Serving
 from aiolora.api.system import health, ready, version
@@ -92,6 +91,7 @@ def create_app(
             health,
             ready,
             metrics,
+            page,
             version,
         ],
         dependencies={
@@ -107,7 +107,7 @@ def create_app(
         else None,
         exception_handlers={HTTPException: answer_http_error, Exception: answer_error},
         lifespan=[lifespan],
-        openapi_config=OpenAPIConfig(title="aiolora", version=aiolora.__version__, path="/docs"),
+        openapi_config=openapi(),
         request_max_body_size=_MAX_BODY,
         logging_config=None,
     )
