@@ -22,6 +22,10 @@ async def client(byte_engine: AsyncLLMEngine, three_adapters: list[LoRARequest])
         yield client
 
 
+def lines(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == "aiolora.access"]
+
+
 async def test_the_clients_request_id_comes_back_and_others_are_made() -> None:
     async with inside(create_app(Standing(started=True))) as client:
         for path in ("/version", "/no/such/route", "/v1/models/x"):
@@ -47,7 +51,7 @@ async def test_the_log_names_who_asked_what_for_how_much_and_not_what_was_said(
     body = {"model": "alpha", "prompt": "a secret thing", "max_tokens": 3, "ignore_eos": True, "stream": stream}
     response = await client.post("/v1/completions", json=body, headers={"x-request-id": "id-7"})
     assert response.status_code == 200
-    [record] = [record for record in caplog.records if record.name == "aiolora.access"]
+    [record] = lines(caplog)
     fields = record.__dict__["fields"]
     wanted = {"method": "POST", "path": "/v1/completions", "status": 200, "request_id": "id-7", "key": "team-a"}
     assert wanted.items() <= fields.items()
@@ -63,7 +67,7 @@ async def test_a_refused_request_is_logged_in_one_line_whatever_its_path(
 ) -> None:
     caplog.set_level(logging.INFO, "aiolora.access")
     await client.get("/nothing%0Ahere", headers={"authorization": ""})
-    [record] = caplog.records
+    [record] = lines(caplog)
     assert "\n" not in record.getMessage()
     assert record.__dict__["fields"]["status"] == 404
 
@@ -74,11 +78,11 @@ async def test_probes_that_find_all_well_are_not_logged(
     caplog.set_level(logging.INFO, "aiolora.access")
     for path in ("/health", "/ready", "/metrics"):
         assert (await client.get(path)).status_code == 200
-    assert not caplog.records
+    assert not lines(caplog)
 
 
 async def test_the_log_can_be_switched_off(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "aiolora.access")
     async with inside(create_app(Standing(started=True), args=ServerArgs(access_log=False))) as client:
         assert (await client.get("/version")).status_code == 200
-    assert not caplog.records
+    assert not lines(caplog)

@@ -1,6 +1,9 @@
 """GET /metrics: what Prometheus asks. Named as dashboards of other engines know it, under `aiolora:`."""
 
+import itertools
+import math
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
@@ -8,8 +11,9 @@ from litestar import HttpMethod, Response, route
 from litestar.di import NamedDependency
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from aiolora.api.access import WHOLE
 from aiolora.api.tally import OTHER, Tallies
@@ -44,11 +48,34 @@ _PHASE = (0.001, 0.01, 0.05, *_WHOLE[1:])
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 
 
+class Distribution:
+    """How many values were at most each of some bounds."""
+
+    __slots__ = ("_bounds", "_counts", "_total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._total = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._total += value
+
+    def metric(self, name: str, says: str, labels: dict[str, str]) -> Metric:
+        """As a histogram of Prometheus."""
+        family = HistogramMetricFamily(name, says, labels=list(labels))
+        bounds = [*map(float, self._bounds), math.inf]
+        sums = list(zip(map(floatToGoString, bounds), itertools.accumulate(self._counts)))
+        family.add_metric(list(labels.values()), sums, self._total)
+        return family
+
+
 class Meter:
     """Everything that is counted while the server runs. Owned by the loop.
 
-    Histograms and sums take about a microsecond a token here, on the loop; gauges are read off the engine's last
-    snapshot when somebody asks. The engine's thread counts nothing.
+    What is counted once a request is prometheus_client's; what is counted once a token is plain numbers, a third of its
+    cost. Gauges are read off the engine's last snapshot when somebody asks. The engine's thread counts nothing.
     """
 
     def __init__(self, engine: AsyncLLMEngine, base: str, *, adapter_labels: int) -> None:
@@ -68,7 +95,8 @@ class Meter:
             return Counter(f"aiolora:{name}", says, ["model_name"], registry=self.registry).labels(base)
 
         self.first = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
-        self.between = histogram("inter_token_latency_seconds", "Between two tokens of one answer.", _BETWEEN)
+        self.between = Distribution(_BETWEEN)
+        self.generated_tokens = 0
         self.whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
         self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", _PHASE)
         self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.", _PHASE)
@@ -76,7 +104,6 @@ class Meter:
         self.asked = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self.answered = histogram("request_generation_tokens", "Tokens of all answers to a prompt.", _TOKENS)
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts whose first token has come.")
-        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self._ended = Counter(
             "aiolora:request_success",
             "Answers that have ended, by why: stop, length, abort (left or removed), error.",
@@ -85,7 +112,7 @@ class Meter:
         )
         self._end_of = {reason: self._ended.labels(base, reason) for reason in ("stop", "length", "abort", "error")}
         ProcessCollector(registry=self.registry)
-        self.registry.register(_Read(engine, base, self.tallies))
+        self.registry.register(_Read(engine, base, self))
 
     def begin(self, model: str, assemblers: Sequence[Assembler]) -> "Count":
         """Count what `assemblers` bring, in the name of `model`."""
@@ -101,11 +128,13 @@ class Count:
 
     def __init__(self, meter: Meter, model: str, assemblers: Sequence[Assembler]) -> None:
         self._meter = meter
+        self._between = meter.between
         self._assemblers = assemblers
         self._tally = meter.tallies.of(model)
         self._tally.requests += len(assemblers)
         self._tally.waiting += len(assemblers)
-        self._newest: dict[tuple[int, int], float] = {}  # (position, answer) -> when its last token came
+        self._n = assemblers[0].request.params.n  # the same for all
+        self._newest = [0.0] * (len(assemblers) * self._n)  # when the last token of each answer came; 0: none has
         self._running: set[int] = set()  # positions with a token
         self._lengths = [0] * len(assemblers)
         self._unfinished = sum(assembler.request.params.n for assembler in assemblers)
@@ -114,22 +143,22 @@ class Count:
 
     def take(self, burst: list[tuple[int, TokenOutput]]) -> None:
         """Tokens that have just come, with the positions of their requests."""
-        now, newest, meter = time.monotonic(), self._newest, self._meter
+        now, newest = time.monotonic(), self._newest
         for position, output in burst:
-            key = position, output.index
-            before = newest.get(key)
-            if before is not None:
-                meter.between.observe(now - before)
+            answer = position * self._n + output.index
+            if newest[answer]:
+                self._between.add(now - newest[answer])
             elif position not in self._running:
                 self._start(position)
-            newest[key] = now
+            newest[answer] = now
             self._lengths[position] += 1
             if output.finish_reason is not None:
-                meter.ended(output.finish_reason)
+                self._meter.ended(output.finish_reason)
                 self._unfinished -= 1
-        self.generated_tokens += len(burst)
-        self._tally.generated_tokens += len(burst)
-        meter.generation_tokens.inc(len(burst))
+        count = len(burst)
+        self.generated_tokens += count
+        self._tally.generated_tokens += count
+        self._meter.generated_tokens += count
 
     def end(self, *, failed: bool = False) -> None:
         """Nothing more will come; what has not ended was left, or failed."""
@@ -165,17 +194,22 @@ class Count:
 
 
 class _Read(Collector):
-    """What is read when somebody asks: the engine's last snapshot, and the tallies."""
+    """What is read when somebody asks: the engine's last snapshot, and plain numbers."""
 
-    def __init__(self, engine: AsyncLLMEngine, base: str, tallies: Tallies) -> None:
+    def __init__(self, engine: AsyncLLMEngine, base: str, meter: Meter) -> None:
         self._engine = engine
         self._base = base
-        self._tallies = tallies
+        self._meter = meter
+        self._tallies = meter.tallies
 
     def describe(self) -> Iterator[Metric]:
         yield from ()  # nothing to clash with, and the engine need not run yet
 
     def collect(self) -> Iterator[Metric]:
+        base, says = {"model_name": self._base}, "Between two tokens of one answer."
+        yield self._meter.between.metric("aiolora:inter_token_latency_seconds", says, base)
+        tokens = [([self._base], self._meter.generated_tokens)]
+        yield _counter("generation_tokens", "Tokens generated.", tokens, ["model_name"])
         if self._engine.started:
             yield from self._of_engine()
         yield from self._of_adapters()

@@ -141,7 +141,10 @@ class Serving:
             yield frames(reply.opening())
             async with aclosing(self.run(assemblers)) as bursts:
                 async for burst in bursts:
-                    yield frames(chunk for position, output in burst for chunk in reply.token(position, output))
+                    chunks: list[Struct] = []
+                    for position, output in burst:
+                        chunks += reply.token(position, output)
+                    yield frames(chunks)
             yield frames(reply.closing()) + DONE
         except Exception as error:
             yield frames([describe(error)[1]])

@@ -21,7 +21,7 @@ from torch import Tensor
 from aiolora.config import EngineArgs, Environment
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import AdapterStanding, Engine, Snapshot
-from aiolora.engine.intake import Intake, LoRA
+from aiolora.engine.intake import Intake, LoRA, takes_long
 from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
@@ -214,16 +214,25 @@ class AsyncLLMEngine:
         self._alive()
         parts = self.intake.parts(lora)
         mix = Mix(tuple([(await self._version(part), weight) for part, weight in parts])) if parts else None
-        request = self.intake.request(
+        tokenise = partial(
+            self.intake.request,
             prompt,
             sampling_params,
             mix,
             request_id=request_id,
             lora_request=lora if isinstance(lora, LoRARequest) else None,
         )
-        if mix is not None:  # removed or replaced from now on, it still serves this request, be it run soon or late
-            self._post(lambda engine: engine.hold_adapters(mix))
-            weakref.finalize(request, self._post, lambda engine: engine.let_go(mix)).atexit = False
+        # handing over to a thread and back takes as long as about _LONG characters
+        if mix is None:
+            return await anyio.to_thread.run_sync(tokenise) if takes_long(prompt) else tokenise()
+        # removed or replaced from now on, it still serves this request, be it run soon or late
+        self._post(lambda engine: engine.hold_adapters(mix))
+        try:
+            request = await anyio.to_thread.run_sync(tokenise) if takes_long(prompt) else tokenise()
+        except BaseException:
+            self._post(lambda engine: engine.let_go(mix))
+            raise
+        weakref.finalize(request, self._post, lambda engine: engine.let_go(mix)).atexit = False
         return request
 
     async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
