@@ -13,10 +13,12 @@ import asyncio
 import csv
 import os
 import random
+import sys
 import threading
 import time
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
+from aiolora.engine.bridge import SWITCH_INTERVAL
 from aiolora.engine.output import Assembler
 from aiolora.lora import paging
 from benchmarks.adapters import make_adapters
@@ -84,6 +86,7 @@ async def measure(args: argparse.Namespace) -> None:
     took: list[float] = []
     throttle(args)
     async with AsyncLLMEngine.from_engine_args(engine_args) as engine:
+        sys.setswitchinterval(args.switch / 1e3)
         kinds = [None, *resident]
         streams = Streams(engine, shape.vocab, [kinds[number % len(kinds)] for number in range(args.streams)])
         await asyncio.sleep(args.settle)
@@ -110,6 +113,7 @@ async def measure(args: argparse.Namespace) -> None:
         csv.writer(stream).writerows([("name", "quiet_ms", "loading_ms"), *rows])
     print(f"{machine()}, load {os.getloadavg()[0]:.1f}, {args.model}, {args.streams} streams, "
           f"{args.loads} loads of rank {args.rank}, {args.threads} threads at {args.nice}, pause {args.pause} s, "
+          f"switch {args.switch} ms, {args.host} in host memory, "
           f"{shape.adapter_nbytes(args.rank) / 1e6:.0f} MB each: one takes {at(took, 0.5):.0f} ms")  # fmt: skip
     for name, without, with_ in rows:
         print(f"{name:30} quiet {without:8.2f} ms, loading {with_:8.2f} ms, {100 * with_ / without - 100:+.1f} %")
@@ -125,6 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=paging._MAX_THREADS, help="that read an adapter")
     parser.add_argument("--nice", type=int, default=0, help="niceness of those threads, up to 19")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between two loads")
+    parser.add_argument("--switch", type=float, default=SWITCH_INTERVAL * 1e3, help="Python's, ms")
     parser.add_argument("--settle", type=float, default=3.0, help="seconds before measuring")
     asyncio.run(measure(parse(parser)))
 
