@@ -151,3 +151,5 @@ def test_demo_answers_side_by_side_and_says_what_it_refuses(tmp_path: Path, caps
     printed = capsys.readouterr().out
     assert "5 streams over base and 4 adapters in one batch: " in printed
     assert "refused: adapter 'loha'" in printed
+    assert "serve smollm2-135m --lora-modules" in printed
+    assert "then open http://127.0.0.1:8000/" in printed

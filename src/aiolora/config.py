@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -73,6 +74,38 @@ class EngineArgs(Struct, kw_only=True, frozen=True):
         return self.max_cpu_loras or max(32, 2 * self.max_loras)
 
 
+class ServerArgs(Struct, kw_only=True, frozen=True):
+    """Arguments of the HTTP server beside the engine's; flags as `EngineArgs`.
+
+    A key is the key itself, `sha256:` and the hex digest of one, or an object `{"key": ..., "name": ..., "adapters":
+    [...]}` as JSON: the name goes into the log, and the key may use the base and those adapters only. Raises
+    `ConfigError` naming the field, its value and its limit.
+    """
+
+    api_key: Annotated[
+        tuple[str, ...],
+        Meta(description='who may ask: KEY, sha256:HEX or {"key": ..., "name": ..., "adapters": [...]}; none: all'),
+    ] = ()
+    admin_key: Annotated[
+        tuple[str, ...],
+        Meta(description="who may change adapters, too (load, unload, pin, alias, ...); with any key set, nobody else"),
+    ] = ()
+    cors_origin: Annotated[tuple[str, ...], Meta(description="web pages of these origins may call; * for all")] = ()
+    access_log: Annotated[bool, Meta(description="a line for each request, without what was said")] = True
+    adapter_labels: Annotated[
+        int, Meta(ge=0, le=10_000, description="adapters that /metrics counts by name; the rest are `other`")
+    ] = 100
+    ready_timeout: Annotated[
+        float, Meta(gt=0, description="seconds without a step, though somebody waits, until /ready says 503")
+    ] = 30.0
+    otlp_endpoint: Annotated[
+        str | None, Meta(description="send traces there (OTLP over HTTP); needs the extra otel")
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 class Environment(Struct, frozen=True):
     """Everything aiolora reads from the environment, in one place."""
 
@@ -101,6 +134,12 @@ class Environment(Struct, frozen=True):
             resolver_hf_repos=_listed("AIOLORA_LORA_RESOLVER_HF_REPO_LIST"),
             resolver_timeout_s=_seconds("AIOLORA_LORA_RESOLVER_TIMEOUT_S", 30.0),
         )
+
+
+def said_in_environment(flags: Iterable[str]) -> dict[str, str]:
+    """The flags (without dashes in front) that a variable gives a value: `max-loras` is AIOLORA_MAX_LORAS."""
+    variables = {flag: "AIOLORA_" + flag.upper().replace("-", "_") for flag in flags}
+    return {flag: os.environ[variable] for flag, variable in variables.items() if os.environ.get(variable)}
 
 
 def _is_on(variable: str) -> bool:

@@ -5,7 +5,7 @@ A request names an adapter; inside, it carries an `AdapterVersion` (which bytes)
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import Annotated, Literal, TypeAlias
@@ -18,6 +18,8 @@ from aiolora.errors import ConfigError, RequestError
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Messages: TypeAlias = list[dict[str, object]]
 Prompt: TypeAlias = str | list[int] | Mapping[str, object]
+
+Report: TypeAlias = Callable[[str, int, int], None]  # progress of a long start: what, how many are done, of how many
 
 MAX_N = 128
 MAX_LOGPROBS = 100
@@ -288,6 +290,7 @@ class TokenDelta(Struct, frozen=True):
     stop_reason: int | None = None  # the stop token id
     prompt_logprobs: tuple[tuple[tuple[int, float, int], ...] | None, ...] | None = None  # with the first token
     error: Exception | None = None  # with finish_reason "error"
+    started_s: float | None = None  # with the first token: when the sequence left the queue, time.monotonic()
 
 
 class TokenOutput(Struct, frozen=True, kw_only=True):
@@ -318,6 +321,7 @@ class RequestMetrics(Struct, kw_only=True):
     """Times of one request in seconds of `time.monotonic()`."""
 
     arrival_time: float
+    scheduled_time: float | None = None  # it left the queue; known with the first token
     first_token_time: float | None = None
     finished_time: float | None = None
 
@@ -334,6 +338,10 @@ class RequestOutput(Struct, kw_only=True):
     lora_request: LoRARequest | None = None
     adapter: str | None = None  # NAME@DIGEST12
     metrics: RequestMetrics
+
+
+def unreported(what: str, done: int, of: int) -> None:
+    """The `Report` to nobody."""
 
 
 def check_fields(value: Struct) -> None:

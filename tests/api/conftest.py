@@ -1,20 +1,24 @@
 """One real server for the folder: uvicorn on a free port in a thread of its own, so that clients can leave for real."""
 
+import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 import uvicorn
+from litestar import Litestar
 from openai import AsyncOpenAI
 
 from aiolora.api import create_app
 from aiolora.config import EngineArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.types import LoRARequest
+from tests.tiny import make_adapter
 
 ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 BASE = "smollm"
@@ -48,6 +52,27 @@ class Standing(AsyncLLMEngine):
 
     def reserve(self, name: str) -> None:
         assert name == "none"
+
+
+@asynccontextmanager
+async def inside(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of `app` in this very loop, while its lifespan runs. It sees a response when it is whole."""
+    up, down = asyncio.Event(), asyncio.Event()
+
+    async def live() -> None:  # in one task, which a fixture's two halves are not
+        async with app.lifespan():
+            up.set()
+            await down.wait()
+
+    life = asyncio.ensure_future(live())
+    await asyncio.wait((life, asyncio.ensure_future(up.wait())), return_when=asyncio.FIRST_COMPLETED)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+            yield client
+    finally:
+        down.set()
+        await life
 
 
 @dataclass(frozen=True)
@@ -86,6 +111,21 @@ def server(one_thread: None) -> Iterator[Server]:
     finally:
         uv.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def three_adapters(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[LoRARequest]:
+    """Adapters `alpha`, `beta` and `gamma` for `byte_model`."""
+    folder = tmp_path_factory.mktemp("three")
+    names = ("alpha", "beta", "gamma")
+    made = [make_adapter(byte_model, folder / name, seed=seed) for seed, name in enumerate(names)]
+    return [LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(zip(names, made), start=1)]
+
+
+@pytest.fixture
+def byte_engine(byte_model: Path) -> AsyncLLMEngine:
+    """One that is not started, quick to start, over the bytes of text."""
+    return AsyncLLMEngine.from_engine_args(EngineArgs(model=str(byte_model), dtype="float32", enable_lora=True))
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """The bridge: streams, aborts, single-flight loads, and what everybody is told when the engine dies."""
 
 import asyncio
+import gc
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -267,3 +270,47 @@ async def test_snapshot_counts_what_runs(engine: AsyncLLMEngine) -> None:
     assert engine.snapshot().free_pages < engine.snapshot().num_pages
     await stream.aclose()
     await idle(engine)
+
+
+@pytest.mark.parametrize("length", [10, 10_000])
+async def test_a_long_prompt_is_tokenised_off_the_loop_and_a_short_one_on_it(
+    engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    loops, encode = [], engine.intake.tokenizer.encode
+
+    def noted(text: str, *, special: bool = True) -> list[int]:
+        loops.append(asyncio._get_running_loop())  # none in another thread
+        return encode(text[:10], special=special)
+
+    monkeypatch.setattr(engine.intake.tokenizer, "encode", noted)
+    monkeypatch.setattr(engine.intake, "_check_characters", lambda _: None)
+    await engine.generate("x" * length, SHORT)
+    assert loops == [asyncio.get_running_loop() if length == 10 else None]
+
+
+async def test_an_adapter_removed_while_its_prompt_is_tokenised_still_serves_it_and_a_refused_prompt_holds_nothing(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await engine.add_lora(adapters[0])
+    version = engine.intake.registry.find(adapters[0].lora_name)
+    with pytest.raises(RequestError):
+        await engine.prepare([], SHORT, lora=adapters[0])
+    taken, go_on, request = asyncio.Event(), threading.Event(), engine.intake.request
+    loop = asyncio.get_running_loop()
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        loop.call_soon_threadsafe(taken.set)
+        go_on.wait()
+        return request(PROMPT, *args[1:], **kwargs)
+
+    monkeypatch.setattr(engine.intake, "request", slow)
+    answer = asyncio.ensure_future(engine.generate("x" * 10_000, SHORT, lora=adapters[0]))
+    await taken.wait()
+    assert await engine.remove_lora(adapters[0].lora_name)
+    [standing] = await engine.lora_standing()  # kept, for it is held
+    assert standing.version == version
+    go_on.set()
+    assert (await answer).adapter == version.label
+    del answer
+    gc.collect()
+    assert await engine.lora_standing() == []

@@ -10,6 +10,7 @@ from litestar.exceptions import NotFoundException
 from litestar.params import FromPath
 from msgspec import Struct
 
+from aiolora.api.access import ADMIN
 from aiolora.api.decode import parse
 from aiolora.api.errors import HTTPRequest, SwitchedOffError
 from aiolora.api.serving import Served
@@ -79,7 +80,7 @@ class AdapterList(Struct, frozen=True):
     object: Literal["list"] = "list"
 
 
-@post("/v1/load_lora_adapter", status_code=200, operation_id="load_lora_adapter", tags=["adapters"])
+@post("/v1/load_lora_adapter", status_code=200, operation_id="load_lora_adapter", tags=["adapters"], opt=ADMIN)
 async def load_lora_adapter(request: HTTPRequest, serving: Served, environment: Allowed) -> Response[str]:
     """Read and check an adapter whole, then serve it. `load_inplace` replaces; what fails leaves the old one serving.
 
@@ -108,7 +109,7 @@ async def load_lora_adapter(request: HTTPRequest, serving: Served, environment: 
     return Response(f"Success: LoRA adapter '{name}' added successfully", media_type=MediaType.TEXT)
 
 
-@post("/v1/unload_lora_adapter", status_code=200, operation_id="unload_lora_adapter", tags=["adapters"])
+@post("/v1/unload_lora_adapter", status_code=200, operation_id="unload_lora_adapter", tags=["adapters"], opt=ADMIN)
 async def unload_lora_adapter(request: HTTPRequest, serving: Served, environment: Allowed) -> Response[str]:
     """Forget an adapter, or an alias. Requests under way finish on it, and what it takes is free after the last."""
     _check_switch(environment)
@@ -128,10 +129,17 @@ async def lora_adapters(serving: Served) -> AdapterList:
         _unread_card(engine, one) if isinstance(one, AnnouncedAdapter) else _card(engine, standing.pop(one.id))
         for one in known
     ]
-    return AdapterList([*cards, *(_card(engine, gone) for gone in standing.values())])
+    cards += [_card(engine, gone) for gone in standing.values()]
+    return AdapterList([card for card in cards if serving.permits(card.id)])
 
 
-@post("/v1/lora_adapters/{name_and_verb:path}", status_code=200, operation_id="change_lora_adapter", tags=["adapters"])
+@post(
+    "/v1/lora_adapters/{name_and_verb:path}",
+    status_code=200,
+    operation_id="change_lora_adapter",
+    tags=["adapters"],
+    opt=ADMIN,
+)
 async def change_lora_adapter(
     name_and_verb: FromPath[str], request: HTTPRequest, serving: Served, environment: Allowed
 ) -> Response[str]:

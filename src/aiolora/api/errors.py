@@ -21,6 +21,7 @@ from aiolora.errors import (
     AdapterError,
     AdapterNotFoundError,
     AdapterResolveError,
+    AioloraError,
     EngineDeadError,
     NonFiniteLogitsError,
     PromptTooLongError,
@@ -47,6 +48,18 @@ class SwitchedOffError(RequestError):
     """The route is there, and the operator has not switched it on."""
 
 
+class NoKeyError(AioloraError):
+    """The route takes a key, and none that is known came."""
+
+
+class NotAllowedError(AioloraError):
+    """The key is known, and not enough for this route."""
+
+
+class DrainingError(AioloraError):
+    """The server finishes what it has begun, and stops."""
+
+
 class ErrorDetail(Struct, frozen=True):
     """OpenAI's error object."""
 
@@ -67,6 +80,7 @@ class _Row(Struct, frozen=True):
     type: str
     code: str
     says: str | None = None  # instead of the error's own text, where that is not for clients
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 _INTERNAL = _Row(500, "server_error", "internal_error", "the server failed on this request; its log has the details")
@@ -83,6 +97,11 @@ _TABLE: dict[type[BaseException], _Row] = {
     AdapterError: _Row(422, "invalid_request_error", "adapter_unusable"),
     NonFiniteLogitsError: _Row(500, "server_error", "non_finite_logits"),
     EngineDeadError: _Row(503, "server_error", "engine_dead", "the engine has stopped; the server must be restarted"),
+    NoKeyError: _Row(
+        401, "invalid_request_error", "invalid_api_key", headers=(("www-authenticate", 'Bearer realm="aiolora"'),)
+    ),
+    NotAllowedError: _Row(403, "invalid_request_error", "not_allowed"),
+    DrainingError: _Row(503, "server_error", "shutting_down", headers=(("retry-after", "5"),)),
     Exception: _INTERNAL,
 }
 _CODES = {404: "unknown_url", 405: "method_not_supported", 413: "request_too_large"}
@@ -90,7 +109,7 @@ _CODES = {404: "unknown_url", 405: "method_not_supported", 413: "request_too_lar
 
 def describe(error: Exception) -> tuple[int, ErrorBody]:
     """The status and body for an error. What nobody foresaw is logged here and told without details."""
-    row = next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
+    row = _row(error)
     if row is _INTERNAL:
         logger.error("a request failed", exc_info=error)
     message = str(error) if row.says is None else row.says
@@ -98,6 +117,10 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
         message = without_folders(message)
     param = error.param if isinstance(error, RequestError) else None
     return row.status, ErrorBody(ErrorDetail(message[:_MAX_MESSAGE], row.type, param, row.code))
+
+
+def _row(error: Exception) -> _Row:
+    return next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
 
 
 @contextmanager
@@ -124,7 +147,9 @@ def without_folders(message: str) -> str:
 def answer_error(_: HTTPRequest, error: Exception) -> Response[ErrorBody]:
     """Litestar's exception handler for everything raised before a response has begun."""
     status, body = describe(error)
-    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, AdapterBusyError) else None
+    headers = dict(_row(error).headers)
+    if isinstance(error, AdapterBusyError):
+        headers["retry-after"] = str(error.retry_after_s)
     return Response(body, status_code=status, headers=headers)
 
 

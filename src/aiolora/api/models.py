@@ -32,18 +32,16 @@ class ModelList(Struct, frozen=True):
 @get("/v1/models", operation_id="models", tags=["models"])
 async def models(serving: Served) -> ModelList:
     """Everything that is served."""
-    names = serving.engine.intake.registry.names()
-    return ModelList([_base_card(serving), *(_card(serving, name) for name in names)])
+    return ModelList([_base_card(serving), *(_card(serving, name) for name in serving.names())])
 
 
 @get("/v1/models/{model_id:path}", operation_id="model", tags=["models"])
 async def model(model_id: FromPath[str], serving: Served) -> ModelCard:
     """One card. A name may hold slashes."""
     name = model_id.removeprefix("/")
-    adapter = None if serving.base in (name, model_id) else serving.adapter(name)
-    if adapter is None:
+    if serving.base in (name, model_id) or serving.adapter(name) is None:
         return _base_card(serving)
-    return _card(serving, adapter)
+    return _card(serving, name)
 
 
 def _base_card(serving: Serving) -> ModelCard:

@@ -1,12 +1,13 @@
 """The way of a request through the server, the same for completions and chat: name -> engine -> a body or a stream."""
 
 import asyncio
+import copy
 import difflib
 import string
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import quote
 
 from litestar import Response
@@ -14,12 +15,17 @@ from litestar.di import NamedDependency
 from msgspec import Struct
 
 from aiolora.api.errors import HTTPRequest, describe, naming
+from aiolora.api.metrics import Meter
 from aiolora.api.sse import DONE, EventStream, frames
+from aiolora.api.visits import Visit, visit_of
 from aiolora.api.wire import GenerationRequest
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError, UnknownModelError
 from aiolora.types import Messages, Prompt, SamplingParams, TokenOutput
+
+if TYPE_CHECKING:
+    from aiolora.api.tracing import Tracing  # of an extra
 
 _CLIENT_CLOSED = 499  # nginx's word for it; nobody is left to read it
 
@@ -45,57 +51,118 @@ class Reply(Protocol):
 
 
 class Serving:
-    """The engine behind the routes, and the name under which its base model is served. Owned by the loop."""
+    """The engine behind the routes, as one visitor may see it. Owned by the loop."""
 
-    def __init__(self, engine: AsyncLLMEngine, base: str) -> None:
+    def __init__(self, engine: AsyncLLMEngine, base: str, meter: Meter, tracing: "Tracing | None" = None) -> None:
         self.engine = engine
-        self.base = base
+        self.base = base  # the name under which the base model is served
+        self.meter = meter
+        self._tracing = tracing
         self.since = time.time()  # when it began to serve
+        self._visit: Visit | None = None  # None: of nobody in particular, who sees nothing
+
+    def to(self, request: HTTPRequest) -> "Serving":
+        """What the sender of `request` may see of it."""
+        view = copy.copy(self)
+        view._visit = visit_of(request.scope)
+        return view
+
+    def permits(self, adapter: str) -> bool:
+        """Whether the visitor may use what has this name; what they may not use does not exist for them."""
+        caller = None if self._visit is None else self._visit.caller
+        return caller is not None and caller.may_use(adapter)
+
+    def _may_ask_for(self, model: str) -> bool:
+        """As `permits`, where `model` may be an alias: who may use an adapter may use it by every name."""
+        name = self.engine.intake.registry.named(model)
+        return self.permits(model) or (name is not None and self.permits(name))
+
+    def names(self) -> list[str]:
+        """What the visitor may name beside the base: adapters in the order they came, then aliases."""
+        return [name for name in self.engine.intake.registry.names() if self._may_ask_for(name)]
 
     def adapter(self, model: str) -> str | None:
-        """The adapter that `model` names; None: the base. Raises `UnknownModelError` with the nearest known name."""
+        """The adapter that `model` names; None: the base. Raises `UnknownModelError` with the nearest known name.
+
+        An alias is taken for its adapter at once: it could be another's, and forbidden, before the request is made. One
+        that is itself what the visitor may use stays what it is.
+        """
         if model == self.base:
             return None
-        registry = self.engine.intake.registry
-        if registry.named(model) is not None:
+        name = self.engine.intake.registry.named(model)
+        if name is not None and self.permits(name):
+            return name
+        if name is not None and self.permits(model):
             return model
-        close = difflib.get_close_matches(model, [self.base, *registry.names()], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "GET /v1/models lists what is served"
-        raise UnknownModelError(f"the model {model[:200]!r} does not exist; {hint}")
+        raise self._unknown([model])
 
     async def prepare(
         self, answer_id: str, said: GenerationRequest, prompts: Iterable[Prompt | Messages], params: SamplingParams
     ) -> list[Assembler]:
         """A request a prompt, checked but not yet running: what a client can get wrong is raised here."""
         lora: str | dict[str, float] | None
-        if said.lora is not None:
-            with naming(model="lora"):
-                lora = await self._weighted(said.model, said.lora)
-        else:
-            lora = await self._adapter(said.model)
         assemblers = []
-        for position, prompt in enumerate(prompts):
-            request = await self.engine.prepare(
-                prompt, params, lora=lora, priority=said.priority or 0, request_id=f"{answer_id}-{position}"
-            )
-            assemblers.append(Assembler(request, self.engine.intake.tokenizers.of(request.mix)))
+        with naming(model="model" if said.lora is None else "lora"):
+            if said.lora is None:
+                lora = await self._adapter(said.model)
+            else:
+                lora = await self._weighted(said.model, said.lora)
+            for position, prompt in enumerate(prompts):
+                try:
+                    request = await self.engine.prepare(
+                        prompt, params, lora=lora, priority=said.priority or 0, request_id=f"{answer_id}-{position}"
+                    )
+                except UnknownModelError:  # removed just now; the engine's words may tell of what does not exist here
+                    raise self._unknown([said.model] if said.lora is None else said.lora) from None
+                assemblers.append(Assembler(request, self.engine.intake.tokenizers.of(request.mix)))
         return assemblers
 
     async def _adapter(self, model: str) -> str | None:
         """As `adapter`, where a resolver may find it."""
-        if model != self.base:
+        if model != self.base and self._may_ask_for(model):
             await self.engine.resolve_lora(model)
         return self.adapter(model)
 
     async def _weighted(self, model: str, lora: dict[str, float]) -> dict[str, float]:
-        """Every name in `lora` is that of an adapter, and `model` that of the base."""
+        """`lora` by the names of its adapters: every name in it is that of one, and `model` that of the base."""
         if model != self.base:
             raise RequestError(f"lora goes with the base model: set model to {self.base!r}", param="lora")
         self.engine.intake.parts(lora)  # before any of them is looked for
-        for name in lora:
-            if await self._adapter(name) is None:
+        weights: dict[str, float] = {}
+        for name, weight in lora.items():
+            adapter = await self._adapter(name)
+            if adapter is None:
                 raise RequestError(f"lora: {name!r} is the base model, no adapter", param="lora")
-        return lora
+            weights[adapter] = weights.get(adapter, 0.0) + weight
+        return weights
+
+    def _unknown(self, models: Iterable[str]) -> UnknownModelError:
+        """Of the first that names nothing, in words that tell nothing of what the visitor may not use."""
+        asked, served = list(models), [self.base, *self.names()]
+        model = next((model for model in asked if model not in served), asked[0])
+        close = difflib.get_close_matches(model, served, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "GET /v1/models lists what is served"
+        return UnknownModelError(f"the model {model[:200]!r} does not exist; {hint}")
+
+    async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
+        """`AsyncLLMEngine.run`, counted."""
+        mix = assemblers[0].request.mix
+        model = "+".join(version.name for version in mix.versions) if mix else self.base
+        count, failed = self.meter.begin(model, assemblers), False
+        try:
+            async with aclosing(self.engine.run(assemblers)) as bursts:
+                async for burst in bursts:
+                    count.take(burst)
+                    yield burst
+        except Exception:
+            failed = True
+            raise
+        finally:
+            count.end(failed=failed)
+            if self._visit is not None:
+                self._visit.answered_by(model, count.prompt_tokens, count.generated_tokens)
+                if self._tracing is not None:
+                    self._tracing.record(self._visit, model, assemblers, failed=failed)
 
     async def respond(
         self, request: HTTPRequest, assemblers: Sequence[Assembler], reply: Reply, *, stream: bool
@@ -109,7 +176,7 @@ class Serving:
         return Response(reply.whole(), headers=headers)
 
     async def _run(self, assemblers: Sequence[Assembler]) -> None:
-        async with aclosing(self.engine.run(assemblers)) as bursts:
+        async with aclosing(self.run(assemblers)) as bursts:
             async for _ in bursts:
                 pass
 
@@ -117,9 +184,12 @@ class Serving:
         """Everything that is ready in one write; an error, now that the status is sent, as the last frame."""
         try:
             yield frames(reply.opening())
-            async with aclosing(self.engine.run(assemblers)) as bursts:
+            async with aclosing(self.run(assemblers)) as bursts:
                 async for burst in bursts:
-                    yield frames(chunk for position, output in burst for chunk in reply.token(position, output))
+                    chunks: list[Struct] = []
+                    for position, output in burst:
+                        chunks += reply.token(position, output)
+                    yield frames(chunks)
             yield frames(reply.closing()) + DONE
         except Exception as error:
             yield frames([describe(error)[1]])

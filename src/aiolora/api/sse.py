@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
+import anyio
 import msgspec
 from litestar import Request, Response
 from litestar.response.base import ASGIResponse
@@ -13,12 +14,12 @@ from msgspec import Struct
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-_encoder = msgspec.json.Encoder()
+_encode = msgspec.json.Encoder().encode
 
 
 def frames(events: Iterable[Struct]) -> bytes:
     """One `data:` frame an event, joined for one write."""
-    return b"".join(b"data: " + _encoder.encode(event) + b"\n\n" for event in events)
+    return b"".join([b"data: " + _encode(event) + b"\n\n" for event in events])
 
 
 class EventStream(Response[Any]):
@@ -40,5 +41,16 @@ class _ASGIEventStream(ASGIStreamingResponse):
 
     async def send_body(self, send: Send, receive: Receive) -> None:
         """Send until the end or until the client leaves; either way the generator is closed before this returns."""
-        async with aclosing(self._source):
-            await super().send_body(send, receive)
+        async with aclosing(self._source) as source, anyio.create_task_group() as tasks:
+            tasks.start_soon(_send_all, source, send, tasks.cancel_scope)
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            tasks.cancel_scope.cancel()
+
+
+async def _send_all(source: AsyncGenerator[bytes, None], send: Send, scope: anyio.CancelScope) -> None:
+    """In a task of its own: a wake-up then runs through these few coroutines, not through all that lead to a route."""
+    async for part in source:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    scope.cancel()

@@ -1,10 +1,19 @@
 """What operators and probes ask: is it alive, which version is it."""
 
+from typing import TypeAlias
+
 from litestar import HttpMethod, MediaType, Response, get, route
+from litestar.di import NamedDependency
 from msgspec import Struct
 
 import aiolora
+from aiolora.api.access import OPEN
+from aiolora.api.readiness import Pulse
 from aiolora.api.serving import Served
+from aiolora.api.visits import Door
+
+Felt: TypeAlias = NamedDependency[Pulse]
+Doorway: TypeAlias = NamedDependency[Door]
 
 
 class Version(Struct, frozen=True):
@@ -13,14 +22,21 @@ class Version(Struct, frozen=True):
     version: str
 
 
-@route("/health", http_method=[HttpMethod.GET, HttpMethod.HEAD], tags=["system"])
+@route("/health", http_method=[HttpMethod.GET, HttpMethod.HEAD], tags=["system"], opt=OPEN)
 async def health(serving: Served) -> Response[str]:
-    """200 while the engine steps, 503 before it has started and once it has stopped."""
+    """Should it be left alone? 503 before the engine has started and once it has stopped: only a restart helps."""
     alive = serving.engine.started and serving.engine.death is None
     return Response("", media_type=MediaType.TEXT, status_code=200 if alive else 503)
 
 
-@get("/version", operation_id="version", tags=["system"])
+@route("/ready", http_method=[HttpMethod.GET, HttpMethod.HEAD], tags=["system"], opt=OPEN)
+async def ready(pulse: Felt, door: Doorway) -> Response[str]:
+    """Should it get requests? 200 while tokens move; 503 with the reason where they do not, or are about to stop."""
+    trouble = "the server is about to stop" if door.closed else pulse.trouble()
+    return Response(trouble or "", media_type=MediaType.TEXT, status_code=503 if trouble else 200)
+
+
+@get("/version", operation_id="version", tags=["system"], opt=OPEN)
 async def version() -> Version:
     """The version that serves."""
     return Version(aiolora.__version__)

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,15 @@ async def _demo(args: argparse.Namespace, folders: list[Path], console: Console)
             f"{len(streams)} streams over base and {len(served) - 1} adapters in one batch: "
             f"{total} tokens in {seconds:.2f} s, {total / seconds:.0f} tokens/s"
         )
+    modules = " ".join(f"{folder.name}={folder}" for folder in folders if folder.name in served)
+    console.print(
+        "\nThe same on a page, with prompts of your own:\n"
+        f"  {sys.argv[0]} serve {args.model} --lora-modules {modules}\n"
+        "then open http://127.0.0.1:8000/",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
 
 
 def _side_by_side(streams: list[_Stream]) -> Table:

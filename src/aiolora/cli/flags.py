@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import fields
 
-from aiolora.config import EngineArgs
+from aiolora.config import EngineArgs, ServerArgs
 from aiolora.errors import ConfigError
 from aiolora.types import AdapterPolicy, LoRARequest
 
@@ -22,24 +22,60 @@ class _Module(Struct, forbid_unknown_fields=True):
     policy: AdapterPolicy | None = None
 
 
+# the fields of `EngineArgs` as --help shows them; those named nowhere come last, with the machine
+_GROUPS = {
+    "model": ("model", "tokenizer", "dtype", "load_format", "max_model_len", "seed"),
+    "adapters": (
+        "enable_lora",
+        "max_loras",
+        "max_lora_rank",
+        "max_cpu_loras",
+        "lora_dtype",
+        "lora_memory",
+        "lora_ends_memory",
+        "lora_target_modules",
+    ),
+}
+
+
 def add_engine_flags(parser: argparse.ArgumentParser, *, model: str | None = None) -> None:
-    """MODEL (optional where `model` is its default) and a flag for each other field of `EngineArgs`."""
-    group = parser.add_argument_group("engine")
-    group.add_argument("model", nargs="?" if model else None, default=model, help=_help("model"))
-    for field in fields(EngineArgs):
-        if field.name == "model":
-            continue
+    """MODEL (optional where `model` is its default), a flag for each other field of `EngineArgs`, and `--config`."""
+    parser.add_argument("model", nargs="?" if model else None, default=model, help=_help(EngineArgs, "model"))
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML with flags' names as keys; variables such as AIOLORA_MAX_LORAS win over it, typed flags over both",
+    )
+    rest = [field.name for field in fields(EngineArgs) if field.name not in sum(_GROUPS.values(), ())]
+    for title, names in {**_GROUPS, "machine": rest}.items():
+        group = parser.add_argument_group(title)
+        add_flags(group, EngineArgs, [name for name in names if name != "model"])
+        if title == "adapters":
+            _add_lora_modules(group)
+
+
+def add_flags(group: argparse._ArgumentGroup, shape: type[Struct], names: Iterable[str]) -> None:
+    """A flag for each of those fields of `shape`."""
+    known = {field.name: field for field in fields(shape)}
+    for name in names:
+        field = known[name]
         flag = "--" + field.name.replace("_", "-")
         kind, choices, several = _shape(field.type)
-        shown = f"{_help(field.name)} (default: {field.default})".strip()
+        default = None if field.default in (None, ()) else field.default
+        shown = f"{_help(shape, name)} (default: {default})" if default is not None else _help(shape, name)
         if kind is bool:
             group.add_argument(flag, default=field.default, action=argparse.BooleanOptionalAction, help=shown)
         elif several:
-            several_of: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME"}
-            group.add_argument(flag, default=field.default, type=kind, help=shown, **several_of)
+            one = "NAME" if name.endswith("modules") else name.split("_")[-1].upper()
+            several_of: dict[str, Any] = {"nargs": "+", "action": "extend"}
+            start = [] if field.default == () else field.default
+            group.add_argument(flag, default=start, type=kind, metavar=one, help=shown, **several_of)
         else:
             metavar = None if choices else kind.__name__.upper()
             group.add_argument(flag, default=field.default, type=kind, choices=choices, metavar=metavar, help=shown)
+
+
+def _add_lora_modules(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora-modules",
         nargs="+",
@@ -58,6 +94,14 @@ def engine_args(args: argparse.Namespace) -> EngineArgs:
         given["lora_target_modules"] = tuple(given["lora_target_modules"])
     given["enable_lora"] = given["enable_lora"] or bool(args.lora_modules)
     return EngineArgs(**given)
+
+
+def server_args(args: argparse.Namespace) -> ServerArgs:
+    """The same for the server."""
+    given: dict[str, Any] = {field.name: getattr(args, field.name) for field in fields(ServerArgs)}
+    for name, value in given.items():
+        given[name] = tuple(value) if isinstance(value, list) else value
+    return ServerArgs(**given)
 
 
 def lora_modules(items: Iterable[str]) -> list[LoRARequest]:
@@ -97,8 +141,8 @@ def _module(item: str) -> _Module:
     return module
 
 
-def _help(name: str) -> str:
-    info = msgspec.json.schema(EngineArgs)["$defs"]["EngineArgs"]["properties"][name]
+def _help(shape: type[Struct], name: str) -> str:
+    info = msgspec.json.schema(shape)["$defs"][shape.__name__]["properties"][name]
     return str(info.get("description", "")).replace("%", "%%")
 
 

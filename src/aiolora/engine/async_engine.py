@@ -17,7 +17,7 @@ from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import Engine, Snapshot
-from aiolora.engine.intake import Intake, LoRA
+from aiolora.engine.intake import Intake, LoRA, takes_long
 from aiolora.engine.loading import Loading
 from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.names import Names
@@ -32,11 +32,13 @@ from aiolora.types import (
     LoRARequest,
     Messages,
     Prompt,
+    Report,
     Request,
     RequestOutput,
     SamplingParams,
     TokenDelta,
     TokenOutput,
+    unreported,
 )
 
 
@@ -77,9 +79,10 @@ class AsyncLLMEngine:
     ) -> None:
         await self.stop()
 
-    async def start(self) -> None:
+    async def start(self, report: Report = unreported) -> None:
         """Load the model in a worker thread and begin to step; started already: nothing.
 
+        `report` is called in that thread as weights and graphs come.
         Raises `ConfigError`, a `ModelError`, or `EngineDeadError` where it has stopped before.
         """
         async with self._starting:
@@ -90,7 +93,7 @@ class AsyncLLMEngine:
             if environment.runtime_lora_updating and self.args.enable_lora:
                 resolvers = await anyio.to_thread.run_sync(choose_resolvers, environment)
             self._bridge = bridge = Bridge(self._deliver, self._fail)
-            built = await anyio.to_thread.run_sync(build, self.args, self._read_again)
+            built = await anyio.to_thread.run_sync(build, self.args, self._read_again, report)
             self._names = Names(built.intake, bridge.post)
             self._loading = Loading(
                 built, bridge, self._names, resolvers, resolver_timeout_s=environment.resolver_timeout_s
@@ -131,6 +134,13 @@ class AsyncLLMEngine:
         assert self._parts is not None
         assert self._snapshot is not None
         return self._snapshot
+
+    async def probe(self) -> Snapshot:
+        """The engine as it is now, from its own thread: it answers between two steps, or not at all if it hangs.
+
+        Raises `EngineDeadError`.
+        """
+        return await self._across.ask(Engine.snapshot)
 
     async def stream(
         self,
@@ -185,7 +195,8 @@ class AsyncLLMEngine:
         parts = self.intake.parts(lora)
         mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
         self.intake.policies.check(mix)
-        request = self.intake.request(
+        tokenise = partial(
+            self.intake.request,
             prompt,
             sampling_params,
             mix,
@@ -193,9 +204,18 @@ class AsyncLLMEngine:
             lora_request=lora if isinstance(lora, LoRARequest) else None,
             priority=priority,
         )
-        if mix is not None:  # removed or replaced from now on, it still serves this request, be it run soon or late
-            self._across.post(lambda engine: engine.adapters.hold(mix))
-            weakref.finalize(request, self._across.post, lambda engine: engine.adapters.let_go(mix)).atexit = False
+        # handing over to a thread and back takes as long as about _LONG characters
+        if mix is None:
+            return await anyio.to_thread.run_sync(tokenise) if takes_long(prompt) else tokenise()
+        # removed or replaced from now on, it still serves this request, be it run soon or late
+        let_go = partial(self._across.post, lambda engine: engine.adapters.let_go(mix))
+        self._across.post(lambda engine: engine.adapters.hold(mix))
+        try:
+            request = await anyio.to_thread.run_sync(tokenise) if takes_long(prompt) else tokenise()
+        except BaseException:
+            let_go()
+            raise
+        weakref.finalize(request, let_go).atexit = False
         return request
 
     async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:

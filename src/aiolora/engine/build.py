@@ -29,7 +29,7 @@ from aiolora.models.weights import locate
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.pages import PagePool
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest
+from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest, Report, unreported
 
 READERS = 4  # adapters that a blocking face reads at a time; each is read by several threads
 _PINNED_SHARE = 4  # of the machine's memory so small a part is locked from the start, at most
@@ -46,15 +46,16 @@ class Built:
     plan: Plan
 
 
-def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Built:
+def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report: Report = unreported) -> Built:
     """Load the model and make an engine of it. Blocks for seconds to minutes; touches the device.
 
-    `read_again`: see `Engine`. Raises `ConfigError` or a `ModelError`.
+    `read_again`: see `Engine`. `report` is called in this thread, for weights and graphs.
+    Raises `ConfigError` or a `ModelError`.
     """
     device = pick_device(args.device)
     folder = locate(args.model)
     tokenizer = Tokenizer(locate(args.tokenizer) if args.tokenizer else folder)
-    model = load_decoder(args, folder, device=device)
+    model = load_decoder(args, folder, device=device, report=report)
     dtype = model.embed.weight.dtype
     layout = None
     if args.enable_lora:
@@ -62,11 +63,12 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
         layout = layout_of(model, lora_dtype, only=args.lora_target_modules)
     bounds = step_bounds(args, model.config, device)
     activations = activation_nbytes(model, *bounds, page_size=PAGE_SIZE) if device == "cuda" else 0
-    plan = make_plan(args, model.config, layout, dtype, device, activations=activations)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    plan = make_plan(args, model.config, layout, dtype, device, weights=weights, activations=activations)
     pinned = plan.device.startswith("cuda")
     if pinned and layout is not None:  # while the kernels are compiled: locking holds up whoever uses the GPU
         reserve_soon(layout, dict.fromkeys(range(layout.page_kinds.layers), _pinned_pages(args, layout)))
-    engine = _engine(args, model, layout, plan, tokenizer, read_again)
+    engine = _engine(args, model, layout, plan, tokenizer, read_again, report)
     intake = Intake(
         tokenizer,
         AdapterRegistry(args.model),
@@ -109,6 +111,7 @@ def _engine(
     plan: Plan,
     tokenizer: Tokenizer,
     read_again: Callable[[AdapterVersion], None],
+    report: Report,
 ) -> Engine:
     kinds = layout.page_kinds if layout else PageKinds(0)
     residency: Residency[AdapterWeights] = Residency(kinds, plan.adapter_room, max_host=args.host_adapters)
@@ -129,7 +132,7 @@ def _engine(
     sampler = Sampler(tokenizer.eos_token_ids)
     runner = ModelRunner(model, cache, packer, sampler, max_num_seqs=plan.max_num_seqs, compiled=args.compile)
     if plan.device == "cuda":
-        runner.warm_up(plan, kinds=kinds.sites)
+        runner.warm_up(plan, kinds=kinds.sites, report=report)
     limits = SchedulerLimits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,

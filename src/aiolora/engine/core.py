@@ -212,6 +212,7 @@ class Engine:
                 prompt_logprobs=tuple(seq.prompt_logprobs)
                 if seq.wants_prompt_logprobs and seq.num_output == 1 and seq.index == 0
                 else None,
+                started_s=seq.started_s if seq.num_output == 1 else None,
             )
         )
         if reason is not None:

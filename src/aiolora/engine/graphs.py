@@ -16,6 +16,7 @@ from aiolora.engine.staging import Numbers, Staging, size_of
 from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
 from aiolora.ops.sampling import greedy_op
+from aiolora.types import Report, unreported
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class StepGraphs:
         for bucket in self._buckets:
             self._step(self._inputs.write(bucket, self._inputs.padding(bucket)))
 
-    def capture(self) -> None:
+    def capture(self, report: Report = unreported) -> None:
         """Capture every bucket: blocks for seconds, writes to no page of the KV cache."""
         started_s, free = time.monotonic(), torch.cuda.mem_get_info()[0]
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -118,6 +119,7 @@ class StepGraphs:
                 finally:
                     graph.capture_end()
                 self._graphs[bucket] = graph, outputs
+                report("graphs", len(self._graphs), len(self._buckets))
         self._graphs = {bucket: self._graphs[bucket] for bucket in self._buckets}
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()

@@ -16,6 +16,8 @@ from aiolora.types import NEVER, AdapterVersion, LoRARequest, Messages, Mix, Pro
 
 logger = logging.getLogger(__name__)
 
+_LONG = 4096  # characters
+
 LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
 
 MAX_WEIGHT = 100  # of one adapter in a request
@@ -31,8 +33,20 @@ class Limits:
     vocab_size: int
 
 
+def takes_long(prompt: Prompt | Messages) -> bool:
+    """Whether `Intake.request` would hold up a loop for longer than a thread costs (about 100 us)."""
+    if isinstance(prompt, str):
+        return len(prompt) > _LONG
+    if isinstance(prompt, Mapping):
+        return takes_long(str(prompt.get("prompt") or ""))
+    return sum(len(str(item.get("content") or "")) for item in prompt if isinstance(item, Mapping)) > _LONG
+
+
 class Intake:
-    """Everything that happens to a request before the engine sees it. Owned by the loop, or by a blocking caller."""
+    """Everything that happens to a request before the engine sees it. Owned by the loop, or by a blocking caller.
+
+    `request` alone may run in any thread.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, registry: AdapterRegistry, limits: Limits, *, model: str, lora_enabled: bool

@@ -32,6 +32,11 @@ class Assembler:
         """Whether every answer has ended."""
         return self._unfinished == 0
 
+    @property
+    def metrics(self) -> RequestMetrics:
+        """The times known so far."""
+        return self._metrics
+
     def feed(self, delta: TokenDelta) -> TokenOutput | None:
         """Take one delta in; None where it brings nothing to an answer that has ended.
 
@@ -48,6 +53,7 @@ class Assembler:
             return None
         if self._metrics.first_token_time is None:
             self._metrics.first_token_time = time.monotonic()
+            self._metrics.scheduled_time = delta.started_s
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = [
                 None if chosen is None else {token: self._logprob(token, value, rank) for token, value, rank in chosen}

@@ -35,6 +35,7 @@ class Plan:
     """Sizes of the stores and bounds of a step."""
 
     device: str
+    weights_nbytes: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -80,9 +81,11 @@ def make_plan(
     dtype: torch.dtype,
     device: str,
     *,
+    weights: int = 0,
     activations: int = 0,
 ) -> Plan:
-    """Size everything, with the weights in place and no store yet. `activations`: bytes that a step takes on a GPU.
+    """Size everything, with the weights in place and no store yet. `weights`: their bytes; `activations`: bytes that a
+    step takes on a GPU.
 
     Raises `ConfigError` where the wishes do not fit together or into the memory.
     """
@@ -106,6 +109,7 @@ def make_plan(
         )
     return Plan(
         device=device,
+        weights_nbytes=weights,
         max_model_len=config.max_positions,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,

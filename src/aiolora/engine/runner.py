@@ -18,7 +18,7 @@ from aiolora.engine.warm_up import blank_head, blank_step
 from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
 from aiolora.ops.registration import rehearsal
-from aiolora.types import Request, SamplingParams
+from aiolora.types import Report, Request, SamplingParams, unreported
 
 _ROWS_OF_LOGITS = 256  # of prompt positions at a time: 131 MB of float32 for a vocabulary of 128k
 _WARM_UP = ((1, 1), (1, 15), (1, 100), (1, 250), (1, 300))  # tokens of each sequence: the sizes that kernels tell apart
@@ -121,7 +121,7 @@ class ModelRunner:
             self._in_flight.rows = {seq: row for row, seq in enumerate(seqs)}
             return self._flight(batch, chosen, prompt)
 
-    def warm_up(self, plan: Plan, *, kinds: int) -> None:
+    def warm_up(self, plan: Plan, *, kinds: int, report: Report = unreported) -> None:
         """Compile the kernels that serving needs and capture the graphs of `plan` (GPU). Before the first launch only.
 
         `kinds`: of sites that take adapters.
@@ -138,7 +138,7 @@ class ModelRunner:
                     graphs.walk_through()
             self._walk_through(plan, kinds)
             if graphs is not None:
-                graphs.capture()
+                graphs.capture(report)
         self._graphs = graphs
 
     def _walk_through(self, plan: Plan, kinds: int) -> None:

@@ -254,6 +254,7 @@ class Scheduler:
         seq.num_computed = seq.num_landed = start
         self.num_cached_tokens += start
         seq.status = Status.RUNNING
+        seq.started_s = self._now_s if seq.started_s is None else seq.started_s
         seq.holds = True
         insort(self.running, seq, key=seniority_of)
         if seq.mix is not None:

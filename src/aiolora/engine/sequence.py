@@ -45,6 +45,7 @@ class Sequence:
         self.pages = array("i")  # C integers: a step copies them by the hundred
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
+        self.started_s: float | None = None  # when it first left the queue, on the scheduler's clock
         self.holds = False  # pages and leases still to be given back once the last flight has landed
         self.prompt_logprobs: list[tuple[tuple[int, float, int], ...] | None] = [None]
         self._keys: list[bytes] = []

@@ -10,11 +10,12 @@ from aiolora.errors import ConfigError, ModelError
 from aiolora.models.decoder import Decoder
 from aiolora.models.families import decoder_config
 from aiolora.models.weights import load_weights, random_weights
+from aiolora.types import Report, unreported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Decoder:
+def load_decoder(args: EngineArgs, folder: Path, *, device: str, report: Report = unreported) -> Decoder:
     """Build the decoder that the config of `folder` describes and fill its weights.
 
     Raises `UnsupportedModelError`, `WeightsError`, or `ConfigError` for a context longer than the model's.
@@ -30,7 +31,7 @@ def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Decoder:
         if args.load_format == "dummy":
             random_weights(model, args.seed)
         else:
-            load_weights(model, folder)
+            load_weights(model, folder, report)
     return model.eval()
 
 

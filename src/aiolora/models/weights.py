@@ -13,6 +13,7 @@ from aiolora.errors import ModelNotFoundError, WeightsError
 from aiolora.hub import fetch
 from aiolora.models.decoder import Decoder
 from aiolora.models.embedded import EMBEDDED, pull
+from aiolora.types import Report, unreported
 
 _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt")
 
@@ -35,7 +36,7 @@ def locate(model: str, *, only: tuple[str, ...] = _FILES) -> Path:
     return folder
 
 
-def load_weights(model: Decoder, folder: Path) -> None:
+def load_weights(model: Decoder, folder: Path, report: Report = unreported) -> None:
     """Fill every parameter from the safetensors of `folder`, one tensor at a time.
 
     Raises `WeightsError` naming tensors that the model does not know, that it misses, or whose shape differs.
@@ -50,6 +51,7 @@ def load_weights(model: Decoder, folder: Path) -> None:
                 raise WeightsError(f"{name}: shape {list(tensor.shape)}, the config says {list(target.shape)}")
             target.copy_(tensor)
             seen.add(name)
+            report("weights", len(seen), len(wanted))
         elif name not in tied and not name.endswith("rotary_emb.inv_freq"):
             unknown.append(name)
     missing = [name for name in wanted if name not in seen]
