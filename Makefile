@@ -10,7 +10,7 @@ QUIET  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 KERNELS_VENV  := .venv-kernels
 KERNELS_STAMP := $(KERNELS_VENV)/installed
 
-.PHONY: demo test lint bench kernels clean
+.PHONY: demo test lint bench docs kernels clean
 
 demo: $(STAMP)
 	$(BIN)/aiolora demo
@@ -27,6 +27,11 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu
+
+# the site of docs/, in site/
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open site/index.html"
 
 # what the kernels become on Hopper, GPU or not
 kernels: $(KERNELS_STAMP)
@@ -45,4 +50,4 @@ $(KERNELS_STAMP): Makefile constraints.txt
 	touch $(KERNELS_STAMP)
 
 clean:
-	rm -rf $(VENV) $(KERNELS_VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(KERNELS_VENV) build dist site .mypy_cache .ruff_cache .pytest_cache

@@ -23,14 +23,25 @@ def environment() -> dict[str, str]:
 
 def run(command: Sequence[str], environment: Mapping[str, str], cwd: Path = ROOT) -> str:
     """What it prints. Ending with another status than 0 is a failure."""
-    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,  # who would talk has nothing to say
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 @contextmanager
-def serving(command: Sequence[str], environment: Mapping[str, str], port: int, cwd: Path = ROOT) -> Iterator[str]:
-    """The URL of what `command` serves, once it answers. Ends it by SIGTERM, and well."""
+def serving(
+    command: Sequence[str], environment: Mapping[str, str], port: int, cwd: Path = ROOT, *, status: int = 0
+) -> Iterator[str]:
+    """The URL of what `command` serves, once it answers. Ends it by SIGTERM, and well: with `status`."""
     with (
         TemporaryFile("w+") as log,
         subprocess.Popen(command, env=environment, cwd=cwd, stdout=log, stderr=log) as server,
@@ -45,7 +56,7 @@ def serving(command: Sequence[str], environment: Mapping[str, str], port: int, c
         finally:
             server.terminate()
             server.wait(timeout=60)
-        assert server.returncode == 0, "SIGTERM drains, stops the engine and ends well"
+        assert server.returncode == status, "SIGTERM drains, stops the engine and ends well"
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from signal import SIGTERM
 
 import yaml
 from markdown_it import MarkdownIt
@@ -125,7 +126,8 @@ class Reader:
         if not _SERVES.search(shell[-1]):
             return run(shell, environment(), self._folder)
         self._servers.close()
-        self._servers.enter_context(serving(shell, environment(), self._port, self._folder))
+        status = 0 if "aiolora serve" in code else -SIGTERM  # uvicorn sends itself what it has obeyed
+        self._servers.enter_context(serving(shell, environment(), self._port, self._folder, status=status))
         return ""
 
     def _as_run(self, code: str) -> str:
