@@ -5,6 +5,7 @@ import asyncio
 import doctest
 import inspect
 import json
+import pydoc
 import re
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ STAND_INS = {  # what is printed -> what is run in its place
     "localhost:8000": "127.0.0.1:PORT",
     "curl ": "curl --silent --show-error --fail-with-body ",
 }
+NAMES = re.compile(r"^::: ([\w.]+)", re.MULTILINE)  # what the reference takes in
 _SERVES = re.compile(r"^exec ", re.MULTILINE)
 _NOT_RUN = re.compile(r"<!-- not run: (.+) -->\s*")
 _INCLUDED = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
@@ -46,7 +48,10 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    """Every block of a page, in its order. What is one by its indent only is refused: it does not say what it is."""
+    """Every block of a page, in its order, with those of docstrings that it takes in by `::: NAME`.
+
+    What is a block by its indent only is refused: it does not say what it is.
+    """
     found, reason = [], None
     for token in MarkdownIt("commonmark").parse(PAGES[page].read_text()):
         place = f"{page}:{token.map[0] + 1}" if token.map else page
@@ -58,9 +63,25 @@ def blocks(page: str) -> list[Block]:
             found.append(
                 Block(place=place, language=language, title=title[1] if title else None, code=code, not_run=reason)
             )
+        if token.type == "inline":
+            found += [block for name in NAMES.findall(token.content) for block in _examples(name)]
         marked = _NOT_RUN.fullmatch(token.content) if token.type == "html_block" else None
         reason = marked[1] if marked else None
     return found
+
+
+def _examples(name: str) -> list[Block]:
+    """What is indented as code in the docstrings of a public class or function: Python, after an import."""
+    thing = pydoc.locate(name)
+    assert thing is not None, f"the reference names {name}, which is not there"
+    members = [member for member in vars(thing) if not member.startswith("_")] if inspect.isclass(thing) else []
+    docs = {name: inspect.getdoc(thing)} | {f"{name}.{each}": inspect.getdoc(getattr(thing, each)) for each in members}
+    return [
+        Block(place=place, language="python", title=None, code=f"from aiolora import *\n{token.content}", not_run=None)
+        for place, doc in docs.items()
+        for token in MarkdownIt("commonmark").parse(doc or "")
+        if token.type == "code_block" and not inspect.ismodule(thing)
+    ]
 
 
 class Reader:

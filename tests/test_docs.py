@@ -16,15 +16,13 @@ import aiolora.api
 from aiolora import AsyncLLMEngine, EngineArgs
 from aiolora.api import create_app
 from aiolora.lora.resolver import LoRAResolverRegistry
+from benchmarks import picture
 from examples.local_hub import REPOSITORIES
 from tests import HUB
 from tests.commands import ROOT
-from tests.pages import PAGES, Reader, blocks
+from tests.pages import NAMES, PAGES, Reader, blocks
 
-NOT_RUN = {
-    "docs/quickstart.md": 1,
-    "docs/architecture.md": 2,
-}  # page -> blocks that say why they are not run; all others have none
+NOT_RUN = {"docs/quickstart.md": 1, "docs/architecture.md": 2}  # page -> blocks that say why they are not run
 
 
 @pytest.mark.skipif(not (shutil.which("curl") and shutil.which("make")), reason="the pages call curl and make")
@@ -48,6 +46,28 @@ def test_what_is_not_run_is_counted() -> None:
     assert reasons == Counter(NOT_RUN)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\nprint(1)\n```\n\n```text\n2\n```\n",
+        '```bash\necho \'{"a": 1}\'\n```\n\n```json\n{"a": "1"}\n```\n',
+        "```bash\nfalse; true\n```\n",
+        "```console\n$ echo a\na\n$ echo b\na\n```\n",
+        "```\nx\n```\n",
+        "```toml\nx = 1\n```\n",
+        '```yaml title="README.md"\nx: 1\n```\n',
+        "said:\n\n    print(1)\n",
+    ],
+)
+def test_a_page_that_says_something_wrong_fails(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    monkeypatch.setitem(PAGES, "page.md", page)
+    (tmp_path / "folder").mkdir()
+    with Reader(tmp_path / "folder") as reader, pytest.raises(AssertionError):
+        [reader.read(block) for block in blocks("page.md")]
+
+
 def test_every_route_is_told() -> None:
     told = "".join(page.read_text() for page in PAGES.values())
     app = create_app(AsyncLLMEngine.from_engine_args(EngineArgs(model="none")))
@@ -57,7 +77,7 @@ def test_every_route_is_told() -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    told = set(re.findall(r"^::: ([\w.]+)", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE))
+    told = set(NAMES.findall(PAGES["docs/reference.md"].read_text()))
     public = {f"aiolora.{name}" for name in aiolora.__all__ if name != "__version__"}
     assert public | {f"aiolora.api.{name}" for name in aiolora.api.__all__} <= told
 
@@ -73,6 +93,13 @@ def test_the_site_builds_and_asks_nobody_else(tmp_path: Path) -> None:
         fetched = re.findall(r"<(?:script|img|iframe)[^>]* src=\"?(\S+)|<link[^>]* href=\"?(\S+)", page.read_text())
         outside = [url for urls in fetched for url in urls if re.match(r"(https?:)?//", url)]
         assert outside == [], page
+
+
+def test_the_picture_of_the_figures_shows_the_pages() -> None:
+    shown = re.findall(r">([\d.]+ x)<", picture.PICTURE.read_text())
+    assert shown == [picture.words(bar) for bar in (*picture.on_gpu(), *picture.on_cpu())], (
+        "python -m benchmarks.picture"
+    )
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

@@ -45,8 +45,9 @@ from aiolora.types import (
 class AsyncLLMEngine:
     """One base model and its adapters, for many concurrent streams of one asyncio loop.
 
-        async with AsyncLLMEngine.from_engine_args(EngineArgs(model=..., enable_lora=True)) as engine:
-            async for token in engine.stream("Hello", SamplingParams(max_tokens=16), lora="sql"):
+        sql = LoRARequest("sql", 1, "examples/adapters/sql")
+        async with AsyncLLMEngine.from_engine_args(EngineArgs(model="smollm2-135m", enable_lora=True)) as engine:
+            async for token in engine.stream("Hello", SamplingParams(max_tokens=16), lora=sql):
                 print(token.text, end="")
 
     Everything public is called on the loop that started it. The model is loaded, and adapters are read, in worker
