@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 def environment() -> dict[str, str]:
     """The suite's own, with the `aiolora` of this Python and these sources."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "src")}
+    sources = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PATH": path, "PYTHONPATH": sources}
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], cwd: Path = ROOT) -> str:
