@@ -27,6 +27,7 @@ HOMES = {
     "transformers": {"tokenizer", "models"},
     "tokenizers": {"tokenizer"},
     "huggingface_hub": {"hub"},
+    "llguidance": {"engine/grammar"},
     "threading": {"engine/async_engine"},
     "rich": {"cli", "llm"},
     "subprocess": {"models/embedded", "ops/build_native"},

@@ -14,6 +14,7 @@ from aiolora.types import (
     LoRARequest,
     RequestOutput,
     SamplingParams,
+    StructuredOutputsParams,
     TokenOutput,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenOutput",
     "__version__",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from aiolora.config import EngineArgs
 from aiolora.engine.build import READERS, Built, build
 from aiolora.engine.core import AdapterStanding, Snapshot
+from aiolora.engine.grammar import COMPILE_TIMEOUT_S, too_slow
 from aiolora.engine.intake import LoRA
 from aiolora.engine.output import Assembler
 from aiolora.errors import AdapterFormatError, AioloraError, RequestError
@@ -18,6 +19,7 @@ from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.types import (
     AdapterVersion,
+    Grammar,
     LoRARequest,
     Messages,
     Mix,
@@ -64,6 +66,7 @@ class LLMEngine:
             prompt,
             params,
             mix,
+            grammar=self._grammar(params),
             request_id=request_id,
             lora_request=lora_request if isinstance(lora_request, LoRARequest) else None,
         )
@@ -185,6 +188,14 @@ class LLMEngine:
         self._engine.abort(request_id)
         self._assemblers.pop(request_id, None)
         self._failures.pop(request_id, None)
+
+    def _grammar(self, params: SamplingParams | None) -> Grammar | None:
+        if params is None or params.structured_outputs is None:
+            return None
+        try:
+            return self._built.grammars.compile(params.structured_outputs).result(COMPILE_TIMEOUT_S)
+        except TimeoutError:
+            raise too_slow() from None
 
     def _mix(self, lora: LoRA) -> Mix | None:
         parts = self._intake.parts(lora)

@@ -35,6 +35,11 @@ class Tokenizer:
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ModelError(f"{folder}/generation_config.json cannot be read: {error}") from error
 
+    @property
+    def json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return str(self._fast.to_str())
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` adds what the tokenizer puts around a prompt (bos)."""
         ids: list[int] = self._hf.encode(text, add_special_tokens=special)

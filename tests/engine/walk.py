@@ -48,7 +48,16 @@ class Swarm:
         self.rng = rng = random.Random(seed)
         lags = random.Random(seed)
         delays = lags.choice(((0,), (0, 1, 2), (1, 3, 8)))  # in steps; the first: a device that copies at once
-        self.world = World(shape_of(rng), overlaps=overlaps, seed=seed, copy_delay=lambda: lags.choice(delays))
+        thinking = random.Random(seed)
+        self.constrained = thinking.choice((0.0, 0.3, 0.7))  # share of requests with a grammar
+        self.thinking = thinking
+        self.world = World(
+            shape_of(rng),
+            overlaps=overlaps,
+            seed=seed,
+            copy_delay=lambda: lags.choice(delays),
+            mask_delay=lambda: thinking.choice((0, 0, 1, 4)),
+        )
         self.names = [f"adapter{number}" for number in range(rng.randrange(2, 6))]
         self.current = {name: self._new_version(name) for name in self.names}
         self.trunks = [[rng.randrange(VOCAB) for _ in range(16)] for _ in range(2)]
@@ -86,6 +95,7 @@ class Swarm:
             prompt[:longest],
             self._mix(),
             id=rng.choice(closed) if closed and rng.random() < 0.2 else None,
+            constrained=self.thinking.random() < self.constrained,
             n=rng.choice((1, 1, 1, 2, 3)),
             max_tokens=rng.choice((1, 2, 4, 8, None)),
             ignore_eos=rng.random() < 0.5,

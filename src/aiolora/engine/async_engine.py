@@ -21,6 +21,7 @@ from torch import Tensor
 from aiolora.config import EngineArgs, Environment
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import AdapterStanding, Engine, Snapshot
+from aiolora.engine.grammar import COMPILE_TIMEOUT_S, too_slow
 from aiolora.engine.intake import Intake, LoRA
 from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.output import Assembler
@@ -32,6 +33,7 @@ from aiolora.lora.resolvers import choose_resolvers
 from aiolora.lora.resolving import Resolving
 from aiolora.types import (
     AdapterVersion,
+    Grammar,
     LoRARequest,
     Messages,
     Mix,
@@ -208,6 +210,7 @@ class AsyncLLMEngine:
             prompt,
             sampling_params,
             mix,
+            grammar=await self._grammar(sampling_params),
             request_id=request_id,
             lora_request=lora if isinstance(lora, LoRARequest) else None,
         )
@@ -344,6 +347,16 @@ class AsyncLLMEngine:
         if self._death is not None:
             raise EngineDeadError(f"the engine has stopped: {self._death}") from self._death
         assert self._parts is not None
+
+    async def _grammar(self, params: SamplingParams | None) -> Grammar | None:
+        """What the answers must match, compiled in a worker thread; `RequestError` where that fails or takes long."""
+        if params is None or params.structured_outputs is None:
+            return None
+        compiled = asyncio.wrap_future(self._parts.grammars.compile(params.structured_outputs))
+        try:
+            return await asyncio.wait_for(asyncio.shield(compiled), COMPILE_TIMEOUT_S)  # others may wait for it too
+        except TimeoutError:
+            raise too_slow() from None
 
     async def _version(self, lora: str | LoRARequest) -> AdapterVersion:
         """The version that `lora` means, loaded once however many ask at the same time."""

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from msgspec import Struct
 
 from aiolora.engine.batch import logit_offsets
+from aiolora.engine.masks import Masks
 from aiolora.engine.runner import Flight, Landed, Runner
 from aiolora.engine.sampler import Sampled
 from aiolora.engine.scheduler import Batch, Scheduled, Scheduler
@@ -22,6 +23,7 @@ from aiolora.errors import (
     AdapterMemoryError,
     AdapterNotFoundError,
     AioloraError,
+    GrammarError,
     NonFiniteLogitsError,
 )
 from aiolora.lora.loader import AdapterWeights
@@ -29,6 +31,8 @@ from aiolora.lora.residency import Residency
 from aiolora.types import AdapterVersion, FinishReason, Mix, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
+
+_MASKS_S = 0.001  # how long a step waits for masks; those that take longer miss it
 
 
 class Arrival(Protocol):
@@ -94,6 +98,7 @@ class Engine:
         *,
         ends: Ends,
         seed: int,
+        masks: Masks,
         room_of_one: int = 0,
         read_again: Callable[[AdapterVersion], None],
         clock: Callable[[], float] = time.monotonic,
@@ -112,6 +117,8 @@ class Engine:
         self._going: dict[int, AdapterVersion] = {}  # names are gone, somebody under way may need them
         self._barred: set[int] = set()  # those of them that nobody may begin with any more
         self._copying: list[tuple[AdapterVersion, Arrival]] = []  # placed and not landed, oldest first
+        self._masks = masks
+        self._masking: list[Sequence] = []  # their grammars are taking the last token in
         self._stalled = False  # the last step found nothing to do and nothing has come since
         self._sequences: dict[str, list[Sequence]] = {}
         self._in_flight: Flight | None = None
@@ -274,8 +281,11 @@ class Engine:
         Raises what a launch raises (out of memory): the requests of that step end with an error, others may go on.
         """
         batch = self._schedule()
-        while self._copying and not (batch.runs or self._in_flight or self._undelivered):
-            self._copying[0][1].wait()  # there is nothing else to do
+        while (self._copying or self._masking) and not (batch.runs or self._in_flight or self._undelivered):
+            if self._masking:  # there is nothing else to do
+                self._masks.wait(None)
+            else:
+                self._copying[0][1].wait()
             batch = self._schedule()
         try:
             launched = self._runner.launch(batch) if batch.runs else None
@@ -308,6 +318,7 @@ class Engine:
 
     def _schedule(self) -> Batch:
         self._look_for_landed()
+        self._look_for_masks()
         self._place()
         return self.scheduler.schedule(self._clock(), self._reading)
 
@@ -331,6 +342,20 @@ class Engine:
             else:
                 under_way.append((version, arrival))
         self._copying = under_way
+
+    def _look_for_masks(self) -> None:
+        """Wait a moment for those under way; who has none yet sits this step out, so that the others lose no more."""
+        if not self._masking:
+            return
+        self._masks.wait(_MASKS_S)
+        looked_at, self._masking = self._masking, []
+        for seq in looked_at:
+            assert seq.matcher is not None
+            if not seq.matcher.ready:
+                self._masking.append(seq)
+            elif seq.matcher.error is not None:
+                error = GrammarError(f"request {seq.request.id!r}: structured_outputs: {seq.matcher.error}")
+                self._end(seq, "error", error)
 
     def _place(self) -> None:
         """Bring what the next steps need onto the device, as far as there is room; nobody waits for it.
@@ -365,7 +390,8 @@ class Engine:
         return {version.id for mix in self.scheduler.wanted(self._reading) for version in mix.versions}
 
     def _settle(self, batch: Batch, landed: Landed) -> list[TokenDelta]:
-        """Append what a step brought and end what has ended."""
+        """Append what a step brought, end what has ended, let grammars see what may come next."""
+        constrained = []
         for run, sampled, prompt in zip(batch.runs, landed.sampled, landed.prompt):
             if prompt:
                 self._keep_prompt_logprobs(run, prompt)
@@ -375,6 +401,11 @@ class Engine:
             self.scheduler.land(run)
             if sampled is not None and not run.seq.finished:
                 self._append(run.seq, sampled)
+                if run.seq.matcher is not None and not run.seq.finished:
+                    self._masking.append(run.seq)
+                    constrained.append((run.seq.matcher, sampled.token_id))
+        if constrained:
+            self._masks.advance(constrained)
         deltas, self._undelivered = self._undelivered, []
         return deltas
 

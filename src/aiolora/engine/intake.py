@@ -10,7 +10,7 @@ from typing import TypeAlias
 from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestError
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
+from aiolora.types import Grammar, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
 
 LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
 
@@ -41,10 +41,14 @@ class Intake:
         params: SamplingParams | None,
         mix: Mix | None,
         *,
+        grammar: Grammar | None = None,
         request_id: str | None = None,
         lora_request: LoRARequest | None = None,
     ) -> Request:
-        """Tokenise and check. Raises `RequestError` naming the field, the value and the limit."""
+        """Tokenise and check. Raises `RequestError` naming the field, the value and the limit.
+
+        `grammar`: what the `structured_outputs` of `params` were compiled to.
+        """
         text, ids = self._tokens(prompt)
         params = params or SamplingParams()
         self._check(ids, params)
@@ -56,6 +60,7 @@ class Intake:
             prompt=text,
             lora_request=lora_request,
             arrival_s=time.monotonic(),
+            grammar=grammar,
         )
 
     def parts(self, lora: LoRA) -> list[tuple[str | LoRARequest, float]]:

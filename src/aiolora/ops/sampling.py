@@ -71,6 +71,18 @@ def penalise(
     return x - frequency * uses - presence * (uses > 0)
 
 
+def allow(logits: Tensor, bits: Tensor) -> Tensor:
+    """`logits` [R, V] with -inf for tokens that are not allowed, float32.
+
+    `bits` [R, W] int32: bit i of word w is set where token 32 * w + i is allowed; tokens beyond the words are not.
+    """
+    x = logits.float()
+    every = torch.arange(32, dtype=torch.int32, device=bits.device)
+    allowed = (bits.unsqueeze(-1) >> every & 1).flatten(1)[:, : x.shape[1]].bool()
+    missing = x.shape[1] - allowed.shape[1]
+    return x.where(torch.nn.functional.pad(allowed, (0, missing)), -torch.inf)
+
+
 def _logprobs(x: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities [B] of `tokens` [B] int64 under `x` [B, V] float32."""
     top = x.amax(-1, keepdim=True)
@@ -120,3 +132,4 @@ penalise_op = define(
     penalise,
     fake=lambda logits, prompt, output, repetition, presence, frequency: torch.empty_like(logits, dtype=torch.float32),
 )
+allow_op = define(allow, fake=lambda logits, bits: torch.empty_like(logits, dtype=torch.float32))
