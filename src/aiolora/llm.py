@@ -19,6 +19,7 @@ from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.types import (
     AdapterVersion,
+    Conversation,
     Grammar,
     LoRARequest,
     Messages,
@@ -316,8 +317,8 @@ class LLM:
 
 
 def _is_one(prompts: object) -> bool:
-    """A string, a mapping, or a list of token ids is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
+    """A string, a mapping, a conversation or a list of token ids is one prompt."""
+    if isinstance(prompts, (str, Mapping, Conversation)):
         return True
     return isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
 

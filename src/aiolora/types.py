@@ -15,13 +15,25 @@ from aiolora.errors import ConfigError, RequestError
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Messages: TypeAlias = list[dict[str, object]]
-Prompt: TypeAlias = str | list[int] | Mapping[str, object]
 
 MAX_N = 128
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_TOKEN_IDS = 1024
+
+
+class Conversation(Struct, frozen=True, kw_only=True):
+    """Messages and what the model's chat template is to make of them."""
+
+    messages: Messages
+    tools: Annotated[list[dict[str, object]] | None, Meta(description="functions that may be called")] = None
+    add_generation_prompt: Annotated[bool, Meta(description="the model's turn begins")] = True
+    continue_final_message: Annotated[bool, Meta(description="the last message is not closed")] = False
+    template_kwargs: Annotated[Mapping[str, object], Meta(description="what else the template reads")] = {}
+
+
+Prompt: TypeAlias = str | list[int] | Mapping[str, object] | Conversation
 
 
 class StructuredOutputsParams(Struct, frozen=True, kw_only=True):

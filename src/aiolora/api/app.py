@@ -13,10 +13,12 @@ import aiolora
 from aiolora.api.adapters import load_lora_adapter, lora_adapters, pin_lora_adapter, unload_lora_adapter
 from aiolora.api.chat import chat_completions
 from aiolora.api.completions import completions
+from aiolora.api.embeddings import embeddings
 from aiolora.api.errors import answer_error, answer_http_error
 from aiolora.api.models import model, models
 from aiolora.api.serving import Serving
 from aiolora.api.system import health, version
+from aiolora.api.tokenize import detokenize, tokenize
 from aiolora.config import Environment
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.errors import ConfigError
@@ -58,6 +60,9 @@ def create_app(
         route_handlers=[
             chat_completions,
             completions,
+            embeddings,
+            tokenize,
+            detokenize,
             models,
             model,
             load_lora_adapter,

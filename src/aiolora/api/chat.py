@@ -8,28 +8,33 @@ from typing import Literal
 from litestar import Response, post
 from msgspec import UNSET, structs
 
-from aiolora.api.decode import decode, sampling
+from aiolora.api.decode import decode, sampling, structure
 from aiolora.api.errors import HTTPRequest, naming
+from aiolora.api.messages import conversation, messages_of
 from aiolora.api.serving import Served
+from aiolora.api.tool_calls import CallBegins, Content, Event, ToolCallParser
+from aiolora.api.tools import ToolUse, call_id
 from aiolora.api.wire import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatFinishReason,
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
     ChatTokenLogprob,
-    Message,
+    FunctionCall,
+    FunctionDelta,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError
-from aiolora.types import Logprob, Messages, SamplingParams, TokenOutput
-
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+from aiolora.types import CompletionOutput, FinishReason, Logprob, SamplingParams, TokenOutput
 
 
 @post("/v1/chat/completions", status_code=200, operation_id="chat_completions", tags=["generation"])
@@ -39,48 +44,37 @@ async def chat_completions(request: HTTPRequest, serving: Served) -> Response[Ch
     limit: Literal["max_tokens", "max_completion_tokens"]
     limit = "max_tokens" if said.max_completion_tokens is None else "max_completion_tokens"
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-    with naming(prompt="messages", max_tokens=limit):
-        messages, params = _messages(said), _params(said)
-        [assembler] = await serving.prepare(answer_id, said.model, [messages], params)
-    return await serving.respond(request, [assembler], _Reply(said, answer_id, assembler), stream=bool(said.stream))
+    tokenizer = serving.engine.intake.tokenizer
+    use = ToolUse.of(said, tokenizer.chat_template)
+    field = "tools" if use is not None and use.forced else structure(said)[0]
+    with naming(prompt="messages", max_tokens=limit, structured_outputs=field):
+        params = _params(said, use)
+        offered = None if use is None else use.tools
+        prompt = conversation(said, messages_of(said.messages), offered, tokenizer.chat_template)
+        [assembler] = await serving.prepare(answer_id, said.model, [prompt], params)
+    return await serving.respond(
+        request, [assembler], _Reply(said, answer_id, assembler, use), stream=bool(said.stream)
+    )
 
 
-def _messages(said: ChatRequest) -> Messages:
-    """The conversation as templates expect it: every content a string."""
-    if not said.messages:
-        raise RequestError("messages is empty; send at least one", param="messages")
-    return [_message(message, f"messages[{place}]") for place, message in enumerate(said.messages)]
-
-
-def _message(message: Message, place: str) -> dict[str, object]:
-    if message.role not in _ROLES:
-        raise RequestError(f"{place}: role {message.role!r} is none of {', '.join(_ROLES)}", param=f"{place}.role")
-    content = message.content
-    if not isinstance(content, str):
-        for part, item in enumerate(content):
-            if item.type != "text" or item.text is None:
-                raise RequestError(
-                    f"{place}: a content part of type {item.type!r} is not served, only 'text' with its text",
-                    param=f"{place}.content[{part}]",
-                )
-        content = "".join(item.text or "" for item in content)
-    worded: dict[str, object] = {"role": _ROLES[message.role], "content": content}
-    return worded if message.name is None else {**worded, "name": message.name}
-
-
-def _params(said: ChatRequest) -> SamplingParams:
+def _params(said: ChatRequest, use: ToolUse | None) -> SamplingParams:
     if said.top_logprobs is not None and not said.logprobs:
         raise RequestError("top_logprobs is only for logprobs=true", param="top_logprobs")
     max_tokens = said.max_tokens if said.max_completion_tokens is None else said.max_completion_tokens
-    return sampling(said, max_tokens=max_tokens, logprobs=said.top_logprobs or 0 if said.logprobs else None)
+    logprobs = said.top_logprobs or 0 if said.logprobs else None
+    params = sampling(said, max_tokens=max_tokens, logprobs=logprobs, structured=None if use is None else use.grammar())
+    shown = use is not None and use.wording.shows_special
+    return structs.replace(params, skip_special_tokens=False) if shown else params
 
 
 class _Reply:
     """Words the answers to one conversation."""
 
-    def __init__(self, said: ChatRequest, answer_id: str, assembler: Assembler) -> None:
+    def __init__(self, said: ChatRequest, answer_id: str, assembler: Assembler, use: ToolUse | None) -> None:
         self._said = said
         self._assembler = assembler
+        self._use = use
+        self._parsers = [use.parser() for _ in range(said.n or 1)] if use is not None else None
         usage = None if said.wants_usage else UNSET
         self._chunk = ChatChunk(answer_id, int(time.time()), said.model, [], usage)
 
@@ -91,11 +85,20 @@ class _Reply:
     def token(self, position: int, output: TokenOutput) -> Iterator[ChatChunk]:
         """The token, and where it is the last a chunk of its own to say why; a bare end of text has only that one."""
         logprobs = self._logprobs([output.token_id], [output.top_logprobs])
-        if output.text or logprobs or output.finish_reason is None:
-            yield self._with(ChatChunkChoice(output.index, ChatDelta(content=output.text), logprobs))
-        if output.finish_reason is not None:
-            end = ChatChunkChoice(output.index, ChatDelta(), None, output.finish_reason, output.stop_reason)
-            yield self._with(end)
+        reason: ChatFinishReason | None = output.finish_reason
+        if self._parsers is None:
+            if output.text or logprobs or reason is None:
+                yield self._with(ChatChunkChoice(output.index, ChatDelta(content=output.text), logprobs))
+        else:
+            parser = self._parsers[output.index]
+            events = parser.feed(output.text) + (parser.end() if reason is not None else [])
+            deltas = [_delta(event) for event in events] or ([ChatDelta(content="")] if logprobs else [])
+            for delta in deltas:
+                yield self._with(ChatChunkChoice(output.index, delta, logprobs))
+                logprobs = None
+            reason = _why(output.finish_reason, parser)
+        if reason is not None:
+            yield self._with(ChatChunkChoice(output.index, ChatDelta(), None, reason, output.stop_reason))
 
     def closing(self) -> Iterator[ChatChunk]:
         if self._said.wants_usage:
@@ -106,9 +109,8 @@ class _Reply:
         choices = [
             ChatChoice(
                 answer.index,
-                ChatMessage(answer.text),
+                *self._message(answer),
                 self._logprobs(answer.token_ids, answer.logprobs or []),
-                answer.finish_reason,
                 answer.stop_reason,
             )
             for answer in output.outputs
@@ -121,6 +123,23 @@ class _Reply:
             Usage.of([output]),
             prompt_logprobs=UNSET if output.prompt_logprobs is None else output.prompt_logprobs,
         )
+
+    def _message(self, answer: CompletionOutput) -> tuple[ChatMessage, ChatFinishReason | None]:
+        if self._use is None:
+            return ChatMessage(answer.text), answer.finish_reason
+        parser = self._use.parser()
+        content, calls = "", list[tuple[str, list[str]]]()
+        for event in parser.feed(answer.text) + parser.end():
+            if isinstance(event, Content):
+                content += event.text
+            elif isinstance(event, CallBegins):
+                calls.append((event.name, []))
+            else:
+                calls[event.index][1].append(event.text)
+        if not calls:
+            return ChatMessage(content), answer.finish_reason
+        worded = [ToolCall(call_id(), FunctionCall(name, "".join(parts))) for name, parts in calls]
+        return ChatMessage(content or None, tool_calls=worded), _why(answer.finish_reason, parser)
 
     def _with(self, choice: ChatChunkChoice) -> ChatChunk:
         return structs.replace(self._chunk, choices=[choice])
@@ -138,6 +157,20 @@ class _Reply:
             best = sorted((one for one in candidates.values() if one.rank <= count), key=lambda one: one.rank)
             content.append(ChatTokenLogprob(own.token, own.logprob, own.bytes, [_scored(one) for one in best[:count]]))
         return ChatLogprobs(content)
+
+
+def _why(reason: FinishReason | None, parser: ToolCallParser) -> ChatFinishReason | None:
+    """An answer that stops after calls stops for them."""
+    return "tool_calls" if reason == "stop" and parser.num_calls else reason
+
+
+def _delta(event: Event) -> ChatDelta:
+    if isinstance(event, Content):
+        return ChatDelta(content=event.text)
+    if isinstance(event, CallBegins):
+        begun = ToolCallDelta(event.index, call_id(), "function", FunctionDelta(event.name, ""))
+        return ChatDelta(tool_calls=[begun])
+    return ChatDelta(tool_calls=[ToolCallDelta(event.index, function=FunctionDelta(arguments=event.text))])
 
 
 def _scored(candidate: Logprob) -> TokenLogprob:

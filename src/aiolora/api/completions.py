@@ -8,8 +8,8 @@ from typing import TypeAlias
 from litestar import Response, post
 from msgspec import UNSET, structs
 
-from aiolora.api.decode import decode, sampling
-from aiolora.api.errors import HTTPRequest
+from aiolora.api.decode import decode, sampling, structure
+from aiolora.api.errors import HTTPRequest, naming
 from aiolora.api.serving import Served
 from aiolora.api.wire import (
     Completion,
@@ -38,7 +38,8 @@ async def completions(request: HTTPRequest, serving: Served) -> Response[Complet
     if len(prompts) * params.n > _MAX_CHOICES:
         raise RequestError(f"{len(prompts)} prompts with n={params.n}: at most {_MAX_CHOICES} answers", param="prompt")
     answer_id = f"cmpl-{uuid.uuid4().hex}"
-    assemblers = await serving.prepare(answer_id, said.model, prompts, params)
+    with naming(structured_outputs=structure(said)[0]):
+        assemblers = await serving.prepare(answer_id, said.model, prompts, params)
     reply = _Reply(said, answer_id, assemblers, serving.engine.intake.tokenizer)
     return await serving.respond(request, assemblers, reply, stream=bool(said.stream))
 

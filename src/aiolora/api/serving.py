@@ -62,13 +62,17 @@ class Serving:
         hint = f"did you mean {close[0]!r}?" if close else "GET /v1/models lists what is served"
         raise UnknownModelError(f"the model {model[:200]!r} does not exist; {hint}")
 
+    async def find(self, model: str) -> str | None:
+        """`adapter`, looked for by resolvers where it is not loaded. Raises `AdapterError` too."""
+        if model != self.base:
+            await self.engine.resolve_lora(model)
+        return self.adapter(model)
+
     async def prepare(
         self, answer_id: str, model: str, prompts: Iterable[Prompt | Messages], params: SamplingParams
     ) -> list[Assembler]:
         """A request a prompt, checked but not yet running: what a client can get wrong is raised here."""
-        if model != self.base:
-            await self.engine.resolve_lora(model)
-        adapter = self.adapter(model)
+        adapter = await self.find(model)
         assemblers = []
         for position, prompt in enumerate(prompts):
             request = await self.engine.prepare(prompt, params, lora=adapter, request_id=f"{answer_id}-{position}")

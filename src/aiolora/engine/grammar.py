@@ -21,7 +21,7 @@ _COMPILERS = 2
 # of one answer: 200k of fuel are some 15 ms a token, a state takes 1 to 2 KB
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 # pretty-printed or not, but no model can put off its answer by blanks without end
-_WHITESPACE = r"[ ]?|\n {0,40}"
+WHITESPACE = r"[ ]?|\n {0,40}"
 
 
 class TokenMatcher:
@@ -137,7 +137,7 @@ def _source(wanted: StructuredOutputsParams) -> str:
 
 def _schema(schema: dict[str, object] | str | bool) -> str:
     text = schema if isinstance(schema, str) else json.dumps(schema)
-    source: str = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
+    source: str = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
     return source
 
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestError
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import Grammar, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
+from aiolora.types import Conversation, Grammar, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
 
 LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
 
@@ -49,7 +49,7 @@ class Intake:
 
         `grammar`: what the `structured_outputs` of `params` were compiled to.
         """
-        text, ids = self._tokens(prompt)
+        text, ids = self.tokens(prompt)
         params = params or SamplingParams()
         self._check(ids, params)
         return Request(
@@ -81,14 +81,20 @@ class Intake:
                 raise RequestError(f"lora: weight {weight} of {key!r} is not a finite number", param="lora")
         return [(key, float(weight)) for key, weight in lora.items()]
 
-    def _tokens(self, prompt: Prompt | Messages) -> tuple[str | None, list[int]]:
+    def tokens(self, prompt: Prompt | Messages, *, special: bool = True) -> tuple[str | None, list[int]]:
+        """The text of a prompt, where it has one, and its token ids, checked for nothing else.
+
+        `special`: a text gets what the tokenizer puts around a prompt.
+        """
         if isinstance(prompt, str):
             self._check_characters(prompt)
-            return prompt, self.tokenizer.encode(prompt)
+            return prompt, self.tokenizer.encode(prompt, special=special)
         if isinstance(prompt, Mapping):
             return self._tokens_of_mapping(prompt)
-        if prompt and all(isinstance(item, Mapping) for item in prompt):
-            text = self.tokenizer.chat(list(prompt))  # type: ignore[arg-type]
+        if not isinstance(prompt, Conversation) and prompt and all(isinstance(item, Mapping) for item in prompt):
+            prompt = Conversation(messages=list(prompt))  # type: ignore[arg-type]
+        if isinstance(prompt, Conversation):
+            text = self.tokenizer.chat(prompt)
             self._check_characters(text)
             return text, self.tokenizer.encode(text, special=False)
         if all(type(item) is int for item in prompt):
@@ -102,7 +108,7 @@ class Intake:
         if isinstance(ids, Sequence) and all(type(item) is int for item in ids):
             return text if isinstance(text, str) else None, list(ids)
         if isinstance(text, str):
-            return self._tokens(text)
+            return self.tokens(text)
         raise RequestError("a prompt mapping needs 'prompt' (a string) or 'prompt_token_ids'", param="prompt")
 
     def _check_characters(self, text: str) -> None:
