@@ -88,7 +88,7 @@ class Tokenizer:
                 continue_final_message=said.continue_final_message,
                 **said.template_kwargs,
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise RequestError(f"the chat template refuses the messages: {error}", param="messages") from None
         return str(text)
 

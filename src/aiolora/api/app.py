@@ -16,6 +16,7 @@ from aiolora.api.completions import completions
 from aiolora.api.embeddings import embeddings
 from aiolora.api.errors import answer_error, answer_http_error
 from aiolora.api.models import model, models
+from aiolora.api.responses import responses
 from aiolora.api.serving import Serving
 from aiolora.api.system import health, version
 from aiolora.api.tokenize import detokenize, tokenize
@@ -60,6 +61,7 @@ def create_app(
         route_handlers=[
             chat_completions,
             completions,
+            responses,
             embeddings,
             tokenize,
             detokenize,

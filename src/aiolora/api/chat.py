@@ -3,15 +3,15 @@
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
 
 from litestar import Response, post
 from msgspec import UNSET, structs
 
 from aiolora.api.decode import decode, sampling, structure
-from aiolora.api.errors import HTTPRequest, naming
+from aiolora.api.errors import ErrorBody, HTTPRequest, naming
 from aiolora.api.messages import conversation, messages_of
-from aiolora.api.serving import Served
+from aiolora.api.serving import Served, Serving
+from aiolora.api.sse import CHUNKS
 from aiolora.api.tool_calls import CallBegins, Content, Event, ToolCallParser
 from aiolora.api.tools import ToolUse, call_id
 from aiolora.api.wire import (
@@ -41,9 +41,15 @@ from aiolora.types import CompletionOutput, FinishReason, Logprob, SamplingParam
 async def chat_completions(request: HTTPRequest, serving: Served) -> Response[ChatCompletion]:
     """Answer a conversation, n times."""
     said = decode(ChatRequest, await request.body())
-    limit: Literal["max_tokens", "max_completion_tokens"]
-    limit = "max_tokens" if said.max_completion_tokens is None else "max_completion_tokens"
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+    assembler, use = await prepare(serving, said, answer_id)
+    reply = _Reply(said, answer_id, assembler, use)
+    return await serving.respond(request, [assembler], reply, stream=bool(said.stream))
+
+
+async def prepare(serving: Serving, said: ChatRequest, answer_id: str) -> tuple[Assembler, ToolUse | None]:
+    """The request of a conversation, checked but not yet running, and its tools. Raises `RequestError`."""
+    limit = "max_tokens" if said.max_completion_tokens is None else "max_completion_tokens"
     tokenizer = serving.engine.intake.tokenizer
     use = ToolUse.of(said, tokenizer.chat_template)
     field = "tools" if use is not None and use.forced else structure(said)[0]
@@ -52,9 +58,7 @@ async def chat_completions(request: HTTPRequest, serving: Served) -> Response[Ch
         offered = None if use is None else use.tools
         prompt = conversation(said, messages_of(said.messages), offered, tokenizer.chat_template)
         [assembler] = await serving.prepare(answer_id, said.model, [prompt], params)
-    return await serving.respond(
-        request, [assembler], _Reply(said, answer_id, assembler, use), stream=bool(said.stream)
-    )
+    return assembler, use
 
 
 def _params(said: ChatRequest, use: ToolUse | None) -> SamplingParams:
@@ -69,6 +73,8 @@ def _params(said: ChatRequest, use: ToolUse | None) -> SamplingParams:
 
 class _Reply:
     """Words the answers to one conversation."""
+
+    framing = CHUNKS
 
     def __init__(self, said: ChatRequest, answer_id: str, assembler: Assembler, use: ToolUse | None) -> None:
         self._said = said
@@ -103,6 +109,9 @@ class _Reply:
     def closing(self) -> Iterator[ChatChunk]:
         if self._said.wants_usage:
             yield structs.replace(self._chunk, usage=Usage.of([self._assembler.output()]))
+
+    def failed(self, error: ErrorBody) -> ErrorBody:
+        return error
 
     def whole(self) -> ChatCompletion:
         output = self._assembler.output()
@@ -145,18 +154,7 @@ class _Reply:
         return structs.replace(self._chunk, choices=[choice])
 
     def _logprobs(self, tokens: Iterable[int], likely: Iterable[Mapping[int, Logprob] | None]) -> ChatLogprobs | None:
-        """The tokens with their `top_logprobs` likeliest, best first."""
-        if not self._said.logprobs:
-            return None
-        count = self._said.top_logprobs or 0
-        content = []
-        for token, candidates in zip(tokens, likely):
-            if candidates is None:
-                continue
-            own = _scored(candidates[token])
-            best = sorted((one for one in candidates.values() if one.rank <= count), key=lambda one: one.rank)
-            content.append(ChatTokenLogprob(own.token, own.logprob, own.bytes, [_scored(one) for one in best[:count]]))
-        return ChatLogprobs(content)
+        return ChatLogprobs(scored(tokens, likely, self._said.top_logprobs or 0)) if self._said.logprobs else None
 
 
 def _why(reason: FinishReason | None, parser: ToolCallParser) -> ChatFinishReason | None:
@@ -171,6 +169,18 @@ def _delta(event: Event) -> ChatDelta:
         begun = ToolCallDelta(event.index, call_id(), "function", FunctionDelta(event.name, ""))
         return ChatDelta(tool_calls=[begun])
     return ChatDelta(tool_calls=[ToolCallDelta(event.index, function=FunctionDelta(arguments=event.text))])
+
+
+def scored(tokens: Iterable[int], likely: Iterable[Mapping[int, Logprob] | None], count: int) -> list[ChatTokenLogprob]:
+    """The tokens with their `count` likeliest, best first."""
+    content = []
+    for token, candidates in zip(tokens, likely):
+        if candidates is None:
+            continue
+        own = _scored(candidates[token])
+        best = sorted((one for one in candidates.values() if one.rank <= count), key=lambda one: one.rank)
+        content.append(ChatTokenLogprob(own.token, own.logprob, own.bytes, [_scored(one) for one in best[:count]]))
+    return content
 
 
 def _scored(candidate: Logprob) -> TokenLogprob:

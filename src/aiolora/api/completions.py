@@ -9,8 +9,9 @@ from litestar import Response, post
 from msgspec import UNSET, structs
 
 from aiolora.api.decode import decode, sampling, structure
-from aiolora.api.errors import HTTPRequest, naming
+from aiolora.api.errors import ErrorBody, HTTPRequest, naming
 from aiolora.api.serving import Served
+from aiolora.api.sse import CHUNKS
 from aiolora.api.wire import (
     Completion,
     CompletionChoice,
@@ -72,6 +73,8 @@ def _params(said: CompletionRequest) -> SamplingParams:
 class _Reply:
     """Words one completion request: all its prompts and all their answers."""
 
+    framing = CHUNKS
+
     def __init__(
         self, said: CompletionRequest, answer_id: str, assemblers: Sequence[Assembler], tokenizer: Tokenizer
     ) -> None:
@@ -98,6 +101,9 @@ class _Reply:
     def closing(self) -> Iterator[Completion]:
         if self._said.wants_usage:
             yield structs.replace(self._body, usage=self._usage(assembler.output() for assembler in self._assemblers))
+
+    def failed(self, error: ErrorBody) -> ErrorBody:
+        return error
 
     def whole(self) -> Completion:
         outputs = [assembler.output() for assembler in self._assemblers]

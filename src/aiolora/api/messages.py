@@ -66,7 +66,7 @@ def _message(message: Message, place: str) -> dict[str, object]:
 def _call(call: ToolCall) -> dict[str, object]:
     """As templates expect it: the arguments an object, where they are one."""
     arguments: object = call.function.arguments
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         arguments = json.loads(call.function.arguments)
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 

@@ -13,8 +13,8 @@ from litestar import Response
 from litestar.di import NamedDependency
 from msgspec import Struct
 
-from aiolora.api.errors import HTTPRequest, describe
-from aiolora.api.sse import DONE, EventStream, frames
+from aiolora.api.errors import ErrorBody, HTTPRequest, describe
+from aiolora.api.sse import EventStream, Framing
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.output import Assembler
 from aiolora.errors import UnknownModelError
@@ -26,6 +26,8 @@ _CLIENT_CLOSED = 499  # nginx's word for it; nobody is left to read it
 class Reply(Protocol):
     """How a route words what its requests bring. `position` is that of the prompt among the request's prompts."""
 
+    framing: Framing
+
     def opening(self) -> Iterable[Struct]:
         """Chunks before the first token."""
         ...
@@ -36,6 +38,10 @@ class Reply(Protocol):
 
     def closing(self) -> Iterable[Struct]:
         """Chunks after the last token."""
+        ...
+
+    def failed(self, error: ErrorBody) -> Struct:
+        """The last chunk of a stream that fails."""
         ...
 
     def whole(self) -> Struct:
@@ -97,14 +103,15 @@ class Serving:
 
     async def _events(self, assemblers: Sequence[Assembler], reply: Reply) -> AsyncGenerator[bytes, None]:
         """Everything that is ready in one write; an error, now that the status is sent, as the last frame."""
+        frames, last = reply.framing
         try:
             yield frames(reply.opening())
             async with aclosing(self.engine.run(assemblers)) as bursts:
                 async for burst in bursts:
                     yield frames(chunk for position, output in burst for chunk in reply.token(position, output))
-            yield frames(reply.closing()) + DONE
+            yield frames(reply.closing()) + last
         except Exception as error:
-            yield frames([describe(error)[1]])
+            yield frames([reply.failed(describe(error)[1])])
 
 
 Served: TypeAlias = NamedDependency[Serving]  # how a route asks for it
