@@ -1,10 +1,11 @@
-"""JSON schemas at random, and whether every answer at temperature 1 parses and validates; what they cost their neighbours.
+"""JSON schemas at random: whether every answer at temperature 1 parses and validates, and what they cost neighbours.
 
     python -m benchmarks.schemas [--count 1000] [--model smollm2-135m] [--dtype auto]
     python -m benchmarks.schemas --neighbours [--rows 8] [--tokens 64]
 
-The schemas nest up to three deep: objects, lists, choices, references, enums, patterns, formats, bounds; each third answer
-is an adapter's. `--neighbours`: rows without a grammar, beside as many rows with one and beside as many without, in turns.
+The schemas nest up to three deep: objects, lists, choices, references, enums, patterns, formats, bounds; each third
+answer is an adapter's. `--neighbours`: rows without a grammar, beside as many with one and beside as many without, in
+turns.
 """
 
 import argparse

@@ -131,11 +131,12 @@ def test_an_answer_goes_on_after_preemption_where_it_was(byte_model: Path) -> No
 
 def test_stop_strings_ids_and_lengths_end_an_answer_before_its_grammar_does(llm: LLM) -> None:
     shape = {"regex": "abc{1,50}d"}
-    params = [wish(shape, stop="bc"), wish(shape, stop_token_ids=[ord("b")]), wish(shape, max_tokens=2)]
+    [b] = llm.engine._built.intake.tokenizer.encode("b", special=False)
+    params = [wish(shape, stop="bc"), wish(shape, stop_token_ids=[b]), wish(shape, max_tokens=2)]
     outputs = llm.generate(["a"] * 3, params, use_tqdm=False)
-    assert texts(outputs)[0] == "a"
-    assert [output.outputs[0].finish_reason for output in outputs][::2] == ["stop", "length"]
-    assert texts(outputs)[2] == "ab"
+    assert [output.outputs[0].finish_reason for output in outputs] == ["stop", "stop", "length"]
+    assert [output.outputs[0].stop_reason for output in outputs] == ["bc", b, None]
+    assert texts(outputs) == ["a", "a", "ab"]
 
 
 def test_log_probabilities_are_those_of_the_raw_logits(llm: LLM) -> None:
