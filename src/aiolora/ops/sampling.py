@@ -4,6 +4,8 @@ Randomness is one uniform number a row, drawn by the caller from (seed, position
 row's own logits and seed, whoever else is in the batch. Nothing depends on an order among equals, so no variant sorts.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -77,10 +79,16 @@ def allow(logits: Tensor, bits: Tensor) -> Tensor:
     `bits` [R, W] int32: bit i of word w is set where token 32 * w + i is allowed; tokens beyond the words are not.
     """
     x = logits.float()
-    every = torch.arange(32, dtype=torch.int32, device=bits.device)
-    allowed = (bits.unsqueeze(-1) >> every & 1).flatten(1)[:, : x.shape[1]].bool()
-    missing = x.shape[1] - allowed.shape[1]
-    return x.where(torch.nn.functional.pad(allowed, (0, missing)), -torch.inf)
+    bias = torch.nn.functional.embedding(bits.view(torch.uint8).int(), _bias_of_bytes(x.device)).flatten(1)
+    bias = torch.nn.functional.pad(bias, (0, max(x.shape[1] - bias.shape[1], 0)), value=-torch.inf)
+    return x + bias[:, : x.shape[1]]
+
+
+@cache
+def _bias_of_bytes(device: torch.device) -> Tensor:
+    """[256, 8]: what each byte of a mask adds to its eight logits (0.12 ms for 4 rows of 49k; selecting them: 0.55)."""
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
+    return torch.where(bits.bool(), 0.0, -torch.inf)
 
 
 def _logprobs(x: Tensor, tokens: Tensor) -> Tensor:
