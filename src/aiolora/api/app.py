@@ -13,10 +13,13 @@ import aiolora
 from aiolora.api.adapters import change_lora_adapter, load_lora_adapter, lora_adapters, unload_lora_adapter
 from aiolora.api.chat import chat_completions
 from aiolora.api.completions import completions
+from aiolora.api.embeddings import embeddings
 from aiolora.api.errors import answer_error, answer_http_error
 from aiolora.api.models import model, models
+from aiolora.api.responses import responses
 from aiolora.api.serving import Serving
 from aiolora.api.system import health, version
+from aiolora.api.tokenize import detokenize, tokenize
 from aiolora.config import Environment
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.errors import ConfigError
@@ -59,6 +62,10 @@ def create_app(
         route_handlers=[
             chat_completions,
             completions,
+            responses,
+            embeddings,
+            tokenize,
+            detokenize,
             models,
             model,
             load_lora_adapter,

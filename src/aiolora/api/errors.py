@@ -47,6 +47,10 @@ class SwitchedOffError(RequestError):
     """The route is there, and the operator has not switched it on."""
 
 
+class UnservedError(RequestError):
+    """OpenAI has the route, and no model here can answer it."""
+
+
 class ErrorDetail(Struct, frozen=True):
     """OpenAI's error object."""
 
@@ -75,6 +79,7 @@ _TABLE: dict[type[BaseException], _Row] = {
     PromptTooLongError: _Row(400, "invalid_request_error", "context_length_exceeded"),
     MalformedBodyError: _Row(400, "invalid_request_error", "invalid_json"),
     SwitchedOffError: _Row(404, "invalid_request_error", "switched_off"),
+    UnservedError: _Row(404, "invalid_request_error", "not_supported"),
     RequestError: _Row(400, "invalid_request_error", "invalid_value"),
     AdapterNotFoundError: _Row(404, "invalid_request_error", "adapter_not_found"),
     AdapterResolveError: _Row(502, "server_error", "adapter_not_resolved"),

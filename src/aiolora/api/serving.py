@@ -13,19 +13,22 @@ from litestar import Response
 from litestar.di import NamedDependency
 from msgspec import Struct
 
-from aiolora.api.errors import HTTPRequest, describe, naming
-from aiolora.api.sse import DONE, EventStream, frames
+from aiolora.api.errors import ErrorBody, HTTPRequest, describe, naming
+from aiolora.api.sse import EventStream, Framing
 from aiolora.api.wire import GenerationRequest
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError, UnknownModelError
-from aiolora.types import Messages, Prompt, SamplingParams, TokenOutput
+from aiolora.tokenizer import Tokenizer
+from aiolora.types import Messages, Mix, Prompt, SamplingParams, TokenOutput
 
 _CLIENT_CLOSED = 499  # nginx's word for it; nobody is left to read it
 
 
 class Reply(Protocol):
     """How a route words what its requests bring. `position` is that of the prompt among the request's prompts."""
+
+    framing: Framing
 
     def opening(self) -> Iterable[Struct]:
         """Chunks before the first token."""
@@ -37,6 +40,10 @@ class Reply(Protocol):
 
     def closing(self) -> Iterable[Struct]:
         """Chunks after the last token."""
+        ...
+
+    def failed(self, error: ErrorBody) -> Struct:
+        """The last chunk of a stream that fails."""
         ...
 
     def whole(self) -> Struct:
@@ -63,29 +70,41 @@ class Serving:
         hint = f"did you mean {close[0]!r}?" if close else "GET /v1/models lists what is served"
         raise UnknownModelError(f"the model {model[:200]!r} does not exist; {hint}")
 
+    async def find(self, model: str) -> str | None:
+        """`adapter`, read or looked for by resolvers where it is not loaded. Raises `AdapterError` too."""
+        if model != self.base:
+            await self.engine.resolve_lora(model)
+        return self.adapter(model)
+
+    async def lora(self, said: GenerationRequest) -> str | dict[str, float] | None:
+        """The adapters of a request, all of them loaded. Raises `RequestError`, and as `find`."""
+        if said.lora is None:
+            return await self.find(said.model)
+        with naming(model="lora"):
+            return await self._weighted(said.model, said.lora)
+
+    def mix(self, lora: str | Iterable[str] | None) -> Mix | None:
+        """What those adapters, which are loaded, stand for now. Their weights are left out."""
+        names = () if lora is None else (lora,) if isinstance(lora, str) else lora
+        registry = self.engine.intake.registry
+        return self.engine.intake.mix((registry.find(name), 1.0) for name in names)
+
+    def tokenizer(self, mix: Mix | None) -> Tokenizer:
+        """What makes tokens of the prompts of requests with `mix`, and text of their answers."""
+        return self.engine.intake.tokenizers.of(mix)
+
     async def prepare(
         self, answer_id: str, said: GenerationRequest, prompts: Iterable[Prompt | Messages], params: SamplingParams
     ) -> list[Assembler]:
         """A request a prompt, checked but not yet running: what a client can get wrong is raised here."""
-        lora: str | dict[str, float] | None
-        if said.lora is not None:
-            with naming(model="lora"):
-                lora = await self._weighted(said.model, said.lora)
-        else:
-            lora = await self._adapter(said.model)
+        lora = await self.lora(said)
         assemblers = []
         for position, prompt in enumerate(prompts):
             request = await self.engine.prepare(
                 prompt, params, lora=lora, priority=said.priority or 0, request_id=f"{answer_id}-{position}"
             )
-            assemblers.append(Assembler(request, self.engine.intake.tokenizers.of(request.mix)))
+            assemblers.append(Assembler(request, self.tokenizer(request.mix)))
         return assemblers
-
-    async def _adapter(self, model: str) -> str | None:
-        """As `adapter`, where a resolver may find it."""
-        if model != self.base:
-            await self.engine.resolve_lora(model)
-        return self.adapter(model)
 
     async def _weighted(self, model: str, lora: dict[str, float]) -> dict[str, float]:
         """Every name in `lora` is that of an adapter, and `model` that of the base."""
@@ -93,7 +112,7 @@ class Serving:
             raise RequestError(f"lora goes with the base model: set model to {self.base!r}", param="lora")
         self.engine.intake.parts(lora)  # before any of them is looked for
         for name in lora:
-            if await self._adapter(name) is None:
+            if await self.find(name) is None:
                 raise RequestError(f"lora: {name!r} is the base model, no adapter", param="lora")
         return lora
 
@@ -115,14 +134,15 @@ class Serving:
 
     async def _events(self, assemblers: Sequence[Assembler], reply: Reply) -> AsyncGenerator[bytes, None]:
         """Everything that is ready in one write; an error, now that the status is sent, as the last frame."""
+        frames, last = reply.framing
         try:
             yield frames(reply.opening())
             async with aclosing(self.engine.run(assemblers)) as bursts:
                 async for burst in bursts:
                     yield frames(chunk for position, output in burst for chunk in reply.token(position, output))
-            yield frames(reply.closing()) + DONE
+            yield frames(reply.closing()) + last
         except Exception as error:
-            yield frames([describe(error)[1]])
+            yield frames([reply.failed(describe(error)[1])])
 
 
 Served: TypeAlias = NamedDependency[Serving]  # how a route asks for it
