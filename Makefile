@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo`, `make test`. Both make .venv first; `make kernels` its own .venv-kernels.
+# Everything a newcomer needs: `make demo`, `make test`. Both make .venv first; `make kernels` and `make clients` each its own.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -10,7 +10,11 @@ QUIET  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 KERNELS_VENV  := .venv-kernels
 KERNELS_STAMP := $(KERNELS_VENV)/installed
 
-.PHONY: demo test lint bench docs kernels clean
+# clients that want other versions of openai, huggingface_hub and rich than we do
+CLIENTS_VENV  := .venv-clients
+CLIENTS_STAMP := $(CLIENTS_VENV)/installed
+
+.PHONY: demo test lint bench docs kernels clients clean
 
 demo: $(STAMP)
 	$(BIN)/aiolora demo
@@ -37,6 +41,10 @@ docs: $(STAMP)
 kernels: $(KERNELS_STAMP)
 	PYTHONPATH=src $(KERNELS_VENV)/bin/python -m tests.kernels.aot
 
+# litellm, langchain-openai, instructor and openai against a real server
+clients: $(CLIENTS_STAMP)
+	$(QUIET) $(CLIENTS_VENV)/bin/python -m pytest tests/clients
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==2.13.0"
@@ -49,5 +57,11 @@ $(KERNELS_STAMP): Makefile constraints.txt
 	$(KERNELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "triton==3.6.0"
 	touch $(KERNELS_STAMP)
 
+$(CLIENTS_STAMP): pyproject.toml tests/clients/constraints.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/clients/constraints.txt --editable ".[server,bench,clients]" httpx pytest pytest-asyncio
+	touch $(CLIENTS_STAMP)
+
 clean:
-	rm -rf $(VENV) $(KERNELS_VENV) build dist site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(KERNELS_VENV) $(CLIENTS_VENV) build dist site .mypy_cache .ruff_cache .pytest_cache

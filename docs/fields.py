@@ -5,11 +5,11 @@
 
 import ast
 
-from griffe import Attribute, Docstring, Extension, Inspector, ObjectNode, Visitor, get_expression
+from griffe import Attribute, Docstring, Extension, Inspector, Module, ObjectNode, Visitor, get_expression
 
 
 class Fields(Extension):
-    """Runs once an attribute has been read."""
+    """Runs when something has been read."""
 
     def on_attribute_instance(
         self, *, node: ast.AST | ObjectNode, attr: Attribute, agent: Visitor | Inspector, **kwargs: object
@@ -22,6 +22,12 @@ class Fields(Extension):
         if words or comment:
             attr.docstring = Docstring("; ".join([*words, *([comment] if comment else [])]), parent=attr)
         attr.annotation = get_expression(_bare(node.annotation), parent=attr.parent)
+
+    def on_module_members(self, *, mod: Module, **kwargs: object) -> None:
+        """A tree is drawn as it stands."""
+        if mod.docstring is not None:
+            parts = mod.docstring.value.split("\n\n")
+            mod.docstring.value = "\n\n".join(f"```text\n{part}\n```" if "├──" in part else part for part in parts)
 
 
 def _metas(annotation: ast.expr) -> list[ast.Call]:

@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: tiny models and adapters, made once a session."""
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -45,3 +46,13 @@ def hf_of(model_of: ModelOf) -> Callable[[str], nn.Module]:
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama over the bytes of text."""
     return tiny.make_model(tmp_path_factory.mktemp("models") / "bytes", vocab_size=320, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def talking_model(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`byte_model` with a chat template."""
+    folder = tmp_path_factory.mktemp("talking") / "model"
+    shutil.copytree(byte_model, folder)
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder

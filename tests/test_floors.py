@@ -32,6 +32,7 @@ HOMES = {
     "transformers": {"tokenizer", "models"},
     "tokenizers": {"tokenizer"},
     "huggingface_hub": {"hub"},
+    "llguidance": {"engine/grammar"},
     "threading": {"engine/bridge"},
     "rich": {"cli", "llm"},
     "subprocess": {"models/embedded", "ops/build_native"},

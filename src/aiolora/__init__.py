@@ -15,6 +15,7 @@ from aiolora.types import (
     LoRARequest,
     RequestOutput,
     SamplingParams,
+    StructuredOutputsParams,
     TokenOutput,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenOutput",
     "__version__",
 ]

@@ -22,6 +22,7 @@ AioloraError
 │   ├── AdapterMemoryError      larger than the room for adapters
 │   └── AdapterChangedError     read again after eviction, and the bytes are others
 ├── NonFiniteLogitsError        the model returned NaN or infinity for this request
+├── GrammarError                a grammar became too complex on the way; only its request fails
 └── EngineDeadError             a step failed; every stream ends with this
 """
 
@@ -133,6 +134,10 @@ class AdapterChangedError(AdapterError):
 
 class NonFiniteLogitsError(AioloraError):
     """The model returned NaN or infinity for a row; only that request fails and nothing of it is cached."""
+
+
+class GrammarError(AioloraError):
+    """What may come next in an answer cannot be told within the limits of a step; only that request fails."""
 
 
 class EngineDeadError(AioloraError):

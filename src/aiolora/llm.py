@@ -13,6 +13,7 @@ from aiolora.config import EngineArgs, Environment
 from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.build import READERS, Built, build
 from aiolora.engine.core import Snapshot
+from aiolora.engine.grammar import COMPILE_TIMEOUT_S, too_slow, usable
 from aiolora.engine.intake import LoRA
 from aiolora.engine.names import Names, not_held
 from aiolora.engine.output import Assembler
@@ -24,6 +25,8 @@ from aiolora.lora.resolving import Resolving
 from aiolora.types import (
     AdapterPolicy,
     AdapterVersion,
+    Conversation,
+    Grammar,
     LoRARequest,
     Messages,
     Mix,
@@ -79,6 +82,7 @@ class LLMEngine:
             prompt,
             params,
             mix,
+            grammar=self._grammar(params),
             request_id=request_id,
             lora_request=lora_request if isinstance(lora_request, LoRARequest) else None,
             priority=priority,
@@ -263,6 +267,14 @@ class LLMEngine:
         self._assemblers.pop(request_id, None)
         self._failures.pop(request_id, None)
 
+    def _grammar(self, params: SamplingParams | None) -> Grammar | None:
+        if params is None or params.structured_outputs is None:
+            return None
+        try:
+            return usable(self._built.grammars.compile(params.structured_outputs).result(COMPILE_TIMEOUT_S))
+        except TimeoutError:
+            raise too_slow() from None
+
     def _mix(self, lora: LoRA) -> Mix | None:
         parts = self._intake.parts(lora)
         return self._intake.mix([(self._version(part), weight) for part, weight in parts])
@@ -380,8 +392,8 @@ class LLM:
 
 
 def _is_one(prompts: object) -> bool:
-    """A string, a mapping, or a list of token ids is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
+    """A string, a mapping, a conversation or a list of token ids is one prompt."""
+    if isinstance(prompts, (str, Mapping, Conversation)):
         return True
     return isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
 

@@ -1,6 +1,7 @@
 """Text to tokens and back. The only home of tokenizers; knows nothing of models."""
 
 import codecs
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Protocol
 import jinja2
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import ByteLevel, DecodeStream
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from aiolora.errors import ModelError, RequestError
-from aiolora.types import Messages
+from aiolora.types import Conversation
 
 _TAIL = 6  # prompt tokens that a decoder may need before the first output token (spaces, byte sequences)
+
+
+_OWN_OPTIONS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 class Tokenizer:
@@ -56,6 +60,11 @@ class Tokenizer:
         """What it says ends a text."""
         return self._hf.eos_token  # type: ignore[no-any-return]
 
+    @property
+    def json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return str(self._fast.to_str())
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` adds what the tokenizer puts around a prompt (bos)."""
         ids: list[int] = self._hf.encode(text, add_special_tokens=special)
@@ -68,16 +77,39 @@ class Tokenizer:
             return "" if special and skip_special else text if text is not None else data.decode(errors="replace")
         return str(self._fast.decode(list(ids), skip_special_tokens=skip_special))
 
-    def chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
-        """The prompt that the model's own chat template makes of `messages` (sandboxed by transformers).
+    def spell(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them; empty where it has none of that id."""
+        return [self._fast.id_to_token(token_id) or "" for token_id in ids]
+
+    @property
+    def tool_template(self) -> str:
+        """The template for conversations with tools; empty: there is none at all."""
+        template = self._hf.chat_template or ""
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default") or ""
+        return str(template)
+
+    def chat(self, conversation: Conversation) -> str:
+        """The prompt that the model's own chat template makes of a conversation (sandboxed by transformers).
 
         Raises `RequestError` where there is no template or it refuses the messages.
         """
         if not self._hf.chat_template:
             raise RequestError("the model has no chat template; send a prompt instead", param="messages")
+        said = conversation
+        taken = next((name for name in said.template_kwargs if name in _OWN_OPTIONS), None)
+        if taken is not None:
+            raise RequestError(f"chat_template_kwargs: {taken!r} cannot be set", param="chat_template_kwargs")
         try:
-            text = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            text = self._hf.apply_chat_template(
+                said.messages,
+                tools=said.tools,
+                tokenize=False,
+                add_generation_prompt=said.add_generation_prompt and not said.continue_final_message,
+                continue_final_message=said.continue_final_message,
+                **said.template_kwargs,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise RequestError(f"the chat template refuses the messages: {error}", param="messages") from None
         return str(text)
 
@@ -219,4 +251,6 @@ def _eos_ids(folder: Path, own: int | None) -> frozenset[int]:
     if file.is_file():
         said = json.loads(file.read_text()).get("eos_token_id")
         ids |= set(said if isinstance(said, list) else [] if said is None else [said])
+        if not all(type(one) is int and one >= 0 for one in ids):
+            raise TypeError(f"eos_token_id={said!r} is no token id")
     return frozenset(ids)

@@ -5,10 +5,10 @@ A request names an adapter; inside, it carries an `AdapterVersion` (which bytes)
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, Protocol, TypeAlias
 
 from msgspec import Meta, Struct, convert
 from msgspec.structs import fields, force_setattr
@@ -17,7 +17,6 @@ from aiolora.errors import ConfigError, RequestError
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Messages: TypeAlias = list[dict[str, object]]
-Prompt: TypeAlias = str | list[int] | Mapping[str, object]
 
 Report: TypeAlias = Callable[[str, int, int], None]  # progress of a long start: what, how many are done, of how many
 
@@ -27,6 +26,42 @@ MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_TOKEN_IDS = 1024
 NEVER = sys.maxsize  # a position that no sequence reaches
+
+
+class Conversation(Struct, frozen=True, kw_only=True):
+    """Messages and what the model's chat template is to make of them."""
+
+    messages: Messages
+    tools: Annotated[list[dict[str, object]] | None, Meta(description="functions that may be called")] = None
+    add_generation_prompt: Annotated[bool, Meta(description="the model's turn begins")] = True
+    continue_final_message: Annotated[bool, Meta(description="the last message is not closed")] = False
+    template_kwargs: Annotated[Mapping[str, object], Meta(description="what else the template reads")] = {}
+
+
+Prompt: TypeAlias = str | list[int] | Mapping[str, object] | Conversation
+
+
+class StructuredOutputsParams(Struct, frozen=True, kw_only=True):
+    """What an answer must match: exactly one of these. Raises `RequestError`."""
+
+    json: Annotated[dict[str, object] | str | bool | None, Meta(description="a JSON schema, or its text")] = None
+    regex: Annotated[str | None, Meta(description="a regular expression for the whole answer")] = None
+    choice: Annotated[Sequence[str] | None, Meta(description="one of these texts")] = None
+    grammar: Annotated[str | None, Meta(description="a grammar in Lark's notation or in llama.cpp's GBNF")] = None
+    json_object: Annotated[bool | None, Meta(description="any JSON object")] = None
+
+    def __post_init__(self) -> None:
+        given = [field.name for field in fields(self) if getattr(self, field.name) not in (None, (), [])]
+        if self.json_object is False:
+            given.remove("json_object")
+        if len(given) != 1:
+            raise RequestError(
+                f"structured_outputs has {' and '.join(given) or 'nothing'}; give one of json, regex, choice, grammar "
+                "and json_object",
+                param="structured_outputs",
+            )
+        if self.choice is not None:
+            force_setattr(self, "choice", tuple(self.choice))
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True):
@@ -60,6 +95,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None, Meta(description="the same for the prompt")
     ] = None
     skip_special_tokens: bool = True
+    structured_outputs: Annotated[StructuredOutputsParams | None, Meta(description="what the answer must match")] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -87,6 +123,9 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
             )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} is over max_tokens={self.max_tokens}", param="min_tokens")
+        if self.structured_outputs is not None and (self.min_tokens or self.ignore_eos):
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise RequestError(f"{name} cannot be had: structured_outputs say where the answer ends", param=name)
 
     @property
     def penalised(self) -> bool:
@@ -250,6 +289,24 @@ class Mix(Struct, frozen=True, cache_hash=True):
         return NEVER if invocation else 0
 
 
+class Matcher(Protocol):
+    """Where one answer is in its grammar; moved on by one thread at a time."""
+
+    ready: bool  # `bits` and `error` may be read
+    bits: bytes  # int32 words, a bit a token from the lowest on: which may come next, beyond them none
+    error: str | None  # why there is no next token
+
+    def advance(self, token: int) -> None: ...
+
+
+class Grammar(Protocol):
+    """A compiled grammar. Immutable; any thread."""
+
+    def begin(self, ends: Collection[int] | None = None) -> Matcher:
+        """A matcher for one more answer, which may end with any of `ends`; None: with those of the base's tokenizer."""
+        ...
+
+
 class Request(Struct, frozen=True, kw_only=True, weakref=True, dict=True):
     """What was asked, tokenised and checked; crosses from the loop to the engine thread."""
 
@@ -262,6 +319,7 @@ class Request(Struct, frozen=True, kw_only=True, weakref=True, dict=True):
     priority: int = 0  # lower is earlier, among those of the same mix
     arrival_s: float = 0.0  # time.monotonic()
     eos_token_ids: frozenset[int] | None = None  # None: those of the base's tokenizer
+    grammar: Grammar | None = None  # what `params.structured_outputs` became
 
     @cached_property
     def active_from(self) -> int:

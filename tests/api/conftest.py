@@ -25,6 +25,16 @@ BASE = "smollm"
 FOLDERS = {name: ADAPTERS / name for name in ("sql", "json", "pirate")}
 FOLDERS["e-r1"] = Path(__file__).parents[1] / "data" / "adapters" / "e-r1"
 LOADED = tuple(FOLDERS)
+_HELLO = [{"role": "user", "content": "hello"}]
+GENERATING: dict[str, dict[str, object]] = {  # route -> the least that asks it for three tokens
+    "/v1/completions": {"prompt": "hello", "max_tokens": 3, "ignore_eos": True},
+    "/v1/chat/completions": {"messages": _HELLO, "max_tokens": 3, "ignore_eos": True},
+    "/v1/responses": {"input": "hello", "max_output_tokens": 3, "ignore_eos": True},
+}
+NAMING = GENERATING | {  # those that take the name of a model
+    "/tokenize": {"prompt": "hello"},
+    "/detokenize": {"tokens": [5]},
+}
 
 
 class Standing(AsyncLLMEngine):
@@ -123,9 +133,9 @@ def three_adapters(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def byte_engine(byte_model: Path) -> AsyncLLMEngine:
+def byte_engine(talking_model: Path) -> AsyncLLMEngine:
     """One that is not started, quick to start, over the bytes of text."""
-    return AsyncLLMEngine.from_engine_args(EngineArgs(model=str(byte_model), dtype="float32", enable_lora=True))
+    return AsyncLLMEngine.from_engine_args(EngineArgs(model=str(talking_model), dtype="float32", enable_lora=True))
 
 
 @pytest.fixture

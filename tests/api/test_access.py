@@ -12,7 +12,7 @@ from aiolora.config import ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.errors import ConfigError
 from aiolora.types import LoRARequest, Request
-from tests.api.conftest import inside
+from tests.api.conftest import NAMING, inside
 
 HASHED = "sha256:" + sha256(b"hashed-key").hexdigest()
 ARGS = ServerArgs(
@@ -47,7 +47,8 @@ async def test_without_a_key_nothing_is_told(client: httpx.AsyncClient, header: 
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"].startswith("Bearer")
-    assert (await client.post("/v1/completions", headers=header, json={})).status_code == 401
+    for path in (*NAMING, "/v1/embeddings"):
+        assert (await client.post(path, headers=header, json={})).status_code == 401
 
 
 async def test_probes_take_no_key(client: httpx.AsyncClient) -> None:
@@ -61,10 +62,16 @@ async def test_a_key_without_a_list_uses_every_adapter(client: httpx.AsyncClient
         assert (await ask(client, key, model)).status_code == 200
 
 
-async def test_a_forbidden_adapter_looks_like_an_unknown_one(client: httpx.AsyncClient) -> None:
-    assert (await ask(client, "alpha-key", "alpha")).status_code == 200
-    assert (await ask(client, "alpha-key", "base")).status_code == 200
-    forbidden, unknown = await ask(client, "alpha-key", "gamma"), await ask(client, "alpha-key", "gomma")
+@pytest.mark.parametrize("path", NAMING)
+async def test_on_every_route_a_forbidden_adapter_looks_like_an_unknown_one(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    async def ask(model: str) -> httpx.Response:
+        return await client.post(path, json=NAMING[path] | {"model": model}, headers=bearing("alpha-key"))
+
+    assert (await ask("alpha")).status_code == 200
+    assert (await ask("base")).status_code == 200
+    forbidden, unknown = await ask("gamma"), await ask("gomma")
     assert forbidden.status_code == unknown.status_code == 404
     assert forbidden.text.replace("gamma", "gomma") == unknown.text
     assert set(forbidden.headers) == set(unknown.headers)
@@ -150,6 +157,24 @@ async def test_an_adapter_removed_under_a_request_is_told_in_words_for_its_key(
     assert "'alpha' does not exist; GET /v1/models lists what is served" in answer.json()["error"]["message"]
 
 
+async def test_an_adapter_removed_before_its_template_is_looked_at_is_told_in_words_for_its_key(
+    client: httpx.AsyncClient, byte_engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await alias(client, "later", "gamma")
+    resolve = byte_engine.resolve_lora
+
+    async def removed(name: str) -> bool:
+        if name == "later":
+            await byte_engine.remove_lora("alpha")
+        return await resolve(name)
+
+    monkeypatch.setattr(byte_engine, "resolve_lora", removed)
+    body = NAMING["/v1/chat/completions"] | {"model": "base", "lora": {"alpha": 1, "later": 1}}
+    answer = await client.post("/v1/chat/completions", json=body, headers=bearing("alpha-key"))
+    assert answer.status_code == 404
+    assert "'alpha' does not exist; GET /v1/models lists what is served" in answer.json()["error"]["message"]
+
+
 async def test_did_you_mean_names_only_what_the_key_may_use(client: httpx.AsyncClient) -> None:
     assert "did you mean 'beta'" in (await ask(client, "whole-key", "betaa")).text
     assert "did you mean" not in (await ask(client, "alpha-key", "gammaa")).text
@@ -202,8 +227,9 @@ async def test_with_an_admin_key_alone_everybody_may_ask_and_nobody_else_may_cha
         assert unknown.status_code == 404
 
 
+@pytest.mark.parametrize("path", NAMING)
 async def test_a_resolver_is_not_asked_for_what_the_key_may_not_use(
-    client: httpx.AsyncClient, byte_engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, byte_engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     asked = []
 
@@ -212,10 +238,10 @@ async def test_a_resolver_is_not_asked_for_what_the_key_may_not_use(
         return False
 
     monkeypatch.setattr(byte_engine, "resolve_lora", resolve)
-    assert (await ask(client, "alpha-key", "never")).status_code == 404
-    assert asked == []
-    assert (await ask(client, "alpha-key", "later")).status_code == 404
-    assert asked == ["later"]
+    for model, known in (("never", []), ("later", ["later"])):
+        response = await client.post(path, json=NAMING[path] | {"model": model}, headers=bearing("alpha-key"))
+        assert response.status_code == 404
+        assert asked == known
 
 
 @pytest.mark.parametrize(

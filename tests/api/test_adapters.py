@@ -233,7 +233,11 @@ async def held(engine: AsyncLLMEngine) -> dict[str, object]:
     return await engine._across.ask(count) | {
         "names": [version.name for version in registry.versions()],
         "ids": sorted(registry._ids) + sorted(registry._name_of_id.values()),
-        "streams": (dict(engine._mailboxes), dict(engine._tickets), dict(engine._adapters._loading)),
+        "streams": (
+            dict(engine._streaming._mailboxes),
+            dict(engine._streaming._tickets),
+            dict(engine._adapters._loading),
+        ),
         "weights alive": sum(type(thing) is AdapterWeights for thing in gc.get_objects()),
     }
 

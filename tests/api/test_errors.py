@@ -30,6 +30,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 COMPLETION_CASES: dict[str, tuple[dict[str, Any], str | None]] = {
     "no model": ({"model": ...}, "model"),
     "a model that is no string": ({"model": 3}, "model"),
@@ -74,7 +75,8 @@ COMPLETION_CASES: dict[str, tuple[dict[str, Any], str | None]] = {
     "include_usage as text": ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     "a suffix": ({"suffix": "end"}, "suffix"),
     "best_of over n": ({"best_of": 2}, "best_of"),
-    "a JSON schema": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "a format of no kind": ({"response_format": {"type": "xml"}}, "response_format.type"),
+    "a format as text": ({"response_format": "json_object"}, "response_format"),
 }
 CHAT_CASES: dict[str, tuple[dict[str, Any], str | None]] = {
     "no messages": ({"messages": ...}, "messages"),
@@ -82,7 +84,7 @@ CHAT_CASES: dict[str, tuple[dict[str, Any], str | None]] = {
     "messages as text": ({"messages": "Hi"}, "messages"),
     "a message without role": ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
     "a role of its own": ({"messages": [*HI, {"role": "king", "content": "Hi"}]}, "messages[1].role"),
-    "a tool's answer": ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role"),
+    "no content": ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
     "content as a number": ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
@@ -98,9 +100,32 @@ CHAT_CASES: dict[str, tuple[dict[str, Any], str | None]] = {
     "logprobs as in completions": ({"logprobs": 3}, "logprobs"),
     "top_logprobs without logprobs": ({"top_logprobs": 3}, "top_logprobs"),
     "top_logprobs over 20": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    "a required tool": ({"tool_choice": "required"}, "tool_choice"),
-    "a schema": ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    "tools as text": ({"tools": "f"}, "tools"),
+    "a tool of another type": ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    "a tool without a name": ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+    "a tool with an empty name": (
+        {"tools": [{"type": "function", "function": {"name": ""}}]},
+        "tools[0].function.name",
+    ),
+    "a required tool of none": ({"tool_choice": "required"}, "tool_choice"),
+    "a tool that is not offered": (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        "tool_choice",
+    ),
+    "a choice of no kind": ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
+    "a tool whose schema is none": (
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "obj"}}}],
+            "tool_choice": "required",
+        },
+        "tools",
+    ),
+    "functions": ({"functions": [{"name": "f"}]}, "functions"),
+    "sound": ({"modalities": ["text", "audio"]}, "modalities"),
+    "a search": ({"web_search_options": {"a": 1}}, "web_search_options"),
+    "documents": ({"documents": [{"text": "a"}]}, "documents"),
+    "an option of ours for the template": ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    "a schema": ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema"),
     "a template of the client's": ({"chat_template": "{{ messages }}"}, "chat_template"),
 }
 BODIES: dict[str, tuple[bytes, str]] = {

@@ -16,7 +16,7 @@ from aiolora.api.tally import Tallies
 from aiolora.config import ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.types import LoRARequest
-from tests.api.conftest import inside
+from tests.api.conftest import GENERATING, inside
 
 Samples = dict[tuple[str, ...], float]
 
@@ -67,6 +67,18 @@ async def test_requests_and_tokens_are_counted_for_all_and_by_adapter(client: ht
     whole = found["aiolora:e2e_request_latency_seconds_sum", "base"]
     parts = [found[f"aiolora:request_{part}_time_seconds_sum", "base"] for part in ("queue", "prefill", "decode")]
     assert sum(parts) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", GENERATING)
+async def test_whatever_generates_is_counted(client: httpx.AsyncClient, path: str, stream: bool) -> None:
+    response = await client.post(path, json={"model": "alpha", "stream": stream} | GENERATING[path])
+    assert response.status_code == 200
+    found = await scrape(client)
+    assert found["aiolora:adapter_requests_total", "alpha"] == 1
+    assert found["aiolora:adapter_generation_tokens_total", "alpha"] == 3
+    assert found["aiolora:request_success_total", "length", "base"] == 1
+    assert found["aiolora:e2e_request_latency_seconds_count", "base"] == 1
 
 
 async def test_the_engines_gauges_are_read_when_asked(client: httpx.AsyncClient) -> None:

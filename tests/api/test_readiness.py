@@ -11,7 +11,7 @@ from aiolora.api.readiness import Pulse
 from aiolora.config import ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.core import Engine
-from tests.api.conftest import Standing, inside
+from tests.api.conftest import NAMING, Standing, inside
 
 BODY = {"model": "base", "prompt": "hello", "max_tokens": 50, "ignore_eos": True}
 
@@ -75,9 +75,10 @@ async def test_an_app_that_drains_ends_what_is_under_way_and_takes_nothing_new(b
             await asyncio.sleep(0.001)
         draining = asyncio.ensure_future(drain(app, 60))
         await asyncio.sleep(0)
-        refused = await client.post("/v1/completions", json=BODY)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
-        assert int(refused.headers["retry-after"]) > 0
+        for path, body in NAMING.items():
+            refused = await client.post(path, json=body | {"model": "base"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert int(refused.headers["retry-after"]) > 0
         assert (await client.get("/ready")).status_code == 503
         assert (await client.get("/health")).status_code == 200
         assert await draining

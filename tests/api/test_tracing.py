@@ -1,6 +1,7 @@
 """Traces: a span a prompt with its phases, in the client's trace, without what was said. A real exporter sends them."""
 
 import http.server
+import json
 import threading
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from aiolora.api import create_app
 from aiolora.config import ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.types import LoRARequest
-from tests.api.conftest import inside
+from tests.api.conftest import GENERATING, inside
 
 service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
@@ -42,8 +43,9 @@ def collector() -> Iterator[tuple[str, list[bytes]]]:
         server.server_close()
 
 
+@pytest.mark.parametrize("path", GENERATING)
 async def test_a_generation_is_a_span_with_its_phases_in_the_clients_trace(
-    byte_engine: AsyncLLMEngine, three_adapters: list[LoRARequest], collector: tuple[str, list[bytes]]
+    byte_engine: AsyncLLMEngine, three_adapters: list[LoRARequest], collector: tuple[str, list[bytes]], path: str
 ) -> None:
     endpoint, bodies = collector
     app = create_app(
@@ -51,9 +53,9 @@ async def test_a_generation_is_a_span_with_its_phases_in_the_clients_trace(
     )
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     async with inside(app) as client:
-        body = {"model": "alpha", "prompt": "a secret", "max_tokens": 5, "ignore_eos": True}
+        body = json.dumps({"model": "alpha"} | GENERATING[path]).replace("hello", "a secret")
         headers = {"traceparent": f"00-{trace}-{parent}-01", "x-request-id": "id-9"}
-        assert (await client.post("/v1/completions", json=body, headers=headers)).status_code == 200
+        assert (await client.post(path, content=body, headers=headers)).status_code == 200
     received = [service.ExportTraceServiceRequest.FromString(body) for body in bodies]  # all sent when the app stopped
     spans = {
         span.name: span for one in received for of in one.resource_spans for in_ in of.scope_spans for span in in_.spans
@@ -62,7 +64,7 @@ async def test_a_generation_is_a_span_with_its_phases_in_the_clients_trace(
     whole = spans["generate alpha"]
     assert (whole.trace_id.hex(), whole.parent_span_id.hex()) == (trace, parent)
     said = {item.key: item.value for item in whole.attributes}
-    assert said["gen_ai.usage.output_tokens"].int_value == 5
+    assert said["gen_ai.usage.output_tokens"].int_value == 3
     assert said["http.request_id"].string_value == "id-9"
     assert said["aiolora.adapter"].string_value.startswith("alpha@")
     phases = [spans[name] for name in ("queue", "prefill", "decode")]

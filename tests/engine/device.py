@@ -171,6 +171,7 @@ class Work:
     offsets: list[int]  # whose logits are wanted
     samples: bool
     count: int
+    seen: int | None  # tokens that its grammar had seen at launch
 
     @property
     def seq(self) -> Sequence:
@@ -185,6 +186,47 @@ class Truth:
     tags: list[int] = field(default_factory=list)
     table: list[int] = field(default_factory=list)  # pages of its last step
     non_finite: bool = False
+
+
+class FakeMatcher:
+    """Knows which tokens it has seen, and takes one out of 40 for too complex a grammar."""
+
+    def __init__(self) -> None:
+        self.ready = True
+        self.bits = b""
+        self.error: str | None = None
+        self.seen: list[int] = []
+
+    def advance(self, token: int) -> None:
+        self.seen.append(token)
+        if hash(tuple(self.seen)) % 40 == 0:
+            self.error = "too complex"
+        self.ready = True
+
+
+class FakeGrammar:
+    def begin(self, ends: object = None) -> FakeMatcher:
+        return FakeMatcher()
+
+
+class FakeMasks:
+    """Masks that are there when they have been waited for `delay` times, or until they are."""
+
+    def __init__(self, delay: Callable[[], int]) -> None:
+        self._delay = delay
+        self._jobs: list[tuple[int, list[tuple[FakeMatcher, int]]]] = []
+
+    def advance(self, landed: list[tuple[FakeMatcher, int]]) -> None:
+        for matcher, _ in landed:
+            require(matcher.ready, "a grammar takes one token at a time")
+            matcher.ready = False
+        self._jobs.append((self._delay(), landed))
+
+    def wait(self, timeout_s: float | None) -> None:
+        for left, landed in self._jobs:
+            for matcher, token in landed if left <= 0 or timeout_s is None else ():
+                matcher.advance(token)
+        self._jobs = [(left - 1, landed) for left, landed in self._jobs if left > 0 and timeout_s is not None]
 
 
 class FakeFlight:
@@ -292,7 +334,16 @@ class FakeRunner:
             logit_offsets(run),
             run.samples,
             run.count,
+            self._seen(run),
         )
+
+    def _seen(self, run: Scheduled) -> int | None:
+        matcher = cast("FakeMatcher | None", run.seq.matcher)
+        if matcher is None or not run.samples:
+            return None
+        require(matcher.ready and matcher.error is None, "a mask that is used is there", matcher.error)
+        require(matcher.seen == run.seq.tokens[run.seq.num_prompt :], "a grammar sees the answer", matcher.seen)
+        return len(matcher.seen)
 
     def _check_prefix(self, seq: Sequence, start: int, truth: Truth) -> None:
         """At launch all of the prefix has landed, but for what this sequence's own last flight is about to write."""
@@ -352,6 +403,8 @@ class FakeRunner:
         seq, truth = work.seq, self.truth[work.seq]
         if not work.samples:
             return None
+        known = work.seen is None or work.seen == len(truth.tokens) - seq.num_prompt
+        require(known, "a grammar has seen all tokens before the one that is chosen", work.seen)
         bad = POISON in tags or self.faults.get(seq) == "logits"
         if bad:
             self.faults.pop(seq, None)

@@ -10,7 +10,7 @@ from typing import Any, cast
 from aiolora.engine.core import Ends, Engine
 from aiolora.engine.scheduler import Scheduler, SchedulerLimits
 from aiolora.engine.sequence import Sequence, Status
-from aiolora.errors import AdapterChangedError, AdapterError, AdapterMemoryError, NonFiniteLogitsError
+from aiolora.errors import AdapterChangedError, AdapterError, AdapterMemoryError, GrammarError, NonFiniteLogitsError
 from aiolora.lora.kinds import Room
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.residency import Residency
@@ -19,6 +19,8 @@ from tests.engine.device import (
     EOS,
     KINDS,
     POISON,
+    FakeGrammar,
+    FakeMasks,
     FakeRunner,
     FakeStore,
     FakeWeights,
@@ -99,9 +101,15 @@ class World:
     """One engine on a fake device, its adapters, its requests and its clock; checks itself after every operation."""
 
     def __init__(
-        self, shape: Shape, *, overlaps: bool, seed: int = 0, copy_delay: Callable[[], int] = lambda: 0
+        self,
+        shape: Shape,
+        *,
+        overlaps: bool,
+        seed: int = 0,
+        copy_delay: Callable[[], int] = lambda: 0,
+        mask_delay: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`copy_delay`: how often an adapter's copy is asked after before it has landed."""
+        """How often an adapter's copy is asked after before it has landed, and a mask waited for before it is there."""
         self.shape = shape
         self.now_s = 1000.0
         self.pool = TrackedPool(shape.num_pages)
@@ -120,6 +128,7 @@ class World:
             self.store,
             ends=Ends(eos_token_ids=frozenset({EOS}), max_model_len=shape.max_model_len),
             seed=seed,
+            masks=cast("Any", FakeMasks(mask_delay)),
             read_again=self._read_again,
             clock=lambda: self.now_s,
         )
@@ -216,6 +225,7 @@ class World:
         *,
         id: str | None = None,  # noqa: A002
         priority: int = 0,
+        constrained: bool = False,
         **params: Any,
     ) -> Ticket:
         self._num_requests += 1
@@ -227,6 +237,7 @@ class World:
             mix=mix,
             priority=priority,
             arrival_s=self.now_s,
+            grammar=FakeGrammar() if constrained else None,
         )
         ticket = self.tickets[request.id] = Ticket(request, self.shape.max_model_len)
         needs: Counter[int] = Counter()
@@ -309,6 +320,8 @@ class World:
             for page in self.runner.truth[found[0]].table:
                 held = self.runner.kv[page * size : (page + 1) * size]
                 require(POISON not in held or not self.pool.keyed(page), "NaN is not left in the prefix cache", page)
+        elif isinstance(error, GrammarError):
+            require(ticket.request.grammar is not None, "its own grammar was too complex")
         elif isinstance(error, (AdapterChangedError, ReadFailedError)):
             kinds = [type(one) for version in mix.versions for one in self.failures.get(version.id, [])] if mix else []
             require(type(error) in kinds, "the adapter of this request failed", error)

@@ -12,6 +12,7 @@ from aiolora.engine.core import Engine
 from aiolora.engine.queues import Queues, Slots
 from aiolora.engine.scheduler import Batch, Scheduler
 from aiolora.engine.sequence import Sequence, Status
+from aiolora.errors import GrammarError
 from aiolora.lora.residency import Placement, Residency
 from aiolora.pages import PagePool
 from aiolora.types import AdapterVersion, FinishReason, Mix
@@ -532,3 +533,39 @@ def a_shelved_version_keeps_its_pages(patch: pytest.MonkeyPatch) -> None:
 @mutant
 def a_revived_version_is_swept(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Adapters, "revive", lambda self, version: self._residency.revive(version))
+
+
+# ---- grammars ----
+
+
+@mutant
+def a_grammar_is_launched_ahead(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Sequence, "unsure", property(lambda self: self.matcher is not None and not self.matcher.ready))
+
+
+@mutant
+def a_mask_is_used_before_it_is_there(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Sequence, "unsure", property(lambda self: self.matcher is not None and self.num_pending > 0))
+
+
+@mutant
+def a_preempted_grammar_begins_again(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler._preempt
+
+    def preempt(self: Scheduler, seq: Sequence) -> None:
+        if seq.request.grammar is not None:
+            seq.matcher = seq.request.grammar.begin()
+        original(self, seq)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+
+
+@mutant
+def a_grammar_that_failed_goes_on(patch: pytest.MonkeyPatch) -> None:
+    original = Engine._end
+
+    def end(self: Engine, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
+        if not isinstance(error, GrammarError):
+            original(self, seq, reason, error)
+
+    patch.setattr(Engine, "_end", end)

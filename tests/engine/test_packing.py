@@ -371,8 +371,9 @@ def test_padded_steps_give_the_answers_of_steps_without_padding(model_of: ModelO
     assert steps / 2 < len(replayed) < steps - 6, "a mix of two adapters, and parts of prompts, run as they are"
 
 
-def test_warming_up_leaves_no_trace(model_of: ModelOf, adapters: list[LoRARequest]) -> None:
-    llm = LLM(str(model_of("llama")), dtype="float32", enable_lora=True, max_model_len=64)
+@pytest.mark.parametrize("ends", [None, 0], ids=["room for the ends", "none"])
+def test_warming_up_leaves_no_trace(model_of: ModelOf, ends: int | None) -> None:
+    llm = LLM(str(model_of("llama")), dtype="float32", enable_lora=True, max_model_len=64, lora_ends_memory=ends)
     built = llm.engine._built
     runner = built.engine._runner
     assert isinstance(runner, ModelRunner)

@@ -130,6 +130,24 @@ def test_bias_is_added_to_its_own_row_only() -> None:
     assert choose(logits, seqs).tokens.tolist() == [2, 9, 2]
 
 
+def test_a_grammar_masks_its_own_row_only_after_all_else() -> None:
+    class Only:
+        def __init__(self, *tokens: int) -> None:
+            self.bits = sum(1 << token for token in tokens).to_bytes(8, "little")
+
+    logits = torch.randn(4, VOCABULARY)
+    wish: dict[str, Any] = {"logit_bias": {3: 90.0}, "frequency_penalty": 1.0}
+    seqs = [sequence(temperature=0, **(wish if number else {})) for number in range(4)]
+    seqs[1].matcher, seqs[3].matcher = Only(31), Only(32, 39)  # type: ignore[assignment]
+    before = logits.clone()
+    chosen = choose(logits, seqs).tokens.tolist()
+    assert chosen == [int(logits[0].argmax()), 31, 3, 32 + int(logits[3, 39] > logits[3, 32]) * 7]
+    assert torch.equal(logits, before)
+    assert not SAMPLER.plain(seqs)
+    drawn = {choose(logits, [sequence(output=(1,) * n), *seqs[1:]]).tokens[1].item() for n in range(5)}
+    assert drawn == {31}
+
+
 def test_each_row_is_told_what_it_asked_for() -> None:
     logits = torch.randn(4, VOCABULARY)
     exact = logits.log_softmax(-1)

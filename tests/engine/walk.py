@@ -49,7 +49,16 @@ class Swarm:
         lags, self.beside = random.Random(seed), random.Random(~seed)
         self.ranks = random.Random(seed)
         delays = lags.choice(((0,), (0, 1, 2), (1, 3, 8)))  # in steps; the first: a device that copies at once
-        self.world = World(shape_of(rng), overlaps=overlaps, seed=seed, copy_delay=lambda: lags.choice(delays))
+        thinking = random.Random(seed)
+        self.constrained = thinking.choice((0.0, 0.4))  # share of requests with a grammar
+        self.thinking = thinking
+        self.world = World(
+            shape_of(rng),
+            overlaps=overlaps,
+            seed=seed,
+            copy_delay=lambda: lags.choice(delays),
+            mask_delay=lambda: thinking.choice((0, 0, 1, 4)),
+        )
         self.news = random.Random(seed)
         self.trunks = [[rng.randrange(VOCAB) for _ in range(16)] for _ in range(2)]
         self.names = [f"adapter{number}" for number in range(rng.randrange(2, 6))]
@@ -99,6 +108,7 @@ class Swarm:
             mix,
             id=rng.choice(closed) if closed and rng.random() < 0.2 else None,
             priority=self.ranks.choice((0, 0, 0, -1, 2)),
+            constrained=self.thinking.random() < self.constrained,
             n=rng.choice((1, 1, 1, 2, 3)),
             max_tokens=rng.choice((1, 2, 4, 8, None)),
             ignore_eos=rng.random() < 0.5,

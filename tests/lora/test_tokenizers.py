@@ -1,6 +1,9 @@
 """Adapters that bring a tokenizer: their prompts, their ends, their templates; nobody else's."""
 
 import gc
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 from litestar.testing import AsyncTestClient
 from transformers import AutoTokenizer
 
-from aiolora import LLM, AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
+from aiolora import LLM, AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams, StructuredOutputsParams
 from aiolora.api import create_app
 from aiolora.errors import AdapterFormatError, RequestError
 from tests.lora.fidelity import train
@@ -17,7 +20,10 @@ from tests.tiny import load_hf, make_adapter
 
 ADDED = ["<tool>", "<end>", *(f"<t{number}>" for number in range(60))]
 FIRST = 267  # of the ids that the base's tokenizer does not know; the base model has 320
-TEMPLATE = "{% for message in messages %}<tool>{{ message['content'] }}<end>{% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}<tool>{{ message['content'] }}<end>{% endfor %}"
+    "{% for tool in tools or [] %}[{{ tool['function']['name'] }}]{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def ids_of(folder: Path) -> dict[str, int]:
 
 
 def forced(*tokens: int, **params: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, logit_bias=dict.fromkeys(tokens, 1e4), **params)
+    return SamplingParams(**{"temperature": 0, "logit_bias": dict.fromkeys(tokens, 1e4), **params})
 
 
 def test_text_means_to_an_adapter_what_its_own_tokenizer_says(llm: LLM, folder: Path) -> None:
@@ -78,6 +84,49 @@ def test_its_tokens_are_words_of_its_answers_and_its_end_ends_them(llm: LLM, fol
     assert output.outputs[0].token_ids == [2], "the base's end is one, too"
     (output,) = llm.generate("a", forced(ids["<end>"], max_tokens=4), use_tqdm=False)
     assert output.outputs[0].finish_reason == "length", "to the base it is a token like others"
+
+
+def test_what_answers_must_match_is_of_the_bases_tokens_and_ends_with_its_own_end_too(llm: LLM, folder: Path) -> None:
+    ids = ids_of(folder)
+    shape = StructuredOutputsParams(regex="x{2}y*")
+
+    def liking(likes: str, **params: Any) -> SamplingParams:
+        return forced(ids[likes], max_tokens=6, structured_outputs=shape, **params)
+
+    params = [
+        liking("<end>"),
+        liking("<t59>", logit_bias={ids["<t59>"]: 1e4, 2: -1e4}),
+        liking("<end>"),
+        liking("<tool>"),
+    ]
+    loras = ["tools", "tools", None, "tools"]
+    own, wide, base, narrow = (
+        output.outputs[0] for output in llm.generate(["a"] * 4, params, lora_request=loras, use_tqdm=False)
+    )
+    assert own.text == "xx"
+    assert own.token_ids[2:] == [ids["<end>"]]
+    assert own.finish_reason == "stop"
+    for answer in (wide, base, narrow):
+        assert not {ids["<t59>"], ids["<tool>"], ids["<end>"]} & set(answer.token_ids[:-1])
+        assert re.fullmatch("xxy*", answer.text)
+    assert ids["<end>"] not in base.token_ids, "to the base it is no end"
+
+
+@pytest.mark.parametrize("ends", [2**40, -1, "2", [2, True], {}])
+def test_an_end_that_is_no_token_is_refused_or_left_out(
+    ends: object, byte_model: Path, folder: Path, tmp_path: Path
+) -> None:
+    place = shutil.copytree(folder, tmp_path / "odd")
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    llm = LLM(str(byte_model), dtype="float32", enable_lora=True, max_model_len=128)
+    if ends != 2**40:
+        with pytest.raises(AdapterFormatError, match=r"generation_config\.json cannot be read"):
+            llm.engine.add_lora(LoRARequest("odd", 1, str(place)))
+        return
+    llm.engine.add_lora(LoRARequest("odd", 1, str(place)))
+    params = SamplingParams(max_tokens=3, structured_outputs=StructuredOutputsParams(regex="xx"))
+    (output,) = llm.generate("a", params, lora_request="odd", use_tqdm=False)
+    assert output.outputs[0].text == "xx"
 
 
 def test_its_chat_template_is_its_alone(llm: LLM, folder: Path) -> None:
@@ -154,6 +203,20 @@ async def test_a_server_words_each_answer_by_the_tokenizer_of_its_model(byte_mod
         answer = (await client.post("/v1/chat/completions", json={**chat, "temperature": 0, "logit_bias": bias})).json()
         assert answer["choices"][0]["message"]["content"] == "<t59>"
         assert answer["usage"]["prompt_tokens"] == 4
+        nothing = {"name": "f", "parameters": {"type": "object", "additionalProperties": False}}
+        called = {**chat, "max_tokens": 100, "tools": [{"type": "function", "function": nothing}]}
+        answer = (await client.post("/v1/chat/completions", json={**called, "tool_choice": "required"})).json()
+        assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
+        assert answer["usage"]["prompt_tokens"] == 7, "its template knows tools"
+        for model, count in (("tools", 1), ("base", 6)):
+            answer = (await client.post("/tokenize", json={"model": model, "prompt": "<tool>"})).json()
+            assert answer["count"] == count
+        answer = (await client.post("/tokenize", json={"model": "tools", "messages": chat["messages"]})).json()
+        assert (answer["tokens"][0], answer["tokens"][-1]) == (ids["<tool>"], ids["<end>"])
+        whole = {"tokens": [ids["<tool>"], ids["<t59>"]]}
+        answer = (await client.post("/detokenize", json={**whole, "model": "tools"})).json()
+        assert answer == {"prompt": "<tool><t59>"}
+        assert (await client.post("/detokenize", json={**whole, "model": "base"})).status_code == 400
         wrong = await client.post("/v1/completions", json={**said, "model": "base", "logit_bias": None})
         assert wrong.status_code == 200, "a row that the base has, whatever its tokenizer calls it"
         wrong = await client.post("/v1/completions", json={**said, "model": "base"})

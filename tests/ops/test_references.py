@@ -27,7 +27,18 @@ from aiolora.ops.linear import (
     whole_linear_op,
 )
 from aiolora.ops.norm import add_norm, add_norm_op, rms_norm, rms_norm_op
-from aiolora.ops.sampling import greedy, greedy_op, penalise, penalise_op, report, report_op, sample, sample_op
+from aiolora.ops.sampling import (
+    allow,
+    allow_op,
+    greedy,
+    greedy_op,
+    penalise,
+    penalise_op,
+    report,
+    report_op,
+    sample,
+    sample_op,
+)
 from tests.ops.routing import adjusted, routing, tables, vectors
 from tests.tiny import kernels
 
@@ -464,6 +475,19 @@ def test_penalties_follow_transformers_and_openai(dtype: torch.dtype) -> None:
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocabulary", "words"), [(64, 2), (50, 2), (70, 2), (31, 1), (5, 3)])
+def test_a_token_is_allowed_by_its_bit(vocabulary: int, words: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(3, vocabulary).to(dtype)
+    bits = torch.randint(-(2**31), 2**31, (3, words), dtype=torch.int32)
+    out = allow(logits, bits)
+    for row in range(3):
+        number = int.from_bytes(bits[row].numpy().tobytes(), "little")
+        for token in range(vocabulary):
+            expected = float(logits[row, token]) if number >> token & 1 else -math.inf
+            assert float(out[row, token]) == expected
+
+
 def test_uniform_numbers_are_uniform_and_unrelated_over_seeds_and_positions() -> None:
     table = np.array([[uniform(seed, position) for position in range(300)] for seed in range(-50, 250)])
     assert table.min() >= 0
@@ -616,6 +640,10 @@ def _penalise(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     return [(torch.randn(9).to(dtype), torch.tensor([1, 4]), torch.tensor([4, 4, 7]), 1.2, 0.3, 0.4)]
 
 
+def _allow(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    return [(torch.randn(2, 40).to(dtype), torch.tensor([[5, 7], [-1, 0]], dtype=torch.int32))]
+
+
 OPS: dict[str, tuple[Any, Callable[[torch.dtype], list[tuple[Any, ...]]]]] = {
     "embed": (embed_op, _embed),
     "embed_shrink": (embed_shrink_op, _embed_shrink),
@@ -636,6 +664,7 @@ OPS: dict[str, tuple[Any, Callable[[torch.dtype], list[tuple[Any, ...]]]]] = {
     "report": (report_op, _report),
     "sample": (sample_op, _sample),
     "penalise": (penalise_op, _penalise),
+    "allow": (allow_op, _allow),
 }
 
 

@@ -16,13 +16,16 @@ from aiolora.api.access import Guard, Keys
 from aiolora.api.adapters import change_lora_adapter, load_lora_adapter, lora_adapters, unload_lora_adapter
 from aiolora.api.chat import chat_completions
 from aiolora.api.completions import completions
+from aiolora.api.embeddings import embeddings
 from aiolora.api.errors import answer_error, answer_http_error
 from aiolora.api.metrics import Meter, metrics
 from aiolora.api.models import model, models
 from aiolora.api.page import openapi, page
 from aiolora.api.readiness import Pulse
+from aiolora.api.responses import responses
 from aiolora.api.serving import Serving
 from aiolora.api.system import health, ready, version
+from aiolora.api.tokenize import detokenize, tokenize
 from aiolora.api.visits import Door
 from aiolora.config import Environment, ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
@@ -83,6 +86,10 @@ def create_app(
         route_handlers=[
             chat_completions,
             completions,
+            responses,
+            embeddings,
+            tokenize,
+            detokenize,
             models,
             model,
             load_lora_adapter,

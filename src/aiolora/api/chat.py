@@ -3,84 +3,84 @@
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
 
 from litestar import Response, post
 from msgspec import UNSET, structs
 
-from aiolora.api.decode import decode, sampling
-from aiolora.api.errors import HTTPRequest, naming
-from aiolora.api.serving import Served
+from aiolora.api.decode import decode, sampling, structure
+from aiolora.api.errors import ErrorBody, HTTPRequest, naming
+from aiolora.api.messages import conversation, messages_of
+from aiolora.api.serving import Served, Serving
+from aiolora.api.sse import CHUNKS
+from aiolora.api.tool_calls import CallBegins, Content, Event, ToolCallParser
+from aiolora.api.tools import ToolUse, call_id
 from aiolora.api.wire import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatFinishReason,
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
     ChatTokenLogprob,
-    Message,
+    FunctionCall,
+    FunctionDelta,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError
-from aiolora.types import Logprob, Messages, SamplingParams, TokenOutput
-
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+from aiolora.types import CompletionOutput, FinishReason, Logprob, SamplingParams, TokenOutput
 
 
 @post("/v1/chat/completions", status_code=200, operation_id="chat_completions", tags=["generation"])
 async def chat_completions(request: HTTPRequest, serving: Served) -> Response[ChatCompletion]:
     """Answer a conversation, n times."""
     said = decode(ChatRequest, await request.body())
-    limit: Literal["max_tokens", "max_completion_tokens"]
-    limit = "max_tokens" if said.max_completion_tokens is None else "max_completion_tokens"
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-    with naming(prompt="messages", max_tokens=limit):
-        messages, params = _messages(said), _params(said)
-        [assembler] = await serving.prepare(answer_id, said, [messages], params)
-    return await serving.respond(request, [assembler], _Reply(said, answer_id, assembler), stream=bool(said.stream))
+    assembler, use = await prepare(serving, said, answer_id)
+    reply = _Reply(said, answer_id, assembler, use)
+    return await serving.respond(request, [assembler], reply, stream=bool(said.stream))
 
 
-def _messages(said: ChatRequest) -> Messages:
-    """The conversation as templates expect it: every content a string."""
-    if not said.messages:
-        raise RequestError("messages is empty; send at least one", param="messages")
-    return [_message(message, f"messages[{place}]") for place, message in enumerate(said.messages)]
+async def prepare(serving: Serving, said: ChatRequest, answer_id: str) -> tuple[Assembler, ToolUse | None]:
+    """The request of a conversation, checked but not yet running, and its tools. Raises `RequestError`."""
+    limit = "max_tokens" if said.max_completion_tokens is None else "max_completion_tokens"
+    template = serving.tokenizer(serving.mix(await serving.lora(said))).tool_template
+    use = ToolUse.of(said, template)
+    field = "tools" if use is not None and use.forced else structure(said)[0]
+    with naming(prompt="messages", max_tokens=limit, structured_outputs=field):
+        params = _params(said, use)
+        offered = None if use is None else use.tools
+        prompt = conversation(said, messages_of(said.messages), offered, template)
+        [assembler] = await serving.prepare(answer_id, said, [prompt], params)
+    return assembler, use
 
 
-def _message(message: Message, place: str) -> dict[str, object]:
-    if message.role not in _ROLES:
-        raise RequestError(f"{place}: role {message.role!r} is none of {', '.join(_ROLES)}", param=f"{place}.role")
-    content = message.content
-    if not isinstance(content, str):
-        for part, item in enumerate(content):
-            if item.type != "text" or item.text is None:
-                raise RequestError(
-                    f"{place}: a content part of type {item.type!r} is not served, only 'text' with its text",
-                    param=f"{place}.content[{part}]",
-                )
-        content = "".join(item.text or "" for item in content)
-    worded: dict[str, object] = {"role": _ROLES[message.role], "content": content}
-    return worded if message.name is None else {**worded, "name": message.name}
-
-
-def _params(said: ChatRequest) -> SamplingParams:
+def _params(said: ChatRequest, use: ToolUse | None) -> SamplingParams:
     if said.top_logprobs is not None and not said.logprobs:
         raise RequestError("top_logprobs is only for logprobs=true", param="top_logprobs")
     max_tokens = said.max_tokens if said.max_completion_tokens is None else said.max_completion_tokens
-    return sampling(said, max_tokens=max_tokens, logprobs=said.top_logprobs or 0 if said.logprobs else None)
+    logprobs = said.top_logprobs or 0 if said.logprobs else None
+    params = sampling(said, max_tokens=max_tokens, logprobs=logprobs, structured=None if use is None else use.grammar())
+    shown = use is not None and use.wording.shows_special
+    return structs.replace(params, skip_special_tokens=False) if shown else params
 
 
 class _Reply:
     """Words the answers to one conversation."""
 
-    def __init__(self, said: ChatRequest, answer_id: str, assembler: Assembler) -> None:
+    framing = CHUNKS
+
+    def __init__(self, said: ChatRequest, answer_id: str, assembler: Assembler, use: ToolUse | None) -> None:
         self._said = said
         self._assembler = assembler
+        self._use = use
+        self._parsers = [use.parser() for _ in range(said.n or 1)] if use is not None else None
         usage = None if said.wants_usage else UNSET
         self._chunk = ChatChunk(answer_id, int(time.time()), said.model, [], usage)
 
@@ -91,24 +91,35 @@ class _Reply:
     def token(self, position: int, output: TokenOutput) -> Iterator[ChatChunk]:
         """The token, and where it is the last a chunk of its own to say why; a bare end of text has only that one."""
         logprobs = self._logprobs([output.token_id], [output.top_logprobs])
-        if output.text or logprobs or output.finish_reason is None:
-            yield self._with(ChatChunkChoice(output.index, ChatDelta(content=output.text), logprobs))
-        if output.finish_reason is not None:
-            end = ChatChunkChoice(output.index, ChatDelta(), None, output.finish_reason, output.stop_reason)
-            yield self._with(end)
+        reason: ChatFinishReason | None = output.finish_reason
+        if self._parsers is None:
+            if output.text or logprobs or reason is None:
+                yield self._with(ChatChunkChoice(output.index, ChatDelta(content=output.text), logprobs))
+        else:
+            parser = self._parsers[output.index]
+            events = parser.feed(output.text) + (parser.end() if reason is not None else [])
+            deltas = [_delta(event) for event in events] or ([ChatDelta(content="")] if logprobs else [])
+            for delta in deltas:
+                yield self._with(ChatChunkChoice(output.index, delta, logprobs))
+                logprobs = None
+            reason = _why(output.finish_reason, parser)
+        if reason is not None:
+            yield self._with(ChatChunkChoice(output.index, ChatDelta(), None, reason, output.stop_reason))
 
     def closing(self) -> Iterator[ChatChunk]:
         if self._said.wants_usage:
             yield structs.replace(self._chunk, usage=Usage.of([self._assembler.output()]))
+
+    def failed(self, error: ErrorBody) -> ErrorBody:
+        return error
 
     def whole(self) -> ChatCompletion:
         output = self._assembler.output()
         choices = [
             ChatChoice(
                 answer.index,
-                ChatMessage(answer.text),
+                *self._message(answer),
                 self._logprobs(answer.token_ids, answer.logprobs or []),
-                answer.finish_reason,
                 answer.stop_reason,
             )
             for answer in output.outputs
@@ -122,22 +133,54 @@ class _Reply:
             prompt_logprobs=UNSET if output.prompt_logprobs is None else output.prompt_logprobs,
         )
 
+    def _message(self, answer: CompletionOutput) -> tuple[ChatMessage, ChatFinishReason | None]:
+        if self._use is None:
+            return ChatMessage(answer.text), answer.finish_reason
+        parser = self._use.parser()
+        content, calls = "", list[tuple[str, list[str]]]()
+        for event in parser.feed(answer.text) + parser.end():
+            if isinstance(event, Content):
+                content += event.text
+            elif isinstance(event, CallBegins):
+                calls.append((event.name, []))
+            else:
+                calls[event.index][1].append(event.text)
+        if not calls:
+            return ChatMessage(content), answer.finish_reason
+        worded = [ToolCall(call_id(), FunctionCall(name, "".join(parts))) for name, parts in calls]
+        return ChatMessage(content or None, tool_calls=worded), _why(answer.finish_reason, parser)
+
     def _with(self, choice: ChatChunkChoice) -> ChatChunk:
         return structs.replace(self._chunk, choices=[choice])
 
     def _logprobs(self, tokens: Iterable[int], likely: Iterable[Mapping[int, Logprob] | None]) -> ChatLogprobs | None:
-        """The tokens with their `top_logprobs` likeliest, best first."""
-        if not self._said.logprobs:
-            return None
-        count = self._said.top_logprobs or 0
-        content = []
-        for token, candidates in zip(tokens, likely):
-            if candidates is None:
-                continue
-            own = _scored(candidates[token])
-            best = sorted((one for one in candidates.values() if one.rank <= count), key=lambda one: one.rank)
-            content.append(ChatTokenLogprob(own.token, own.logprob, own.bytes, [_scored(one) for one in best[:count]]))
-        return ChatLogprobs(content)
+        return ChatLogprobs(scored(tokens, likely, self._said.top_logprobs or 0)) if self._said.logprobs else None
+
+
+def _why(reason: FinishReason | None, parser: ToolCallParser) -> ChatFinishReason | None:
+    """An answer that stops after calls stops for them."""
+    return "tool_calls" if reason == "stop" and parser.num_calls else reason
+
+
+def _delta(event: Event) -> ChatDelta:
+    if isinstance(event, Content):
+        return ChatDelta(content=event.text)
+    if isinstance(event, CallBegins):
+        begun = ToolCallDelta(event.index, call_id(), "function", FunctionDelta(event.name, ""))
+        return ChatDelta(tool_calls=[begun])
+    return ChatDelta(tool_calls=[ToolCallDelta(event.index, function=FunctionDelta(arguments=event.text))])
+
+
+def scored(tokens: Iterable[int], likely: Iterable[Mapping[int, Logprob] | None], count: int) -> list[ChatTokenLogprob]:
+    """The tokens with their `count` likeliest, best first."""
+    content = []
+    for token, candidates in zip(tokens, likely):
+        if candidates is None:
+            continue
+        own = _scored(candidates[token])
+        best = sorted((one for one in candidates.values() if one.rank <= count), key=lambda one: one.rank)
+        content.append(ChatTokenLogprob(own.token, own.logprob, own.bytes, [_scored(one) for one in best[:count]]))
+    return content
 
 
 def _scored(candidate: Logprob) -> TokenLogprob:

@@ -8,9 +8,10 @@ from typing import TypeAlias
 from litestar import Response, post
 from msgspec import UNSET, structs
 
-from aiolora.api.decode import decode, sampling
-from aiolora.api.errors import HTTPRequest
+from aiolora.api.decode import decode, sampling, structure
+from aiolora.api.errors import ErrorBody, HTTPRequest, naming
 from aiolora.api.serving import Served
+from aiolora.api.sse import CHUNKS
 from aiolora.api.wire import (
     Completion,
     CompletionChoice,
@@ -37,7 +38,8 @@ async def completions(request: HTTPRequest, serving: Served) -> Response[Complet
     if len(prompts) * params.n > _MAX_CHOICES:
         raise RequestError(f"{len(prompts)} prompts with n={params.n}: at most {_MAX_CHOICES} answers", param="prompt")
     answer_id = f"cmpl-{uuid.uuid4().hex}"
-    assemblers = await serving.prepare(answer_id, said, prompts, params)
+    with naming(structured_outputs=structure(said)[0]):
+        assemblers = await serving.prepare(answer_id, said, prompts, params)
     reply = _Reply(said, answer_id, assemblers)
     return await serving.respond(request, assemblers, reply, stream=bool(said.stream))
 
@@ -70,6 +72,8 @@ def _params(said: CompletionRequest) -> SamplingParams:
 class _Reply:
     """Words one completion request: all its prompts and all their answers."""
 
+    framing = CHUNKS
+
     def __init__(self, said: CompletionRequest, answer_id: str, assemblers: Sequence[Assembler]) -> None:
         self._said = said
         self._assemblers = assemblers
@@ -94,6 +98,9 @@ class _Reply:
     def closing(self) -> Iterator[Completion]:
         if self._said.wants_usage:
             yield structs.replace(self._body, usage=self._usage(assembler.output() for assembler in self._assemblers))
+
+    def failed(self, error: ErrorBody) -> ErrorBody:
+        return error
 
     def whole(self) -> Completion:
         outputs = [assembler.output() for assembler in self._assemblers]

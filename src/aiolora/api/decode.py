@@ -5,10 +5,10 @@ from typing import TypeVar
 
 import msgspec
 
-from aiolora.api.errors import MalformedBodyError
+from aiolora.api.errors import MalformedBodyError, naming
 from aiolora.api.wire import GenerationRequest
 from aiolora.errors import RequestError
-from aiolora.types import SamplingParams
+from aiolora.types import SamplingParams, StructuredOutputsParams
 
 T = TypeVar("T")
 G = TypeVar("G", bound=GenerationRequest)
@@ -18,22 +18,21 @@ _MISSING = re.compile(r"missing required field `(?P<field>\w+)`")
 
 _NOTHING: tuple[object, ...] = (None, False, "", [], {})
 _UNSERVED: dict[str, tuple[object, ...]] = {  # field -> values that ask for nothing, besides the empty ones
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "allowed_token_ids": (),
     "bad_words": (),
     "truncate_prompt_tokens": (),
     "suffix": (),
-    "tools": (),
-    "tool_choice": ("none", "auto"),
     "functions": (),
     "function_call": ("none", "auto"),
     "chat_template": (),
-    "chat_template_kwargs": (),
     "documents": (),
-    "continue_final_message": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
 }
-_SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs"}  # same name, same meaning
+_SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "structured_outputs"}
+# the others: same name, same meaning
+_GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
 
 def parse(shape: type[T], body: bytes) -> T:
@@ -59,11 +58,45 @@ def decode(shape: type[G], body: bytes) -> G:
     return request
 
 
-def sampling(request: GenerationRequest, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-    """How the request wants its tokens chosen. Raises `RequestError` for a value out of bounds."""
+def sampling(
+    request: GenerationRequest,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    structured: StructuredOutputsParams | None = None,
+) -> SamplingParams:
+    """How the request wants its tokens chosen; `structured`: what its tools ask for, in place of `structured_outputs`.
+
+    Raises `RequestError` for a value out of bounds.
+    """
     said = msgspec.structs.asdict(request).items()
     given = {name: value for name, value in said if name in _SAMPLING and value is not None}
-    return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
+    structured = structured or structure(request)[1]
+    return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, structured_outputs=structured)
+
+
+def structure(request: GenerationRequest) -> tuple[str, StructuredOutputsParams | None]:
+    """What the answers must match, and the field that says so. Raises `RequestError` where two fields do."""
+    wanted: dict[str, StructuredOutputsParams] = {}
+    form = request.response_format
+    if form is not None and form.type != "text":
+        schema = None if form.json_schema is None else form.json_schema.schema
+        if form.type == "json_schema" and schema is None:
+            raise RequestError("response_format has no json_schema.schema", param="response_format.json_schema")
+        wanted["response_format"] = (
+            StructuredOutputsParams(json=schema)
+            if form.type == "json_schema"
+            else StructuredOutputsParams(json_object=True)
+        )
+    if request.structured_outputs is not None:
+        wanted["structured_outputs"] = request.structured_outputs
+    for field, value in msgspec.structs.asdict(request).items():
+        if field in _GUIDED and value is not None:
+            with naming(structured_outputs=field):
+                wanted[field] = StructuredOutputsParams(**{_GUIDED[field]: value})
+    if len(wanted) > 1:
+        raise RequestError(f"{' and '.join(wanted)} cannot both say what the answer is", param=list(wanted)[1])
+    return next(iter(wanted.items()), ("structured_outputs", None))
 
 
 def _place(message: str) -> str | None:

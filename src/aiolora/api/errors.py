@@ -60,6 +60,10 @@ class DrainingError(AioloraError):
     """The server finishes what it has begun, and stops."""
 
 
+class UnservedError(RequestError):
+    """OpenAI has the route, and no model here can answer it."""
+
+
 class ErrorDetail(Struct, frozen=True):
     """OpenAI's error object."""
 
@@ -89,6 +93,7 @@ _TABLE: dict[type[BaseException], _Row] = {
     PromptTooLongError: _Row(400, "invalid_request_error", "context_length_exceeded"),
     MalformedBodyError: _Row(400, "invalid_request_error", "invalid_json"),
     SwitchedOffError: _Row(404, "invalid_request_error", "switched_off"),
+    UnservedError: _Row(404, "invalid_request_error", "not_supported"),
     RequestError: _Row(400, "invalid_request_error", "invalid_value"),
     AdapterNotFoundError: _Row(404, "invalid_request_error", "adapter_not_found"),
     AdapterResolveError: _Row(502, "server_error", "adapter_not_resolved"),

@@ -14,15 +14,16 @@ from litestar import Response
 from litestar.di import NamedDependency
 from msgspec import Struct
 
-from aiolora.api.errors import HTTPRequest, describe, naming
+from aiolora.api.errors import ErrorBody, HTTPRequest, describe, naming
 from aiolora.api.metrics import Meter
-from aiolora.api.sse import DONE, EventStream, frames
+from aiolora.api.sse import EventStream, Framing
 from aiolora.api.visits import Visit, visit_of
 from aiolora.api.wire import GenerationRequest
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError, UnknownModelError
-from aiolora.types import Messages, Prompt, SamplingParams, TokenOutput
+from aiolora.tokenizer import Tokenizer
+from aiolora.types import Messages, Mix, Prompt, SamplingParams, TokenOutput
 
 if TYPE_CHECKING:
     from aiolora.api.tracing import Tracing  # of an extra
@@ -32,6 +33,8 @@ _CLIENT_CLOSED = 499  # nginx's word for it; nobody is left to read it
 
 class Reply(Protocol):
     """How a route words what its requests bring. `position` is that of the prompt among the request's prompts."""
+
+    framing: Framing
 
     def opening(self) -> Iterable[Struct]:
         """Chunks before the first token."""
@@ -43,6 +46,10 @@ class Reply(Protocol):
 
     def closing(self) -> Iterable[Struct]:
         """Chunks after the last token."""
+        ...
+
+    def failed(self, error: ErrorBody) -> Struct:
+        """The last chunk of a stream that fails."""
         ...
 
     def whole(self) -> Struct:
@@ -96,17 +103,42 @@ class Serving:
             return model
         raise self._unknown([model])
 
+    async def find(self, model: str) -> str | None:
+        """`adapter`, read or looked for by resolvers where it is not loaded. Raises `AdapterError` too."""
+        if model != self.base and self._may_ask_for(model):
+            await self.engine.resolve_lora(model)
+        return self.adapter(model)
+
+    async def lora(self, said: GenerationRequest) -> str | dict[str, float] | None:
+        """The adapters of a request, all of them loaded. Raises `RequestError`, and as `find`."""
+        if said.lora is None:
+            return await self.find(said.model)
+        with naming(model="lora"):
+            return await self._weighted(said.model, said.lora)
+
+    def mix(self, lora: str | Iterable[str] | None) -> Mix | None:
+        """What those adapters, which are loaded, stand for now. Their weights are left out.
+
+        Raises `UnknownModelError` where one was removed just now.
+        """
+        names = () if lora is None else (lora,) if isinstance(lora, str) else tuple(lora)
+        registry = self.engine.intake.registry
+        try:
+            return self.engine.intake.mix((registry.find(name), 1.0) for name in names)
+        except UnknownModelError:
+            raise self._unknown(names) from None
+
+    def tokenizer(self, mix: Mix | None) -> Tokenizer:
+        """What makes tokens of the prompts of requests with `mix`, and text of their answers."""
+        return self.engine.intake.tokenizers.of(mix)
+
     async def prepare(
         self, answer_id: str, said: GenerationRequest, prompts: Iterable[Prompt | Messages], params: SamplingParams
     ) -> list[Assembler]:
         """A request a prompt, checked but not yet running: what a client can get wrong is raised here."""
-        lora: str | dict[str, float] | None
+        lora = await self.lora(said)
         assemblers = []
         with naming(model="model" if said.lora is None else "lora"):
-            if said.lora is None:
-                lora = await self._adapter(said.model)
-            else:
-                lora = await self._weighted(said.model, said.lora)
             for position, prompt in enumerate(prompts):
                 try:
                     request = await self.engine.prepare(
@@ -114,14 +146,8 @@ class Serving:
                     )
                 except UnknownModelError:  # removed just now; the engine's words may tell of what does not exist here
                     raise self._unknown([said.model] if said.lora is None else said.lora) from None
-                assemblers.append(Assembler(request, self.engine.intake.tokenizers.of(request.mix)))
+                assemblers.append(Assembler(request, self.tokenizer(request.mix)))
         return assemblers
-
-    async def _adapter(self, model: str) -> str | None:
-        """As `adapter`, where a resolver may find it."""
-        if model != self.base and self._may_ask_for(model):
-            await self.engine.resolve_lora(model)
-        return self.adapter(model)
 
     async def _weighted(self, model: str, lora: dict[str, float]) -> dict[str, float]:
         """`lora` by the names of its adapters: every name in it is that of one, and `model` that of the base."""
@@ -130,7 +156,7 @@ class Serving:
         self.engine.intake.parts(lora)  # before any of them is looked for
         weights: dict[str, float] = {}
         for name, weight in lora.items():
-            adapter = await self._adapter(name)
+            adapter = await self.find(name)
             if adapter is None:
                 raise RequestError(f"lora: {name!r} is the base model, no adapter", param="lora")
             weights[adapter] = weights.get(adapter, 0.0) + weight
@@ -182,6 +208,7 @@ class Serving:
 
     async def _events(self, assemblers: Sequence[Assembler], reply: Reply) -> AsyncGenerator[bytes, None]:
         """Everything that is ready in one write; an error, now that the status is sent, as the last frame."""
+        frames, last = reply.framing
         try:
             yield frames(reply.opening())
             async with aclosing(self.run(assemblers)) as bursts:
@@ -190,9 +217,9 @@ class Serving:
                     for position, output in burst:
                         chunks += reply.token(position, output)
                     yield frames(chunks)
-            yield frames(reply.closing()) + DONE
+            yield frames(reply.closing()) + last
         except Exception as error:
-            yield frames([describe(error)[1]])
+            yield frames([reply.failed(describe(error)[1])])
 
 
 Served: TypeAlias = NamedDependency[Serving]  # how a route asks for it

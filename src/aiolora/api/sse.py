@@ -1,8 +1,8 @@
 """Server-sent events: frames of bytes, and a response that closes its generator when the client leaves."""
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import anyio
 import msgspec
@@ -12,7 +12,6 @@ from litestar.response.streaming import ASGIStreamingResponse
 from litestar.types import Receive, Send
 from msgspec import Struct
 
-DONE = b"data: [DONE]\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 _encode = msgspec.json.Encoder().encode
 
@@ -20,6 +19,29 @@ _encode = msgspec.json.Encoder().encode
 def frames(events: Iterable[Struct]) -> bytes:
     """One `data:` frame an event, joined for one write."""
     return b"".join([b"data: " + _encode(event) + b"\n\n" for event in events])
+
+
+class Named(Protocol):
+    """An event that has a name."""
+
+    @property
+    def type(self) -> str: ...
+
+
+def named_frames(events: Iterable[Named]) -> bytes:
+    """An `event:` line and a `data:` line an event, joined for one write."""
+    return b"".join(b"event: %b\ndata: %b\n\n" % (event.type.encode(), _encode(event)) for event in events)
+
+
+class Framing(NamedTuple):
+    """How a route's events become bytes, and what comes behind the last."""
+
+    frames: Callable[[Iterable[Any]], bytes]
+    last: bytes
+
+
+CHUNKS = Framing(frames, b"data: [DONE]\n\n")  # completions and chat
+EVENTS = Framing(named_frames, b"")  # responses
 
 
 class EventStream(Response[Any]):

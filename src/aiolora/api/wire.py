@@ -5,7 +5,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from aiolora.types import FinishReason, Logprob, RequestOutput
+from aiolora.types import FinishReason, Logprob, RequestOutput, StructuredOutputsParams
 
 # ---- requests ----
 
@@ -14,6 +14,21 @@ class StreamOptions(Struct, frozen=True):
     """What a stream brings besides tokens."""
 
     include_usage: bool | None = None
+
+
+class JSONSchemaFormat(Struct, frozen=True):
+    """A schema under a name."""
+
+    name: str | None = None
+    schema: dict[str, object] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, frozen=True):
+    """What an answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
 
 
 class GenerationRequest(Struct, frozen=True, kw_only=True):
@@ -41,9 +56,13 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_json: dict[str, object] | str | None = None  # the four names that vLLM had before
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # not served: refused by `decode` when they ask for something
-    response_format: object = None
-    structured_outputs: object = None
     allowed_token_ids: object = None
     bad_words: object = None
     truncate_prompt_tokens: object = None
@@ -71,12 +90,58 @@ class ContentPart(Struct, frozen=True):
     text: str | None = None
 
 
+class FunctionCall(Struct, frozen=True):
+    """A function that was called, with its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, frozen=True):
+    """A call of a message."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
 class Message(Struct, frozen=True):
-    """One turn of a conversation."""
+    """One turn of a conversation. The content may be missing where there are calls."""
 
     role: str
-    content: str | list[ContentPart]
+    content: str | list[ContentPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(Struct, frozen=True, omit_defaults=True):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, object] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, frozen=True):
+    """A function, in its wrapping."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Struct, frozen=True):
+    """A function, by name."""
+
+    name: str
+
+
+class NamedTool(Struct, frozen=True):
+    """The function that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -87,14 +152,20 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    tools: object = None
-    tool_choice: object = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    # not served: refused by `decode` when they ask for something
     functions: object = None
     function_call: object = None
     chat_template: object = None
-    chat_template_kwargs: object = None
     documents: object = None
-    continue_final_message: object = None
+    modalities: object = None
+    audio: object = None
+    web_search_options: object = None
 
 
 # ---- responses ----
@@ -172,12 +243,16 @@ class ChatLogprobs(Struct, frozen=True):
     refusal: None = None
 
 
+ChatFinishReason: TypeAlias = FinishReason | Literal["tool_calls"]
+
+
 class ChatMessage(Struct, frozen=True):
     """A whole answer."""
 
-    content: str
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True):
@@ -185,8 +260,8 @@ class ChatChoice(Struct, frozen=True):
 
     index: int
     message: ChatMessage
+    finish_reason: ChatFinishReason | None
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
     stop_reason: int | str | None = None
 
 
@@ -202,11 +277,28 @@ class ChatCompletion(Struct, frozen=True):
     object: Literal["chat.completion"] = "chat.completion"
 
 
+class FunctionDelta(Struct, frozen=True):
+    """The name with the first chunk of a call, and more of its arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCallDelta(Struct, frozen=True, omit_defaults=True):
+    """What a chunk adds to a call; id and type come with the first."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta | None = None
+
+
 class ChatDelta(Struct, frozen=True, omit_defaults=True):
     """What a chunk adds to an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Struct, frozen=True):
@@ -215,7 +307,7 @@ class ChatChunkChoice(Struct, frozen=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | UnsetType | None = UNSET
 
 

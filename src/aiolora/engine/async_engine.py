@@ -2,14 +2,12 @@
 
 import asyncio
 import contextlib
-import itertools
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
 import anyio.to_thread
-from msgspec import structs
 from torch import Tensor
 
 from aiolora.config import EngineArgs, Environment
@@ -17,18 +15,20 @@ from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import Engine, Snapshot
+from aiolora.engine.grammar import COMPILE_TIMEOUT_S, too_slow, usable
 from aiolora.engine.intake import Intake, LoRA, takes_long
 from aiolora.engine.loading import Loading
-from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.names import Names
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
-from aiolora.errors import EngineDeadError, RequestError
+from aiolora.engine.streams import Streams
+from aiolora.errors import EngineDeadError
 from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.lora.resolvers import choose_resolvers
 from aiolora.types import (
     AdapterPolicy,
     AdapterVersion,
+    Grammar,
     LoRARequest,
     Messages,
     Prompt,
@@ -60,9 +60,7 @@ class AsyncLLMEngine:
         self._bridge: Bridge | None = None
         self._loading: Loading | None = None
         self._names: Names | None = None
-        self._mailboxes: dict[str, Mailbox] = {}  # by ticket
-        self._tickets: dict[str, Request] = {}  # request id -> the request as the engine knows it: no id is used twice
-        self._num_tickets = itertools.count()
+        self._streams: Streams | None = None
         self._starting = asyncio.Lock()
         self._snapshot: Snapshot | None = None
 
@@ -96,6 +94,7 @@ class AsyncLLMEngine:
             self._bridge = bridge = Bridge(self._deliver, self._fail)
             built = await anyio.to_thread.run_sync(build, self.args, self._read_again, report)
             self._names = Names(built.intake, bridge.post)
+            self._streams = Streams(bridge.post, built.intake.policies.charge)
             self._loading = Loading(
                 built, bridge, self._names, resolvers, resolver_timeout_s=environment.resolver_timeout_s
             )
@@ -194,6 +193,7 @@ class AsyncLLMEngine:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here."""
         self._alive()
         parts = self.intake.parts(lora)
+        grammar = await self._grammar(sampling_params)  # before the versions, which nobody holds while others wait
         mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
         self.intake.policies.check(mix)
         tokenise = partial(
@@ -201,6 +201,7 @@ class AsyncLLMEngine:
             prompt,
             sampling_params,
             mix,
+            grammar=grammar,
             request_id=request_id,
             lora_request=lora if isinstance(lora, LoRARequest) else None,
             priority=priority,
@@ -219,53 +220,18 @@ class AsyncLLMEngine:
         weakref.finalize(request, let_go).atexit = False
         return request
 
-    async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
+    def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         """Run prepared requests side by side; each time, every token that has come, with its request's position.
 
         Leaving the iteration aborts what is unfinished. One request that fails ends them all with its error.
         """
         self._alive()
-        requests = [assembler.request for assembler in assemblers]
-        taken = next((request.id for request in requests if request.id in self._tickets), None)
-        if taken is not None:
-            raise RequestError(f"request_id {taken!r} is in use; give each request its own", param="request_id")
-        # a delta of a request that was left may still be on its way when its id is used again: tickets tell them apart
-        tickets = [structs.replace(request, id=f"{request.id}#{next(self._num_tickets)}") for request in requests]
-        positions = {ticket.id: position for position, ticket in enumerate(tickets)}
-        mailbox, charge = Mailbox(), self.intake.policies.charge
-        try:
-            for request, ticket in zip(requests, tickets):
-                self._tickets[request.id] = ticket
-                self._mailboxes[ticket.id] = mailbox
-                self._across.post(partial(_add, request=ticket))
-                charge(request.mix, len(request.prompt_token_ids))
-            while not all(assembler.finished for assembler in assemblers):
-                burst = []
-                for delta in await mailbox.get():
-                    position = positions[delta.request_id]
-                    output = assemblers[position].feed(delta)
-                    if output is None:
-                        continue
-                    charge(requests[position].mix, 1)
-                    if output.finish_reason is not None and delta.finish_reason is None:
-                        self._abort(delta.request_id, delta.index)  # a stop string, which only text can show
-                    burst.append((position, output))
-                if burst:
-                    yield burst
-        finally:
-            for assembler, ticket in zip(assemblers, tickets):
-                self._tickets.pop(assembler.request.id, None)
-                self._mailboxes.pop(ticket.id, None)
-                if not assembler.finished:
-                    self._abort(ticket.id)
+        return self._streaming.run(assemblers)
 
     def abort(self, request_id: str) -> None:
         """End a request: its stream simply ends, its answers with "abort". Unknown ids are fine."""
-        ticket = self._tickets.get(request_id)
-        if ticket is not None:
-            self._abort(ticket.id)
-            for index in range(ticket.params.n):
-                self._mailboxes[ticket.id].put(TokenDelta(ticket.id, index, token_id=None, finish_reason="abort"))
+        if self._streams is not None:
+            self._streams.abort(request_id)
 
     async def add_lora(
         self,
@@ -399,6 +365,11 @@ class AsyncLLMEngine:
         return self._names
 
     @property
+    def _streaming(self) -> Streams:
+        assert self._streams is not None, "started engines have it"
+        return self._streams
+
+    @property
     def _adapters(self) -> Loading:
         assert self._loading is not None, "started engines have it"
         return self._loading
@@ -407,26 +378,26 @@ class AsyncLLMEngine:
         assert self._parts is not None
         self._across.check()
 
-    def _abort(self, ticket: str, index: int | None = None) -> None:
-        self._across.post(lambda engine: engine.abort(ticket, index))
+    async def _grammar(self, params: SamplingParams | None) -> Grammar | None:
+        """What the answers must match, compiled in a worker thread; `RequestError` where that fails or takes long."""
+        if params is None or params.structured_outputs is None:
+            return None
+        compiled = asyncio.wrap_future(self._parts.grammars.compile(params.structured_outputs))
+        try:
+            found = await asyncio.wait_for(asyncio.shield(compiled), COMPILE_TIMEOUT_S)  # others may wait for it too
+        except TimeoutError:
+            raise too_slow() from None
+        return usable(found)
 
     def _deliver(self, deltas: list[TokenDelta], snapshot: Snapshot) -> None:
-        """On the loop: what one step brought, onto each stream."""
+        """On the loop, once a step."""
         self._snapshot = snapshot
-        for delta in deltas:
-            mailbox = self._mailboxes.get(delta.request_id)
-            if mailbox is not None:
-                mailbox.put(delta)
+        self._streaming.deliver(deltas)
 
     def _fail(self, error: BaseException) -> None:
-        """On the loop: the engine has stopped; say so to every stream."""
-        for mailbox in self._mailboxes.values():
-            mailbox.fail(error)
+        """On the loop: the engine has stopped."""
+        self._streaming.fail(error)
 
     def _read_again(self, version: AdapterVersion) -> None:
         """On the engine thread."""
         self._across.to_loop(lambda: self._adapters.read_again(version))
-
-
-def _add(engine: Engine, *, request: Request) -> None:
-    engine.add(request)

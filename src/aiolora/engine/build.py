@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from aiolora.config import EngineArgs
 from aiolora.engine.batch import Packer
 from aiolora.engine.core import Ends, Engine
+from aiolora.engine.grammar import Grammars
 from aiolora.engine.intake import Intake, Limits
 from aiolora.engine.kv_cache import KVCache
+from aiolora.engine.masks import Masks
 from aiolora.engine.plan import PAGE_SIZE, Plan, make_plan, pick_device, step_bounds
 from aiolora.engine.runner import ModelRunner
 from aiolora.engine.sampler import Sampler
@@ -41,6 +43,7 @@ class Built:
 
     engine: Engine
     intake: Intake
+    grammars: Grammars
     load: Callable[[LoRARequest | InMemory], AdapterWeights]  # blocks; any thread
     check: Callable[[LoRARequest], AnnouncedAdapter]  # likewise
     plan: Plan
@@ -77,6 +80,7 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
         lora_enabled=args.enable_lora,
     )
     full_ends = args.max_loras * -(-args.max_lora_rank // RANKS_PER_PAGE)
+    grammars = Grammars(tokenizer.json, vocab_size=model.config.vocab_size, eos_token_ids=tokenizer.eos_token_ids)
     adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_room, args.model, full_ends, pinned)
 
     def load(request: LoRARequest | InMemory) -> AdapterWeights:
@@ -90,7 +94,7 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
         assert layout is not None, "Intake lets no adapter through where LoRA is off"
         return check_adapter(request, layout, adapter_limits)
 
-    return Built(engine, intake, load, check, plan)
+    return Built(engine, intake, grammars, load, check, plan)
 
 
 def _pinned_pages(args: EngineArgs, layout: Layout) -> int:
@@ -145,5 +149,13 @@ def _engine(
     until = Ends(eos_token_ids=tokenizer.eos_token_ids, max_model_len=plan.max_model_len)
     one = -(-args.max_lora_rank // RANKS_PER_PAGE)
     return Engine(
-        scheduler, runner, residency, pool, ends=until, seed=args.seed, room_of_one=one, read_again=read_again
+        scheduler,
+        runner,
+        residency,
+        pool,
+        ends=until,
+        seed=args.seed,
+        masks=Masks(),
+        room_of_one=one,
+        read_again=read_again,
     )

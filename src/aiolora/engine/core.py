@@ -11,14 +11,17 @@ from msgspec import Struct
 
 from aiolora.engine.adapters import Adapters, Store
 from aiolora.engine.batch import logit_offsets
+from aiolora.engine.masks import Masks
 from aiolora.engine.runner import Flight, Landed, Runner
 from aiolora.engine.sampler import Sampled
 from aiolora.engine.scheduler import Batch, Scheduled, Scheduler
 from aiolora.engine.sequence import Sequence
-from aiolora.errors import AioloraError, NonFiniteLogitsError
+from aiolora.errors import AioloraError, GrammarError, NonFiniteLogitsError
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.residency import Residency
 from aiolora.types import AdapterVersion, FinishReason, Mix, Request, TokenDelta
+
+_MASKS_S = 0.001  # how long a step waits for masks; those that take longer miss it
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
@@ -57,6 +60,7 @@ class Engine:
         *,
         ends: Ends,
         seed: int,
+        masks: Masks,
         room_of_one: int = 0,
         read_again: Callable[[AdapterVersion], None],
         clock: Callable[[], float] = time.monotonic,
@@ -67,6 +71,8 @@ class Engine:
         self._ends = ends
         self._random = random.Random(seed)
         self._clock = clock
+        self._masks = masks
+        self._masking: list[Sequence] = []  # their grammars are taking the last token in
         self._stalled = False  # the last step found nothing to do and no request has come or gone since
         self._sequences: dict[str, list[Sequence]] = {}
         self._in_flight: Flight | None = None
@@ -139,8 +145,11 @@ class Engine:
         Raises what a launch raises (out of memory): the requests of that step end with an error, others may go on.
         """
         batch = self._schedule()
-        while self.adapters.copying and not (batch.runs or self._in_flight or self._undelivered):
-            self.adapters.wait()  # there is nothing else to do
+        while (self.adapters.copying or self._masking) and not (batch.runs or self._in_flight or self._undelivered):
+            if self._masking:  # there is nothing else to do
+                self._masks.wait(None)
+            else:
+                self.adapters.wait()
             batch = self._schedule()
         try:
             launched = self._runner.launch(batch) if batch.runs else None
@@ -173,11 +182,27 @@ class Engine:
         )
 
     def _schedule(self) -> Batch:
+        self._look_for_masks()
         self.adapters.place()
         return self.scheduler.schedule(self._clock(), self.adapters.reading)
 
+    def _look_for_masks(self) -> None:
+        """Wait a moment for those under way; who has none yet sits this step out, so that the others lose no more."""
+        if not self._masking:
+            return
+        self._masks.wait(_MASKS_S)
+        looked_at, self._masking = self._masking, []
+        for seq in looked_at:
+            assert seq.matcher is not None
+            if not seq.matcher.ready:
+                self._masking.append(seq)
+            elif seq.matcher.error is not None:
+                error = GrammarError(f"request {seq.request.id!r}: structured_outputs: {seq.matcher.error}")
+                self._end(seq, "error", error)
+
     def _settle(self, batch: Batch, landed: Landed) -> list[TokenDelta]:
-        """Append what a step brought and end what has ended."""
+        """Append what a step brought, end what has ended, let grammars see what may come next."""
+        constrained = []
         for run, sampled, prompt in zip(batch.runs, landed.sampled, landed.prompt):
             if prompt:
                 self._keep_prompt_logprobs(run, prompt)
@@ -187,6 +212,11 @@ class Engine:
             self.scheduler.land(run)
             if sampled is not None and not run.seq.finished:
                 self._append(run.seq, sampled)
+                if run.seq.matcher is not None and not run.seq.finished:
+                    self._masking.append(run.seq)
+                    constrained.append((run.seq.matcher, sampled.token_id))
+        if constrained:
+            self._masks.advance(constrained)
         deltas, self._undelivered = self._undelivered, []
         return deltas
 

@@ -12,7 +12,18 @@ from aiolora.lora.policies import Policies
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.tokenizers import Tokenizers
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import NEVER, AdapterVersion, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
+from aiolora.types import (
+    NEVER,
+    AdapterVersion,
+    Conversation,
+    Grammar,
+    LoRARequest,
+    Messages,
+    Mix,
+    Prompt,
+    Request,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +48,8 @@ def takes_long(prompt: Prompt | Messages) -> bool:
     """Whether `Intake.request` would hold up a loop for longer than a thread costs (about 100 us)."""
     if isinstance(prompt, str):
         return len(prompt) > _LONG
+    if isinstance(prompt, Conversation):
+        return takes_long(prompt.messages) or len(str(prompt.tools)) > _LONG
     if isinstance(prompt, Mapping):
         return takes_long(str(prompt.get("prompt") or ""))
     return sum(len(str(item.get("content") or "")) for item in prompt if isinstance(item, Mapping)) > _LONG
@@ -45,7 +58,7 @@ def takes_long(prompt: Prompt | Messages) -> bool:
 class Intake:
     """Everything that happens to a request before the engine sees it. Owned by the loop, or by a blocking caller.
 
-    `request` alone may run in any thread.
+    `request` and `tokens` may run in any thread.
     """
 
     def __init__(
@@ -69,19 +82,25 @@ class Intake:
         params: SamplingParams | None,
         mix: Mix | None,
         *,
+        grammar: Grammar | None = None,
         request_id: str | None = None,
         lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> Request:
-        """Tokenise and check. Raises `RequestError` naming the field, the value and the limit."""
+        """Tokenise and check. Raises `RequestError` naming the field, the value and the limit.
+
+        `grammar`: what the `structured_outputs` of `params` were compiled to.
+        """
         if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise RequestError(
                 f"priority={priority}: must be {-MAX_PRIORITY} to {MAX_PRIORITY}, lower is earlier", param="priority"
             )
         tokenizer = self.tokenizers.of(mix)
-        text, ids = self._tokens(prompt, tokenizer)
+        text, ids = self.tokens(prompt, tokenizer)
         params = params or SamplingParams()
-        self._check(ids, params, (mix and mix.vocabulary) or self.limits.vocab_size)
+        vocab = (mix and mix.vocabulary) or self.limits.vocab_size
+        self._check(ids, params, vocab)
+        ends = frozenset(end for end in tokenizer.eos_token_ids if end < vocab)
         request = Request(
             id=request_id or f"req-{uuid.uuid4().hex}",
             prompt_token_ids=tuple(ids),
@@ -91,7 +110,8 @@ class Intake:
             lora_request=lora_request,
             priority=priority,
             arrival_s=time.monotonic(),
-            eos_token_ids=None if tokenizer is self.tokenizers.base else tokenizer.eos_token_ids,
+            eos_token_ids=None if tokenizer is self.tokenizers.base else ends,
+            grammar=grammar,
         )
         if mix is not None and request.active_from == NEVER:
             version = mix.versions[0]
@@ -132,14 +152,22 @@ class Intake:
             weights[version] = weights.get(version, 0.0) + weight
         return Mix(tuple(weights.items())) if weights else None
 
-    def _tokens(self, prompt: Prompt | Messages, tokenizer: Tokenizer) -> tuple[str | None, list[int]]:
+    def tokens(
+        self, prompt: Prompt | Messages, tokenizer: Tokenizer, *, special: bool = True
+    ) -> tuple[str | None, list[int]]:
+        """The text of a prompt, where it has one, and its token ids, checked for nothing else.
+
+        `special`: a text gets what the tokenizer puts around a prompt.
+        """
         if isinstance(prompt, str):
             self._check_characters(prompt)
-            return prompt, tokenizer.encode(prompt)
+            return prompt, tokenizer.encode(prompt, special=special)
         if isinstance(prompt, Mapping):
             return self._tokens_of_mapping(prompt, tokenizer)
-        if prompt and all(isinstance(item, Mapping) for item in prompt):
-            text = tokenizer.chat(list(prompt))  # type: ignore[arg-type]
+        if not isinstance(prompt, Conversation) and prompt and all(isinstance(item, Mapping) for item in prompt):
+            prompt = Conversation(messages=list(prompt))  # type: ignore[arg-type]
+        if isinstance(prompt, Conversation):
+            text = tokenizer.chat(prompt)
             self._check_characters(text)
             return text, tokenizer.encode(text, special=False)
         if all(type(item) is int for item in prompt):
@@ -153,7 +181,7 @@ class Intake:
         if isinstance(ids, Sequence) and all(type(item) is int for item in ids):
             return text if isinstance(text, str) else None, list(ids)
         if isinstance(text, str):
-            return self._tokens(text, tokenizer)
+            return self.tokens(text, tokenizer)
         raise RequestError("a prompt mapping needs 'prompt' (a string) or 'prompt_token_ids'", param="prompt")
 
     def _check_characters(self, text: str) -> None:

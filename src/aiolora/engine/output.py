@@ -123,7 +123,7 @@ class _Answer:
         if self._logprobs is not None and top is not None:
             self._logprobs.append(top)
         self.finish_reason, self._stop_reason = delta.finish_reason, delta.stop_reason
-        silent = delta.stop_reason is not None and not self._shows_stop
+        silent = delta.finish_reason == "stop" and not self._shows_stop  # a stop token, or the end of the text
         text = "" if silent else self._stream.push(delta.token_id)
         if self.finish_reason is not None:
             text += self._stream.flush()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aiolora.engine.sequence import Sequence
-from aiolora.ops.sampling import greedy_op, penalise_op, report_op, sample_op
+from aiolora.ops.sampling import allow_op, greedy_op, penalise_op, report_op, sample_op
 
 
 @dataclass(slots=True)
@@ -89,10 +89,12 @@ class Sampler:
 
     def _edits(self, seq: Sequence) -> bool:
         params = seq.params
-        return bool(params.penalised or params.logit_bias or _num_output(seq) < params.min_tokens)
+        return bool(
+            params.penalised or params.logit_bias or _num_output(seq) < params.min_tokens or seq.matcher is not None
+        )
 
     def _edit(self, logits: Tensor, seqs: list[Sequence], previous: Tensor | None, rows: list[int]) -> Tensor:
-        """A float32 copy with bias, minimum length and penalties applied where asked for; else the logits as they are.
+        """A float32 copy with bias, minimum length, penalties and grammars applied where asked for; else the logits.
 
         No step of it reads the device on the host.
         """
@@ -126,6 +128,14 @@ class Sampler:
                         params.frequency_penalty,
                     )
                 )
+        constrained = [(place, seq.matcher.bits) for place, seq in enumerate(seqs) if seq.matcher is not None]
+        if constrained:
+            places = _upload([place for place, _ in constrained], torch.int64, device)
+            width = max(len(bits) for _, bits in constrained)
+            joined = bytearray(b"".join(bits.ljust(width, b"\0") for _, bits in constrained))
+            bits = torch.frombuffer(joined, dtype=torch.int32)
+            bits = (bits.pin_memory() if device.type == "cuda" else bits).to(device, non_blocking=True)
+            logits.index_copy_(0, places, allow_op(logits[places], bits.view(len(constrained), -1)))
         return logits
 
 

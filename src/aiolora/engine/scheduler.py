@@ -141,8 +141,8 @@ class Scheduler:
             if budget == 0:
                 break
             length = seq.length
-            if seq.status is not Status.RUNNING or length >= seq.max_length:
-                continue  # preempted for one before it; or the token in flight is its last
+            if seq.status is not Status.RUNNING or length >= seq.max_length or seq.unsure:
+                continue  # preempted for one before it; the token in flight is its last; or its grammar must see that
             count = min(length - seq.num_computed, budget)
             if self._grow(seq, seq.num_computed + count):
                 budget -= self._launch(batch, seq, count)
@@ -214,7 +214,7 @@ class Scheduler:
             if seq.mix is not None and self.shares.full(seq.mix):
                 limited.append(seq.mix)
                 continue
-            if not (self._slots.admits(seq) and self._on_device(seq.mix)) or self._held_back(seq):
+            if not (self._slots.admits(seq) and self._on_device(seq.mix)) or self._held_back(seq) or seq.unsure:
                 continue
             count = self._start(seq, budget)
             if count == 0:

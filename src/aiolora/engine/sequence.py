@@ -5,7 +5,7 @@ import random
 from array import array
 from hashlib import blake2b
 
-from aiolora.types import FinishReason, Mix, Request, SamplingParams
+from aiolora.types import FinishReason, Matcher, Mix, Request, SamplingParams
 
 PRIORITY_S = 10.0  # of waiting that a unit of priority is worth: nobody is overtaken for ever by those that come later
 _PROCESS_SECRET = random.SystemRandom().randbytes(32)  # so that nobody can craft prompts that collide in the cache
@@ -47,6 +47,8 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.started_s: float | None = None  # when it first left the queue, on the scheduler's clock
         self.holds = False  # pages and leases still to be given back once the last flight has landed
+        grammar = request.grammar
+        self.matcher: Matcher | None = None if grammar is None else grammar.begin(request.eos_token_ids)
         self.prompt_logprobs: list[tuple[tuple[int, float, int], ...] | None] = [None]
         self._keys: list[bytes] = []
 
@@ -70,6 +72,11 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.status is Status.FINISHED
+
+    @property
+    def unsure(self) -> bool:
+        """Whether nobody knows yet what may come next: its grammar has not seen the token in flight, or has no mask."""
+        return self.matcher is not None and (self.num_pending > 0 or not self.matcher.ready)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

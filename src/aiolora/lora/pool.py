@@ -61,12 +61,15 @@ class AdapterPool:
         self._copies = torch.cuda.Stream() if device.startswith("cuda") else None  # type: ignore[no-untyped-call]
 
     def attach(self, model: Decoder) -> None:
-        """Give every Linear inside the layers, the embedding and the head their Sites."""
+        """Give every Linear inside the layers, the embedding and the head their Sites; none where there is no room."""
         for layer, linear in model.linears():
             linear.site = self._site(self.layout.kind_of(layer, linear), layer)
         kinds = self.layout.page_kinds
-        model.embed.site = self._site(kinds.embedding, 0) if kinds.embedding >= 0 else None
-        model.head.site = self._site(kinds.head, 0) if kinds.head >= 0 else None
+        model.embed.site = self._end(kinds.embedding)
+        model.head.site = self._end(kinds.head)
+
+    def _end(self, kind: int) -> Site | None:
+        return self._site(kind, 0) if kind >= 0 and len(self._a[kind]) else None
 
     def _site(self, kind: int, layer: int) -> Site:
         return Site(

@@ -4,6 +4,8 @@ Randomness is one uniform number a row, drawn by the caller from (seed, position
 row's own logits and seed, whoever else is in the batch. Nothing depends on an order among equals, so no variant sorts.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,24 @@ def penalise(
     return x - frequency * uses - presence * (uses > 0)
 
 
+def allow(logits: Tensor, bits: Tensor) -> Tensor:
+    """`logits` [R, V] with -inf for tokens that are not allowed, float32.
+
+    `bits` [R, W] int32: bit i of word w is set where token 32 * w + i is allowed; tokens beyond the words are not.
+    """
+    x = logits.float()
+    bias = torch.nn.functional.embedding(bits.view(torch.uint8).int(), _bias_of_bytes(x.device)).flatten(1)
+    bias = torch.nn.functional.pad(bias, (0, max(x.shape[1] - bias.shape[1], 0)), value=-torch.inf)
+    return x + bias[:, : x.shape[1]]
+
+
+@cache
+def _bias_of_bytes(device: torch.device) -> Tensor:
+    """[256, 8]: what each byte of a mask adds to its eight logits (0.12 ms for 4 rows of 49k; selecting them: 0.55)."""
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
+    return torch.where(bits.bool(), 0.0, -torch.inf)
+
+
 def _logprobs(x: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities [B] of `tokens` [B] int64 under `x` [B, V] float32."""
     top = x.amax(-1, keepdim=True)
@@ -120,3 +140,4 @@ penalise_op = define(
     penalise,
     fake=lambda logits, prompt, output, repetition, presence, frequency: torch.empty_like(logits, dtype=torch.float32),
 )
+allow_op = define(allow, fake=lambda logits, bits: torch.empty_like(logits, dtype=torch.float32))

@@ -1,0 +1,177 @@
+"""Grammars: what an answer must match, compiled by llguidance; the only home of that library.
+
+StructuredOutputsParams -> Grammars.compile -> CompiledGrammar (any thread) -> begin() -> TokenMatcher (one answer's).
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+
+from aiolora.errors import RequestError
+from aiolora.types import StructuredOutputsParams
+
+COMPILE_TIMEOUT_S = 10.0  # the worst of 256 KB that was tried takes 0.8 s of one core
+MAX_SOURCE = 256 << 10
+_CACHE_NBYTES = 128 << 20
+_COMPILERS = 2
+# of one answer: 200k of fuel are some 15 ms a token, a state takes 1 to 2 KB
+_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# pretty-printed or not, but no model can put off its answer by blanks without end
+WHITESPACE = r"[ ]?|\n {0,40}"
+
+
+class TokenMatcher:
+    """Where one answer is in its grammar. `bits` and `error` may be read while `ready`.
+
+    `ends`: tokens that end the answer wherever `end` may. `advance` is called by one thread at a time.
+    """
+
+    __slots__ = ("_end", "_ends", "_matcher", "bits", "error", "ready")
+
+    def __init__(self, matcher: LLMatcher, bits: bytes, end: int, ends: Collection[int]) -> None:
+        self._matcher = matcher
+        self._end, self._ends = end, ends
+        self.bits = self._with_ends(bits)  # int32 words, a bit a token from the lowest on: which may come next
+        self.error: str | None = None
+        self.ready = True
+
+    def advance(self, token: int) -> None:
+        """Take `token` in and compute the next mask, without the GIL; `ready` afterwards, be it with an `error`."""
+        try:
+            if self._matcher.consume_token(token):
+                self.bits = self._with_ends(self._matcher.compute_bitmask())
+            self.error = self._matcher.get_error() or None
+        except BaseException as error:  # a panic of the library is one: it is nobody else's business
+            self.error = repr(error)
+        self.ready = True
+
+    def _with_ends(self, bits: bytes) -> bytes:
+        """As many words more as the ends need: those of an adapter may be tokens that the base has not."""
+        if not self._ends or not bits[self._end // 8] >> self._end % 8 & 1:
+            return bits
+        more = bytearray(bits.ljust(4 * (max(self._ends) // 32 + 1), b"\0"))
+        for end in self._ends:
+            more[end // 8] |= 1 << end % 8
+        return bytes(more)
+
+
+class CompiledGrammar:
+    """A grammar at its beginning, over the base's tokens, one of which ends a text: `end`. Immutable; any thread."""
+
+    def __init__(self, matcher: LLMatcher, end: int) -> None:
+        self._matcher = matcher
+        self._bits = matcher.compute_bitmask()
+        self._end = end
+
+    def begin(self, ends: Collection[int] | None = None) -> TokenMatcher:
+        """A matcher for one more answer; copies nothing large (1 us).
+
+        `ends`: of an adapter with a tokenizer of its own. What it adds else to the base's tokens is never allowed.
+        """
+        return TokenMatcher(self._matcher.deep_copy(), self._bits, self._end, ends or ())
+
+
+class Grammars:
+    """Compiles grammars in threads of its own, each once, and keeps those used last, up to some bytes.
+
+    Owned by the loop, or by a blocking caller.
+    """
+
+    def __init__(self, tokenizer_json: str, *, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        """Holds the GIL for about a second a 50k tokens: call it where nobody is served yet."""
+        ends = sorted(end for end in eos_token_ids if end < vocab_size)
+        self._tokenizer: LLTokenizer | None = None
+        self._why_not = "the model names no token that ends a text"
+        if ends:
+            try:
+                self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=ends)
+            except Exception as error:  # whatever llguidance does not read: everything else is served all the same
+                self._why_not = f"its tokenizer is not one that can be constrained: {error}"
+        self._pool = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="aiolora-grammar")
+        self._cache: OrderedDict[str, Future[CompiledGrammar | str]] = OrderedDict()
+        self._nbytes = 0
+
+    def compile(self, wanted: StructuredOutputsParams) -> Future[CompiledGrammar | str]:
+        """The grammar, once it is compiled, or why it cannot be: see `usable`. Never cancel the future.
+
+        Raises `RequestError` for what need not be tried.
+        """
+        if self._tokenizer is None:
+            raise RequestError(f"structured_outputs cannot be had: {self._why_not}", param="structured_outputs")
+        source = _source(wanted)
+        found = self._cache.get(source)
+        if found is not None:
+            self._cache.move_to_end(source)
+            return found
+        compiled = self._cache[source] = self._pool.submit(_compile, self._tokenizer, source)
+        self._nbytes += _nbytes(source)
+        while self._nbytes > _CACHE_NBYTES and len(self._cache) > 1:
+            dropped, _ = self._cache.popitem(last=False)
+            self._nbytes -= _nbytes(dropped)
+        return compiled
+
+
+def _compile(tokenizer: LLTokenizer, source: str) -> CompiledGrammar | str:
+    """In a worker thread; drops the GIL."""
+    try:
+        matcher = LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
+        compiled = None if matcher.is_error() else CompiledGrammar(matcher, tokenizer.eos_token)
+    except BaseException as error:  # a panic of the library is one
+        return _brief(repr(error))
+    return _brief(matcher.get_error()) if matcher.is_error() or compiled is None else compiled
+
+
+def usable(compiled: CompiledGrammar | str) -> CompiledGrammar:
+    """What `Grammars.compile` brought. Raises `RequestError`, one of each caller's own, where it is no grammar."""
+    if isinstance(compiled, str):
+        raise RequestError(f"structured_outputs: {compiled}", param="structured_outputs")
+    return compiled
+
+
+def too_slow() -> RequestError:
+    """What a caller is told whose grammar was not compiled in time."""
+    return RequestError(
+        f"structured_outputs was not compiled within {COMPILE_TIMEOUT_S:g} s; make it smaller or try again",
+        param="structured_outputs",
+    )
+
+
+def _source(wanted: StructuredOutputsParams) -> str:
+    """What llguidance compiles; equal sources mean equal grammars. Raises `RequestError`."""
+    try:
+        if wanted.json_object:
+            source = _schema({"type": "object"})
+        elif wanted.json is not None:
+            source = _schema(wanted.json)
+        elif wanted.regex is not None:
+            source = LLMatcher.grammar_from_regex(wanted.regex)
+        elif wanted.choice is not None:
+            source = LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in wanted.choice))
+        else:
+            source = LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar or ""))
+    except Exception as error:  # of a schema or grammar that is malformed, llguidance raises several
+        raise RequestError(f"structured_outputs: {_brief(str(error))}", param="structured_outputs") from None
+    if len(source) > MAX_SOURCE:
+        raise RequestError(
+            f"structured_outputs has {len(source)} characters; the limit is {MAX_SOURCE}", param="structured_outputs"
+        )
+    return source
+
+
+def _schema(schema: dict[str, object] | str | bool) -> str:
+    text = schema if isinstance(schema, str) else json.dumps(schema)
+    source: str = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+    return source
+
+
+def _nbytes(source: str) -> int:
+    """About what a compiled grammar takes: 70 KB to 210 KB for schemas of 120 to 1,400 characters."""
+    return 100 * (1024 + len(source))
+
+
+def _brief(message: str) -> str:
+    return message.split("\n<state>")[0].strip()[:500]
