@@ -3,7 +3,6 @@
 A request names an adapter; inside, it carries an `AdapterVersion` (which bytes) in a `Mix` (deltas that add up).
 """
 
-import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
@@ -25,6 +24,7 @@ MAX_LOGPROBS = 100
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_TOKEN_IDS = 1024
+MAX_BIAS = 1e15  # whatever else a request wants of its logits, they stay finite in float32
 NEVER = sys.maxsize  # a position that no sequence reaches
 
 
@@ -75,10 +75,13 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     top_k: Annotated[int, Meta(ge=-1, description="keep the k most likely tokens; 0 or -1: all")] = 0
     top_p: Annotated[float, Meta(gt=0, le=1, description="keep the smallest set of that probability")] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1, description="drop tokens under min_p times the likeliest")] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100, description="over prompt and output; 1: none")] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100, description="over prompt and output; 1: none")] = 1.0
     presence_penalty: Annotated[float, Meta(ge=-2, le=2, description="over the output; 0: none")] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2, description="over the output, per use; 0: none")] = 0.0
-    logit_bias: Annotated[dict[int, float] | None, Meta(description="token id -> added to its logit")] = None
+    logit_bias: Annotated[
+        dict[int, Annotated[float, Meta(ge=-MAX_BIAS, le=MAX_BIAS)]] | None,
+        Meta(description="token id -> added to its logit"),
+    ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None, Meta(description="same seed, same tokens")
     ] = None
@@ -117,10 +120,6 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
         for name, given in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias or ())):
             if len(given) > MAX_TOKEN_IDS:
                 raise RequestError(f"{name} has {len(given)} token ids, the limit is {MAX_TOKEN_IDS}", param=name)
-        if self.logit_bias and any(not math.isfinite(bias) for bias in self.logit_bias.values()):
-            raise RequestError(
-                f"logit_bias={self.logit_bias!r}: every bias must be a finite number", param="logit_bias"
-            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} is over max_tokens={self.max_tokens}", param="min_tokens")
         if self.structured_outputs is not None and (self.min_tokens or self.ignore_eos):

@@ -18,9 +18,9 @@ from aiolora.errors import ConfigError
 Connection: TypeAlias = ASGIConnection[BaseRouteHandler, object, object, State]
 Access: TypeAlias = Literal["open", "key", "whole", "admin"]  # "whole": a key that may use every adapter
 
-OPEN: dict[str, Access] = {"access": "open"}  # `opt` of a route; without one it takes a key
-WHOLE: dict[str, Access] = {"access": "whole"}
-ADMIN: dict[str, Access] = {"access": "admin"}
+OPEN: dict[str, object] = {"access": "open"}  # `opt` of a route; without one it takes a key
+WHOLE: dict[str, object] = {"access": "whole"}
+ADMIN: dict[str, object] = {"access": "admin"}
 
 
 class _Key(Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,6 +50,12 @@ class Keys:
         if caller is None:
             raise NoKeyError("no valid API key: send one as `Authorization: Bearer KEY`")
         return caller
+
+    def needed(self, access: Access) -> bool:
+        """Whether nobody gets there without a key."""
+        if access == "open" or self._stranger is None:
+            return access != "open"
+        return access == "admin" and not self._stranger.admin
 
     def _add(self, field: str, items: Iterable[str], *, admin: bool) -> None:
         for number, item in enumerate(items):

@@ -80,7 +80,14 @@ class AdapterList(Struct, frozen=True):
     object: Literal["list"] = "list"
 
 
-@post("/v1/load_lora_adapter", status_code=200, operation_id="load_lora_adapter", tags=["adapters"], opt=ADMIN)
+@post(
+    "/v1/load_lora_adapter",
+    status_code=200,
+    operation_id="load_lora_adapter",
+    tags=["adapters"],
+    media_type=MediaType.TEXT,
+    opt=ADMIN | {"reads": LoadAdapter, "fails": (404, 422)},
+)
 async def load_lora_adapter(request: HTTPRequest, serving: Served, environment: Allowed) -> Response[str]:
     """Read and check an adapter whole, then serve it. `load_inplace` replaces; what fails leaves the old one serving.
 
@@ -109,7 +116,14 @@ async def load_lora_adapter(request: HTTPRequest, serving: Served, environment: 
     return Response(f"Success: LoRA adapter '{name}' added successfully", media_type=MediaType.TEXT)
 
 
-@post("/v1/unload_lora_adapter", status_code=200, operation_id="unload_lora_adapter", tags=["adapters"], opt=ADMIN)
+@post(
+    "/v1/unload_lora_adapter",
+    status_code=200,
+    operation_id="unload_lora_adapter",
+    tags=["adapters"],
+    media_type=MediaType.TEXT,
+    opt=ADMIN | {"reads": UnloadAdapter, "fails": (404,)},
+)
 async def unload_lora_adapter(request: HTTPRequest, serving: Served, environment: Allowed) -> Response[str]:
     """Forget an adapter, or an alias. Requests under way finish on it, and what it takes is free after the last."""
     _check_switch(environment)
@@ -138,7 +152,8 @@ async def lora_adapters(serving: Served) -> AdapterList:
     status_code=200,
     operation_id="change_lora_adapter",
     tags=["adapters"],
-    opt=ADMIN,
+    media_type=MediaType.TEXT,
+    opt=ADMIN | {"reads": (Alias, AdapterPolicy, RollBack), "fails": (404, 422)},
 )
 async def change_lora_adapter(
     name_and_verb: FromPath[str], request: HTTPRequest, serving: Served, environment: Allowed

@@ -16,6 +16,7 @@ from aiolora.api.access import Guard, Keys
 from aiolora.api.adapters import change_lora_adapter, load_lora_adapter, lora_adapters, unload_lora_adapter
 from aiolora.api.chat import chat_completions
 from aiolora.api.completions import completions
+from aiolora.api.document import complete
 from aiolora.api.embeddings import embeddings
 from aiolora.api.errors import answer_error, answer_http_error
 from aiolora.api.metrics import Meter, metrics
@@ -60,7 +61,7 @@ def create_app(
     meter = Meter(engine, base, adapter_labels=args.adapter_labels)
     tracing = None if args.otlp_endpoint is None else _tracing(args.otlp_endpoint)
     serving = Serving(engine, base, meter, tracing)
-    door, pulse = Door(log=args.access_log), Pulse(engine, args.ready_timeout)
+    door, pulse, keys = Door(log=args.access_log), Pulse(engine, args.ready_timeout), Keys(args)
     if any(module.lora_name == serving.base for module in lora_modules):
         raise ConfigError(f"lora_modules: {serving.base!r} is the name of the base model; choose another")
 
@@ -109,7 +110,7 @@ def create_app(
             "pulse": Provide(lambda: pulse, use_cache=True, sync_to_thread=False),
             "door": Provide(lambda: door, use_cache=True, sync_to_thread=False),
         },
-        guards=[Guard(Keys(args), door)],
+        guards=[Guard(keys, door)],
         cors_config=CORSConfig(allow_origins=list(args.cors_origin), expose_headers=_EXPOSED)
         if args.cors_origin
         else None,
@@ -121,6 +122,7 @@ def create_app(
     )
     app.asgi_handler = door.before(app.asgi_handler)  # outside everything, so that no answer lacks its id
     app.state[_DOOR] = door
+    complete(app, keys)
     return app
 
 

@@ -8,6 +8,7 @@ from litestar import Response, post
 from msgspec import UNSET, structs
 
 from aiolora.api.decode import decode, sampling, structure
+from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
 from aiolora.api.messages import conversation, messages_of
 from aiolora.api.serving import Served, Serving
@@ -37,7 +38,13 @@ from aiolora.errors import RequestError
 from aiolora.types import CompletionOutput, FinishReason, Logprob, SamplingParams, TokenOutput
 
 
-@post("/v1/chat/completions", status_code=200, operation_id="chat_completions", tags=["generation"])
+@post(
+    "/v1/chat/completions",
+    status_code=200,
+    operation_id="chat_completions",
+    tags=["generation"],
+    opt={"reads": ChatRequest, "streams": ChatChunk, "fails": GENERATES},
+)
 async def chat_completions(request: HTTPRequest, serving: Served) -> Response[ChatCompletion]:
     """Answer a conversation, n times."""
     said = decode(ChatRequest, await request.body())

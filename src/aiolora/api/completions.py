@@ -9,6 +9,7 @@ from litestar import Response, post
 from msgspec import UNSET, structs
 
 from aiolora.api.decode import decode, sampling, structure
+from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
 from aiolora.api.serving import Served
 from aiolora.api.sse import CHUNKS
@@ -30,7 +31,13 @@ Scored: TypeAlias = tuple[int, dict[int, Logprob] | None]  # a token, and what w
 End: TypeAlias = tuple[FinishReason | None, int | str | None]  # finish reason, stop reason
 
 
-@post("/v1/completions", status_code=200, operation_id="completions", tags=["generation"])
+@post(
+    "/v1/completions",
+    status_code=200,
+    operation_id="completions",
+    tags=["generation"],
+    opt={"reads": CompletionRequest, "streams": Completion, "fails": GENERATES},
+)
 async def completions(request: HTTPRequest, serving: Served) -> Response[Completion]:
     """Continue one prompt or several, each n times; choice i of prompt p has the index p * n + i."""
     said = decode(CompletionRequest, await request.body())

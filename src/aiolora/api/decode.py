@@ -16,8 +16,8 @@ G = TypeVar("G", bound=GenerationRequest)
 _PLACE = re.compile(r" - at `(?:key` in `)?\$\.?(?P<place>[^`]*)`")
 _MISSING = re.compile(r"missing required field `(?P<field>\w+)`")
 
-_NOTHING: tuple[object, ...] = (None, False, "", [], {})
-_UNSERVED: dict[str, tuple[object, ...]] = {  # field -> values that ask for nothing, besides the empty ones
+NOTHING: tuple[object, ...] = (None, False, "", [], {})  # values of a field that is not served which ask for nothing
+_UNSERVED: dict[str, tuple[object, ...]] = {  # field -> values that ask for nothing either
     "allowed_token_ids": (),
     "bad_words": (),
     "truncate_prompt_tokens": (),
@@ -30,8 +30,8 @@ _UNSERVED: dict[str, tuple[object, ...]] = {  # field -> values that ask for not
     "audio": (),
     "web_search_options": (),
 }
-_SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "structured_outputs"}
-# the others: same name, same meaning
+# fields of a body that have the name and the meaning of one there
+SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs", "structured_outputs"}
 _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
 
@@ -51,7 +51,7 @@ def decode(shape: type[G], body: bytes) -> G:
     """A request to generate, as `parse`; what it asks for is served, or a `RequestError` says what is not."""
     request = parse(shape, body)
     for name, value in msgspec.structs.asdict(request).items():
-        if name in _UNSERVED and value not in _NOTHING and value not in _UNSERVED[name]:
+        if name in _UNSERVED and value not in NOTHING and value not in _UNSERVED[name]:
             raise RequestError(f"{name} is not served; leave it out", param=name)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is only for stream=true", param="stream_options")
@@ -70,7 +70,7 @@ def sampling(
     Raises `RequestError` for a value out of bounds.
     """
     said = msgspec.structs.asdict(request).items()
-    given = {name: value for name, value in said if name in _SAMPLING and value is not None}
+    given = {name: value for name, value in said if name in SAMPLING and value is not None}
     structured = structured or structure(request)[1]
     return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, structured_outputs=structured)
 

@@ -23,6 +23,7 @@ from aiolora.errors import (
     AdapterResolveError,
     AioloraError,
     EngineDeadError,
+    GrammarError,
     NonFiniteLogitsError,
     PromptTooLongError,
     RequestError,
@@ -100,6 +101,7 @@ _TABLE: dict[type[BaseException], _Row] = {
     AdapterBusyError: _Row(429, "tokens", "rate_limit_exceeded"),
     AdapterConflictError: _Row(400, "invalid_request_error", "adapter_conflict"),
     AdapterError: _Row(422, "invalid_request_error", "adapter_unusable"),
+    GrammarError: _Row(400, "invalid_request_error", "grammar_failed"),
     NonFiniteLogitsError: _Row(500, "server_error", "non_finite_logits"),
     EngineDeadError: _Row(503, "server_error", "engine_dead", "the engine has stopped; the server must be restarted"),
     NoKeyError: _Row(

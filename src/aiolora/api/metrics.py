@@ -278,7 +278,13 @@ def _counter(name: str, says: str, rows: Sequence[tuple[list[str], float]], labe
 Metered: TypeAlias = NamedDependency[Meter]
 
 
-@route("/metrics", http_method=[HttpMethod.GET, HttpMethod.HEAD], tags=["system"], opt=WHOLE)
+@route(
+    "/metrics",
+    http_method=[HttpMethod.GET, HttpMethod.HEAD],
+    tags=["system"],
+    media_type=CONTENT_TYPE_LATEST,
+    opt=WHOLE,
+)
 async def metrics(meter: Metered) -> Response[bytes]:
     """Prometheus' text format. It names adapters, so it takes a key that may use every one."""
     return Response(generate_latest(meter.registry), media_type=CONTENT_TYPE_LATEST)

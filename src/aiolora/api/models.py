@@ -35,7 +35,7 @@ async def models(serving: Served) -> ModelList:
     return ModelList([_base_card(serving), *(_card(serving, name) for name in serving.names())])
 
 
-@get("/v1/models/{model_id:path}", operation_id="model", tags=["models"])
+@get("/v1/models/{model_id:path}", operation_id="model", tags=["models"], opt={"fails": (404,)})
 async def model(model_id: FromPath[str], serving: Served) -> ModelCard:
     """One card. A name may hold slashes."""
     name = model_id.removeprefix("/")

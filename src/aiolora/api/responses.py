@@ -7,10 +7,11 @@ from litestar import Response, post
 from msgspec import structs
 
 from aiolora.api.chat import prepare
-from aiolora.api.decode import parse
+from aiolora.api.decode import NOTHING, parse
+from aiolora.api.document import GENERATES
 from aiolora.api.errors import HTTPRequest, naming
 from aiolora.api.responses_reply import ResponseReply
-from aiolora.api.responses_wire import InputItem, ModelResponse, NamedFunction, ResponsesRequest
+from aiolora.api.responses_wire import InputItem, ModelResponse, NamedFunction, ResponsesRequest, StreamEvent
 from aiolora.api.serving import Served
 from aiolora.api.wire import (
     ChatRequest,
@@ -33,12 +34,18 @@ _OTHERWISE = {"tools", "tool_choice", "stream", "top_logprobs"}
 _SAME = set(ResponsesRequest.__struct_fields__) & set(ChatRequest.__struct_fields__) - _OTHERWISE
 
 
-@post("/v1/responses", status_code=200, operation_id="responses", tags=["generation"])
+@post(
+    "/v1/responses",
+    status_code=200,
+    operation_id="responses",
+    tags=["generation"],
+    opt={"reads": ResponsesRequest, "streams": StreamEvent, "fails": GENERATES},
+)
 async def responses(request: HTTPRequest, serving: Served) -> Response[ModelResponse]:
     """Answer a conversation."""
     said = parse(ResponsesRequest, await request.body())
     for name in _UNSERVED:
-        if getattr(said, name) not in (None, False):
+        if getattr(said, name) not in NOTHING:
             raise RequestError(f"{name} is not served: send the whole conversation as input", param=name)
     response_id = f"resp_{uuid.uuid4().hex}"
     with naming(messages="input", max_completion_tokens="max_output_tokens", response_format="text.format"):

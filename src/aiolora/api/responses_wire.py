@@ -4,7 +4,7 @@ from typing import Literal, TypeAlias
 
 from msgspec import UNSET, Struct, UnsetType
 
-from aiolora.api.wire import ChatTokenLogprob, ContentPart
+from aiolora.api.wire import ChatTokenLogprob, ContentPart, Unserved
 
 # ---- requests ----
 
@@ -86,10 +86,10 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     min_tokens: int | None = None
     chat_template_kwargs: dict[str, object] | None = None
     # not served: nothing is kept from one response to the next
-    previous_response_id: object = None
-    conversation: object = None
-    prompt: object = None
-    background: object = None
+    previous_response_id: Unserved = None
+    conversation: Unserved = None
+    prompt: Unserved = None
+    background: Unserved = None
 
     @property
     def wants_logprobs(self) -> bool:

@@ -5,6 +5,7 @@ from litestar import post
 from msgspec import Struct
 
 from aiolora.api.decode import parse
+from aiolora.api.document import NAMES
 from aiolora.api.errors import HTTPRequest
 from aiolora.api.messages import conversation, messages_of
 from aiolora.api.serving import Served, Serving
@@ -49,7 +50,13 @@ class Text(Struct, frozen=True):
     prompt: str
 
 
-@post("/tokenize", status_code=200, operation_id="tokenize", tags=["tokens"])
+@post(
+    "/tokenize",
+    status_code=200,
+    operation_id="tokenize",
+    tags=["tokens"],
+    opt={"reads": TokenizeRequest, "fails": NAMES},
+)
 async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
     """The tokens of a text, or of a conversation as the model's template puts it."""
     said = parse(TokenizeRequest, await request.body())
@@ -70,7 +77,13 @@ async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
     return await anyio.to_thread.run_sync(work)  # a body may be megabytes, and others stream on this loop
 
 
-@post("/detokenize", status_code=200, operation_id="detokenize", tags=["tokens"])
+@post(
+    "/detokenize",
+    status_code=200,
+    operation_id="detokenize",
+    tags=["tokens"],
+    opt={"reads": DetokenizeRequest, "fails": NAMES},
+)
 async def detokenize(request: HTTPRequest, serving: Served) -> Text:
     """The text of tokens, special ones included."""
     said = parse(DetokenizeRequest, await request.body())

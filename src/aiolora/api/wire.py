@@ -9,6 +9,11 @@ from aiolora.types import FinishReason, Logprob, RequestOutput, StructuredOutput
 
 # ---- requests ----
 
+# a field that OpenAI has, or had; `decode` refuses it where it asks for something
+Unserved: TypeAlias = Annotated[
+    object, Meta(description="not served", extra_json_schema={"enum": [None, False, "", [], {}]})
+]
+
 
 class StreamOptions(Struct, frozen=True):
     """What a stream brings besides tokens."""
@@ -62,10 +67,9 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    # not served: refused by `decode` when they ask for something
-    allowed_token_ids: object = None
-    bad_words: object = None
-    truncate_prompt_tokens: object = None
+    allowed_token_ids: Unserved = None
+    bad_words: Unserved = None
+    truncate_prompt_tokens: Unserved = None
 
     @property
     def wants_usage(self) -> bool:
@@ -80,7 +84,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
-    suffix: object = None
+    suffix: Unserved = None
 
 
 class ContentPart(Struct, frozen=True):
@@ -158,14 +162,13 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
-    # not served: refused by `decode` when they ask for something
-    functions: object = None
-    function_call: object = None
-    chat_template: object = None
-    documents: object = None
-    modalities: object = None
-    audio: object = None
-    web_search_options: object = None
+    functions: Unserved = None
+    function_call: Unserved = None
+    chat_template: Unserved = None
+    documents: Unserved = None
+    modalities: Unserved = None
+    audio: Unserved = None
+    web_search_options: Unserved = None
 
 
 # ---- responses ----
