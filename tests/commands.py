@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import httpx
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -68,13 +66,13 @@ def free_port() -> int:
 
 
 def _wait_until_answering(server: "subprocess.Popen[bytes]", port: int) -> None:
-    """Whatever it answers: servers here listen when their engines have started."""
+    """Servers here listen when their engines have started."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert server.poll() is None, "the server ended"
         try:
-            httpx.get(f"http://127.0.0.1:{port}/health")
-        except httpx.TransportError:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
             time.sleep(0.1)
         else:
             return
