@@ -86,6 +86,7 @@ def _rope_store_kernel(
     head = tl.program_id(1) * HEADS
     half: tl.constexpr = D // 2
     turned: tl.constexpr = R // 2
+    still: tl.constexpr = 1.0 if R != D else 0.0  # cosine of what does not turn; without any, nobody reads it
     width: tl.constexpr = (H + 2 * G) * D
     m = tl.arange(0, BM)
     d = tl.arange(0, HALF)
@@ -117,7 +118,7 @@ def _rope_store_kernel(
     slot = tl.load(slots + tokens, ok, -1).to(tl.int64)
     position = tl.load(positions + tokens, ok, 0)
     angle = cos_sin + position.to(tl.int64)[:, None] * R + d[None, :]
-    cos = tl.load(angle, ok[:, None] & turns[None, :], 1.0)
+    cos = tl.load(angle, ok[:, None] & turns[None, :], still)
     sin = tl.load(angle + turned, ok[:, None] & turns[None, :], 0.0)
     if PDL:
         gdc_wait()
