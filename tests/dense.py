@@ -1,14 +1,18 @@
 """Shapes of the dense families for `tests.tiny`, each switch of a family on and off in some of them."""
 
 from transformers import (
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
+    MinistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
+    SeedOssConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -69,6 +73,24 @@ DENSE: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     "granite biased": (GraniteConfig, _GRANITE | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     "olmo2": (Olmo2Config, {}),
     "olmo2 biased, every head its own": (Olmo2Config, {"attention_bias": True, "num_key_value_heads": 4}),
+    "olmo3": (
+        Olmo3Config,
+        _MIXED
+        | {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            }
+        },
+    ),
+    "exaone4": (Exaone4Config, _MIXED),
+    "seed_oss": (SeedOssConfig, {"head_dim": 16, "attention_bias": True, "attention_out_bias": False}),
+    "ministral": (MinistralConfig, _MIXED | {"head_dim": 16}),
     "smollm3": (SmolLM3Config, _SMOLLM | {"no_rope_layer_interval": 2}),
     "smollm3 windowed": (
         SmolLM3Config,

@@ -39,16 +39,20 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "every norm": {"target_modules": "all-linear", "r": 2, "lora_alpha": 2, "modules_to_save": ["norm"]},
 }
 KNOWN_AS = {
+    "exaone4": "EXAONE 4",
     "gemma": "Gemma, CodeGemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text: 270M, 1B)",
     "granite": "Granite 3 and 4, dense",
     "llama": "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM 1 and 2, and all that share the architecture",
+    "ministral": "Ministral (8B, 2410)",
     "mistral": "Mistral",
     "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
     "phi3": "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3, dense",
+    "seed_oss": "Seed-OSS",
     "smollm3": "SmolLM3",
     "starcoder2": "StarCoder2",
 }

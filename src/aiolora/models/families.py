@@ -1,6 +1,6 @@
 """Model families as data: what their Hugging Face config means for the one decoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ _OUTPUTS_NORMED = LayerNorms(
     before_mlp="pre_feedforward_layernorm",
     after_mlp="post_feedforward_layernorm",
 )
+_OUTPUTS_ONLY = _OUTPUTS_NORMED._replace(before_attention=None, before_mlp=None)
 
 
 def _llama(hf: Any) -> dict[str, object]:
@@ -54,12 +55,7 @@ def _gemma2(hf: Any) -> dict[str, object]:
 
 def _gemma3(hf: Any) -> dict[str, object]:
     """Its attention has no cap, whatever the config says, and a rope of its own where there is a window."""
-    ropes = {kind: _rope(hf, _head_dim(hf), kind) for kind in set(hf.layer_types)}
-    return _gemma2(hf) | {
-        "attention_cap": 0.0,
-        "qk_norm": "head",
-        "ropes": tuple(ropes[kind] for kind in hf.layer_types),
-    }
+    return _gemma2(hf) | {"attention_cap": 0.0, "qk_norm": "head", "ropes": _typed_ropes(hf)}
 
 
 def _phi3(hf: Any) -> dict[str, object]:
@@ -85,17 +81,31 @@ def _granite(hf: Any) -> dict[str, object]:
 
 
 def _olmo2(hf: Any) -> dict[str, object]:
-    return _biases(hf) | {"qk_norm": "all", "norms": _OUTPUTS_NORMED._replace(before_attention=None, before_mlp=None)}
+    return _biases(hf) | {"qk_norm": "all", "norms": _OUTPUTS_ONLY}
+
+
+def _olmo3(hf: Any) -> dict[str, object]:
+    return _olmo2(hf) | {"windows": _typed_windows(hf), "ropes": _typed_ropes(hf)}
+
+
+def _exaone4(hf: Any) -> dict[str, object]:
+    turning = [hf.sliding_window is None or kind == "sliding_attention" for kind in hf.layer_types]
+    return {"qk_norm": "head", "norms": _OUTPUTS_ONLY, "windows": _typed_windows(hf), "ropes": _some_ropes(hf, turning)}
 
 
 def _smollm3(hf: Any) -> dict[str, object]:
-    """Layers without positions turn q and k by no angle."""
-    dim = _head_dim(hf)
-    rope, nope = _rope(hf, dim), Rope((0.0,) * (dim // 2))
     return _llama(hf) | {
-        "ropes": tuple(rope if turns else nope for turns in hf.no_rope_layers[: hf.num_hidden_layers]),
+        "ropes": _some_ropes(hf, hf.no_rope_layers[: hf.num_hidden_layers]),
         "windows": _typed_windows(hf) if hf.use_sliding_window else (0,) * hf.num_hidden_layers,
     }
+
+
+def _seed_oss(hf: Any) -> dict[str, object]:
+    return _llama(hf) | {"o_bias": bool(hf.attention_out_bias)}
+
+
+def _ministral(hf: Any) -> dict[str, object]:
+    return {"windows": _typed_windows(hf)}
 
 
 def _starcoder2(hf: Any) -> dict[str, object]:
@@ -115,16 +125,20 @@ def _starcoder2(hf: Any) -> dict[str, object]:
 
 
 FAMILIES: dict[str, Switches] = {
+    "exaone4": _exaone4,
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
     "granite": _granite,
     "llama": _llama,
+    "ministral": _ministral,
     "mistral": _mistral,
     "olmo2": _olmo2,
+    "olmo3": _olmo3,
     "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "seed_oss": _seed_oss,
     "smollm3": _smollm3,
     "starcoder2": _starcoder2,
 }
@@ -177,6 +191,19 @@ def _head_dim(hf: Any) -> int:
 
 def _typed_windows(hf: Any) -> tuple[int, ...]:
     return tuple(hf.sliding_window if kind == "sliding_attention" else 0 for kind in hf.layer_types)
+
+
+def _typed_ropes(hf: Any) -> tuple[Rope, ...]:
+    """Of a config that has rope parameters for each type of layer."""
+    ropes = {kind: _rope(hf, _head_dim(hf), kind) for kind in set(hf.layer_types)}
+    return tuple(ropes[kind] for kind in hf.layer_types)
+
+
+def _some_ropes(hf: Any, turning: Sequence[bool]) -> tuple[Rope, ...]:
+    """Layers without positions (NoPE, arXiv 2305.19466) turn q and k by no angle."""
+    dim = _head_dim(hf)
+    rope, none = _rope(hf, dim), Rope((0.0,) * (dim // 2))
+    return tuple(rope if turns else none for turns in turning)
 
 
 def _rope(hf: Any, rotated: int, kind: str | None = None) -> Rope:
