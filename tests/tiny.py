@@ -37,6 +37,7 @@ from aiolora.models.decoder import Decoder
 from aiolora.models.loading import load_decoder
 from aiolora.ops import native
 from aiolora.types import LoRARequest, Request, RequestOutput, SamplingParams
+from tests.dense import DENSE
 
 VOCAB = 96  # few enough that logprobs can ask for all of them
 EOS = 2
@@ -93,6 +94,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
             "max_window_layers": 0,
         },
     ),
+    **DENSE,
 }
 
 
@@ -103,7 +105,7 @@ def fill(module: nn.Module, seed: int) -> None:
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.2 * noise)
+                parameter.add_(0.2 * noise)  # to one, or to zero where the model adds one to it
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:
