@@ -20,10 +20,13 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from aiolora.config import EngineArgs
@@ -93,6 +96,38 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
             "max_window_layers": 0,
         },
     ),
+    "mixtral": (MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 11}),
+    "qwen2-moe": (
+        Qwen2MoeConfig,
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "qwen2-moe normalised": (
+        Qwen2MoeConfig,
+        {
+            "num_experts": 9,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
 }
 
 
@@ -107,7 +142,7 @@ def fill(module: nn.Module, seed: int) -> None:
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
 def make_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes: object) -> Path:

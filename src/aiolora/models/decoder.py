@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
 from aiolora.models.layers import Embedding, Linear, Norm
+from aiolora.models.moe import ExpertLinear, MoE, MoEConfig
 from aiolora.ops.activation import gated
 from aiolora.ops.attention import attention_op, stored
 from aiolora.ops.blocks import OwnNorms, own_logits_op, own_norm_op
-from aiolora.ops.linear import Partial, complete_op, shrink_op
+from aiolora.ops.linear import Partial, Routing, complete_op, shrink_op
 from aiolora.ops.norm import norm_after
+
+
+CHECKPOINTED = (Linear, ExpertLinear, Embedding, Norm)  # modules that own tensors of a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm on each head of q and k before the rotation (Qwen3)
+    moe: MoEConfig | None = None  # experts in the place of the MLP, in some layers or all
+    spellings: tuple[tuple[str, str], ...] = ()  # other checkpoints have the second part of a name for the first
 
 
 class Layer(nn.Module):
@@ -66,6 +72,10 @@ class Layer(nn.Module):
         self.k_norm = norm(f"{attn}.k_norm", config.head_dim) if config.qk_norm else None
         self.o = linear(heads, {f"{attn}.o_proj": hidden}, config.o_bias)
         self.post_norm = norm(f"{name}.post_attention_layernorm", hidden)
+        self.moe = None
+        if config.moe is not None and index in config.moe.layers:
+            self.moe = MoE(name, hidden, config.moe, dtype, device)
+            return
         self.gate_up = linear(hidden, gate_up, config.mlp_bias)
         self.down = linear(config.intermediate_size, {f"{mlp}.down_proj": hidden}, config.mlp_bias)
 
@@ -90,9 +100,16 @@ class Layer(nn.Module):
         )
         x, residual = norm_after(self.o(seen, step.routing), residual, self.post_norm.weight, self.post_norm.eps)
         x = own_norm(step.own_norms, x, residual, 2 * self.index + 1, self.post_norm)
-        inner = gated(self.gate_up(x, step.routing))
-        x, residual = norm_after(self.down(inner, step.routing), residual, next_norm.weight, next_norm.eps)
+        x, residual = norm_after(self.mlp(x, step.routing), residual, next_norm.weight, next_norm.eps)
         return own_norm(step.own_norms, x, residual, 2 * self.index + 2, next_norm), residual
+
+    def mlp(self, x: Tensor, routing: Routing | None) -> Partial:
+        """`x` [T, H] -> the Partial of [T, H]."""
+        if self.moe is not None:
+            mixed: Partial = self.moe(x, routing)
+            return mixed
+        down: Partial = self.down(gated(self.gate_up(x, routing)), routing)
+        return down
 
 
 class Decoder(nn.Module):
@@ -159,14 +176,29 @@ class Decoder(nn.Module):
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a checkpoint, the view of a parameter that it fills) of every tensor."""
         for module in self.modules():
-            if isinstance(module, (Linear, Embedding, Norm)) and not (module is self.head and self.config.tied_head):
+            if isinstance(module, CHECKPOINTED) and not (module is self.head and self.config.tied_head):
                 yield from module.checkpoint()
 
+    def spellings(self, name: str) -> Iterator[str]:
+        """What other checkpoints may call it."""
+        other = name
+        for ours, theirs in self.config.spellings:
+            other = other.replace(ours, theirs)
+        if other != name:
+            yield other
+
     def linears(self) -> Iterator[tuple[int, Linear]]:
-        """(layer, projection) of everything inside the layers."""
+        """(layer, projection) of everything inside the layers but the routed experts."""
         for index, layer in enumerate(self.layers):
-            for module in layer.children():
+            for module in layer.modules():
                 if isinstance(module, Linear):
+                    yield index, module
+
+    def experts(self) -> Iterator[tuple[int, ExpertLinear]]:
+        """(layer, projection) of the routed experts."""
+        for index, layer in enumerate(self.layers):
+            for module in layer.modules():
+                if isinstance(module, ExpertLinear):
                     yield index, module
 
     def norms(self) -> Iterator[Norm]:

@@ -7,6 +7,7 @@ import torch
 
 from aiolora.errors import UnsupportedModelError
 from aiolora.models.decoder import DecoderConfig
+from aiolora.models.moe import MoEConfig
 
 Switches = Callable[[Any], dict[str, object]]
 
@@ -32,7 +33,49 @@ def _qwen3(hf: Any) -> dict[str, object]:
     return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "windows": _typed_windows(hf)}
 
 
-FAMILIES: dict[str, Switches] = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+def _mixtral(hf: Any) -> dict[str, object]:
+    moe = MoEConfig(
+        experts=hf.num_local_experts,
+        top_k=hf.num_experts_per_tok,
+        inner=hf.intermediate_size,
+        normalised=True,
+        layers=frozenset(range(hf.num_hidden_layers)),
+    )
+    old = (".mlp.", ".block_sparse_moe."), (".gate_proj", ".w1"), (".up_proj", ".w3"), (".down_proj", ".w2")
+    return {**_mistral(hf), "moe": moe, "spellings": old}
+
+
+def _qwen2_moe(hf: Any) -> dict[str, object]:
+    moe = _qwen_experts(hf, shared=hf.shared_expert_intermediate_size)
+    return {"qkv_bias": bool(hf.qkv_bias), "windows": _typed_windows(hf), "moe": moe}
+
+
+def _qwen3_moe(hf: Any) -> dict[str, object]:
+    bias, windows = bool(hf.attention_bias), (hf.sliding_window or 0,) * hf.num_hidden_layers
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "windows": windows, "moe": _qwen_experts(hf)}
+
+
+def _qwen_experts(hf: Any, **own: int) -> MoEConfig:
+    sparse = range(hf.decoder_sparse_step - 1, hf.num_hidden_layers, hf.decoder_sparse_step)
+    return MoEConfig(
+        experts=hf.num_experts,
+        top_k=hf.num_experts_per_tok,
+        inner=hf.moe_intermediate_size,
+        normalised=bool(hf.norm_topk_prob),
+        layers=frozenset(sparse if hf.num_experts else ()) - set(hf.mlp_only_layers),
+        **own,
+    )
+
+
+FAMILIES: dict[str, Switches] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "qwen2": _qwen2,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+}
 
 
 def decoder_config(hf: Any, *, max_positions: int | None = None) -> DecoderConfig:
