@@ -9,6 +9,7 @@ class PageKinds(NamedTuple):
     sites: int  # kinds of sites: those inside the layers, then the embedding and the head if they take adapters
     embedding: int = -1  # which of them; -1: none
     head: int = -1
+    experts: tuple[int, ...] = ()  # those of routed experts, inside the layers, which have no vector pages
 
     @property
     def layers(self) -> int:
@@ -41,5 +42,6 @@ class Room(NamedTuple):
     def pages(self, kinds: PageKinds) -> list[int]:
         """How many of each kind. The ends have no more vector pages than rank pages: those never come alone."""
         ranks = [self.layers] * kinds.layers + [self.ends for _ in kinds.ends]
-        vectors = [self.vectors] * kinds.layers + [min(self.vectors, self.ends) for _ in kinds.ends]
+        vectors = [0 if kind in kinds.experts else self.vectors for kind in range(kinds.layers)]
+        vectors += [min(self.vectors, self.ends) for _ in kinds.ends]
         return [*ranks, *vectors, self.blocks]

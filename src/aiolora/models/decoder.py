@@ -16,7 +16,6 @@ from aiolora.ops.blocks import OwnNorms, own_logits_op, own_norm_op
 from aiolora.ops.linear import Partial, Routing, complete_op, shrink_op
 from aiolora.ops.norm import norm_after
 
-
 CHECKPOINTED = (Linear, ExpertLinear, Embedding, Norm)  # modules that own tensors of a checkpoint
 
 

@@ -55,7 +55,7 @@ def _qwen3_moe(hf: Any) -> dict[str, object]:
     return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "windows": windows, "moe": _qwen_experts(hf)}
 
 
-def _qwen_experts(hf: Any, **own: int) -> MoEConfig:
+def _qwen_experts(hf: Any, *, shared: int = 0) -> MoEConfig:
     sparse = range(hf.decoder_sparse_step - 1, hf.num_hidden_layers, hf.decoder_sparse_step)
     return MoEConfig(
         experts=hf.num_experts,
@@ -63,7 +63,7 @@ def _qwen_experts(hf: Any, **own: int) -> MoEConfig:
         inner=hf.moe_intermediate_size,
         normalised=bool(hf.norm_topk_prob),
         layers=frozenset(sparse if hf.num_experts else ()) - set(hf.mlp_only_layers),
-        **own,
+        shared=shared,
     )
 
 

@@ -45,7 +45,8 @@ def load_weights(model: Decoder, folder: Path) -> None:
     targets = wanted | {linear.fused: linear.weight for _, linear in model.experts()}
     spelled = {other: name for name in targets for other in model.spellings(name)}
     tied = {"lm_head.weight"} if model.config.tied_head else set()
-    unknown, seen = [], set()
+    unknown: list[str] = []
+    seen: set[str] = set()
     for stored, tensor in _tensors(folder):
         name = spelled.get(stored, stored)
         if name in targets:

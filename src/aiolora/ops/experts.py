@@ -66,7 +66,9 @@ def gated_by(x: Tensor, weight: Tensor, chosen: Chosen, site: ExpertSite | None,
     return gated_experts_op(x, weight, [*chosen[1:4]], *_adapters(chosen, site, routing))
 
 
-def summed_by(inner: Tensor, weight: Tensor, chosen: Chosen, site: ExpertSite | None, routing: Routing | None) -> Tensor:
+def summed_by(
+    inner: Tensor, weight: Tensor, chosen: Chosen, site: ExpertSite | None, routing: Routing | None
+) -> Tensor:
     """`summed_experts` with the adapters of `routing`."""
     return summed_experts_op(inner, weight, chosen.weights, [*chosen[1:4]], *_adapters(chosen, site, routing))
 
@@ -94,9 +96,7 @@ def choose_experts(logits: Tensor, top_k: int, normalised: bool, tile: int) -> t
     return weights, experts.int(), rows.int(), tiles
 
 
-def gated_experts(
-    x: Tensor, weight: Tensor, chosen: list[Tensor], adapters: list[Tensor], where: list[int]
-) -> Tensor:
+def gated_experts(x: Tensor, weight: Tensor, chosen: list[Tensor], adapters: list[Tensor], where: list[int]) -> Tensor:
     """silu(gate) * up of `x` [T, K] for each of its rows, `weight` [E, 2 I, K] = (gate, up): [R, I].
 
     `chosen` is [experts, rows, tiles] of `Chosen`; `adapters` and `where` as `_adapters` makes them.
