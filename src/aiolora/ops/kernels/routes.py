@@ -58,7 +58,7 @@ def choose_experts(logits: Tensor, top_k: int, normalised: bool, tile: int) -> t
 
 @triton.jit
 def _chosen(logits, t, e, T, E: tl.constexpr, TOPK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
-    """Of [BT, BE]: shares that are not yet divided by their sum, and which of its token's choices each is (-1: none)."""
+    """Of [BT, BE]: shares, not yet divided by their sum, and which of its token's choices each is (-1: none)."""
     at = logits + t.to(tl.int64)[:, None] * E + e[None, :]
     x = tl.load(at, (t < T)[:, None] & (e < E)[None, :], 0.0).to(tl.float32)
     x = tl.where((e < E)[None, :], x, -float("inf"))
