@@ -202,7 +202,7 @@ class MoESession(Session):
             max_num_seqs=args.rows,
             max_model_len=1024,
             max_num_batched_tokens=2048,
-            kv_cache_memory=args.rows * 1024 * kv_nbytes,
+            kv_cache_memory=max(1024, args.rows * 512) * kv_nbytes,
             enable_lora=True,
             max_loras=args.adapters,
             max_cpu_loras=args.adapters,

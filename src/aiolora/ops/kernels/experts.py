@@ -2,6 +2,9 @@
 
 A tile's rows may belong to several mixes: one after the other is expanded, by the pages of whoever of the rows is the
 first that is left. Few rows are shrunk each by itself, more by tiles in the same way. Nothing is summed by atomics.
+
+Of few tokens, a product is set up and begins while the shrink of the same x still runs: that one waited for x and for
+the choice of experts before it let the product start. Only what a program owes at its end waits for the shrink.
 """
 
 from typing import NamedTuple
@@ -10,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aiolora.ops.kernels.launch import ceil_div, launch, power_of_2
-from aiolora.ops.kernels.linear import precision
+from aiolora.ops.kernels.linear import chained, precision
 from aiolora.ops.kernels.routes import choose_experts
 
 __all__ = ["choose_experts", "gated_experts", "summed_experts"]
@@ -46,7 +50,8 @@ def gated_experts(x: Tensor, weight: Tensor, chosen: list[Tensor], adapters: lis
         _gated_kernel, (ceil_div(width, cut.columns), tiles.shape[0]),
         (x, weight, out, h, rows, tiles, *rest),
         N=width, K=depth, TOPK=top_k, W=most, BM=tile, BN=cut.columns, BK=cut.depth, LORA=bool(adapters),
-        PRECISION=precision(adapters[0] if adapters else x), num_warps=cut.warps, num_stages=cut.stages,
+        PRECISION=precision(adapters[0] if adapters else x), pdl=chained(x.shape[0], bool(adapters)),
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
 
@@ -66,11 +71,16 @@ def summed_experts(
         _summed_kernel, (ceil_div(width, cut.columns), tiles.shape[0]),
         (inner, weight, weights, parts, h, rows, tiles, *rest),
         N=width, K=depth, TOPK=top_k, W=most, BM=tile, BN=cut.columns, BK=cut.depth, LORA=bool(adapters),
-        PRECISION=precision(adapters[0] if adapters else inner), num_warps=cut.warps, num_stages=cut.stages,
+        PRECISION=precision(adapters[0] if adapters else inner), pdl=chained(len(weights), bool(adapters)),
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     out = inner.new_empty((weights.shape[0], width))
     columns = min(1024, power_of_2(width))
-    launch(_sum_kernel, (out.shape[0], ceil_div(width, columns)), (parts, out), N=width, TOPK=top_k, BN=columns)
+    launch(
+        _sum_kernel, (out.shape[0], ceil_div(width, columns)),
+        (parts, out),
+        N=width, TOPK=top_k, BN=columns, pdl=chained(len(weights), bool(adapters)),
+    )  # fmt: skip
     return out
 
 
@@ -89,14 +99,14 @@ def _shrunk(
             _shrink_row_kernel, (rows.shape[0], slices, ceil_div(most, 2)),
             (x, a, h, experts, *tables),
             K=depth, DIVISOR=divisor, TOPK=experts.shape[1], S=slices, W=most, BK=min(512, power_of_2(depth)),
-            num_warps=4,
+            pdl=chained(len(experts), owing=True), num_warps=4,
         )  # fmt: skip
     else:
         launch(
             _shrink_tile_kernel, (tiles.shape[0], ceil_div(most, 2)),
             (x, a, h, rows, tiles, *tables),
             K=depth, DIVISOR=divisor, TOPK=experts.shape[1], S=slices, J=power_of_2(16 * slices), W=most, BM=where[0],
-            BK=64, PRECISION=precision(a), num_warps=4, num_stages=3,
+            BK=64, PRECISION=precision(a), pdl=chained(len(experts), owing=True), num_warps=4, num_stages=3,
         )  # fmt: skip
     return h, (b, pages, owners, where[1], kinds, b.stride(0), b.stride(1), b.stride(2)), most
 
@@ -108,6 +118,9 @@ def _shrink_row_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """A pair of pages of one slice times one row."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     j = tl.arange(0, 16)
     w = pair * 2 + j // 8
@@ -152,6 +165,9 @@ def _shrink_tile_kernel(
     BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A pair of pages of every slice times a tile, mix after mix."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     tile, pair = tl.program_id(0), tl.program_id(1)
     expert, start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     if count > 0:
@@ -209,6 +225,10 @@ def _gated_kernel(
     BK: tl.constexpr, LORA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN columns of gate and of up for a tile of rows: silu of one times the other."""
+    if PDL:
+        if not LORA:
+            gdc_wait()
+        gdc_launch_dependents()
     tile = tl.program_id(1)
     expert, start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     if count > 0:
@@ -233,6 +253,8 @@ def _gated_kernel(
             gate = tl.dot(x_MK, gate_KN, gate, input_precision=PRECISION)
             up = tl.dot(x_MK, up_KN, up, input_precision=PRECISION)
         if LORA:
+            if PDL:
+                gdc_wait()
             at = (tl.load(owners + row // TOPK, ok, 0) * kinds + kind) * W
             own = b + expert.to(tl.int64) * b_expert
             gate = _expanded(
@@ -255,6 +277,10 @@ def _summed_kernel(
     BK: tl.constexpr, LORA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN columns of a tile of rows, times the weight of each."""
+    if PDL:
+        if not LORA:
+            gdc_wait()
+        gdc_launch_dependents()
     tile = tl.program_id(1)
     expert, start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     if count > 0:
@@ -274,6 +300,8 @@ def _summed_kernel(
                 w_KN = tl.load(w_at + k0, inside[None, :] & (k0 + k < K)[:, None], 0.0)
             acc = tl.dot(x_MK, w_KN, acc, input_precision=PRECISION)
         if LORA:
+            if PDL:
+                gdc_wait()
             at = (tl.load(owners + row // TOPK, ok, 0) * kinds + kind) * W
             own = b + expert.to(tl.int64) * b_expert
             acc = _expanded(
@@ -287,6 +315,9 @@ def _summed_kernel(
 @triton.jit
 def _sum_kernel(parts, out, N: tl.constexpr, TOPK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
     """BN columns of one token: the sum of its rows."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN,), tl.float32)

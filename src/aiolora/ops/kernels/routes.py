@@ -9,9 +9,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aiolora.ops.experts import most_tiles
 from aiolora.ops.kernels.launch import ceil_div, launch, power_of_2
+from aiolora.ops.kernels.linear import chained
 
 ALONE = 64  # tokens that one program takes
 CHUNK = 32  # tokens of a program among several
@@ -33,7 +35,8 @@ def choose_experts(logits: Tensor, top_k: int, normalised: bool, tile: int) -> t
         launch(
             _alone_kernel, (1,),
             (logits, weights, experts, rows, tiles, tokens, turns, len(tiles)),
-            E=count, TOPK=top_k, NORMALISED=normalised, TILE=tile, BT=max(2, power_of_2(tokens)), BE=width, num_warps=8,
+            E=count, TOPK=top_k, NORMALISED=normalised, TILE=tile, BT=max(2, power_of_2(tokens)), BE=width,
+            pdl=chained(tokens, owing=False), num_warps=8,
         )  # fmt: skip
         return weights, experts, rows, tiles
     chunks = ceil_div(tokens, CHUNK)
@@ -110,6 +113,9 @@ def _alone_kernel(
     E: tl.constexpr, TOPK: tl.constexpr, NORMALISED: tl.constexpr, TILE: tl.constexpr, BT: tl.constexpr,
     BE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     t, e = tl.arange(0, BT), tl.arange(0, BE)
     share, order = _chosen(logits, t, e, T, E, TOPK, BT, BE)
     bit = (order >= 0).to(tl.int32)
