@@ -24,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aiolora import LLM, LoRARequest
+from aiolora.lora.layout import layout_of
+from aiolora.models.loading import DTYPES, outline
+from aiolora.ops.linear import RANKS_PER_PAGE
 from benchmarks.command import tell
 from benchmarks.reference import Check, Reference
 from benchmarks.session import Session, core_of
@@ -195,6 +198,8 @@ class MoESession(Session):
     def __init__(self, folder: Path, adapters: Adapters, args: argparse.Namespace) -> None:
         shape, element = adapters.shape, 4 if args.dtype == "float32" else 2
         kv_nbytes = 2 * adapters.layers * shape.kv_heads * shape.head_dim * element  # of a token
+        layout = layout_of(outline(folder), DTYPES[args.dtype])
+        page = sum(map(layout.page_nbytes, range(layout.page_kinds.layers)))
         self.llm = LLM(
             str(folder),
             load_format="dummy",
@@ -207,6 +212,7 @@ class MoESession(Session):
             max_loras=args.adapters,
             max_cpu_loras=args.adapters,
             max_lora_rank=args.rank,
+            lora_memory=args.adapters * -(-args.rank // RANKS_PER_PAGE) * page,
             lora_ends_memory=0,
         )
         self._vocab = shape.vocab

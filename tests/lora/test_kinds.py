@@ -18,4 +18,4 @@ def test_an_end_without_rank_pages_has_no_vector_pages() -> None:
 
 
 def test_routed_experts_have_rank_pages_and_no_vector_pages() -> None:
-    assert Room(7, vectors=5).pages(PageKinds(3, experts=(1, 2))) == [7, 7, 7, 5, 0, 0, 0]
+    assert Room(7, vectors=5, experts=4).pages(PageKinds(3, experts=(1, 2))) == [7, 4, 4, 5, 0, 0, 0]

@@ -17,6 +17,11 @@ class PageKinds(NamedTuple):
         return self.sites - (self.embedding >= 0) - (self.head >= 0)
 
     @property
+    def linears(self) -> list[int]:
+        """Those of `layers` that are no routed experts."""
+        return [kind for kind in range(self.layers) if kind not in self.experts]
+
+    @property
     def ends(self) -> range:
         """The others: the embedding and the head, which few adapters change."""
         return range(self.layers, self.sites)
@@ -34,14 +39,16 @@ class PageKinds(NamedTuple):
 class Room(NamedTuple):
     """Pages on the device."""
 
-    layers: int  # rank pages of each kind inside the layers
+    layers: int  # rank pages of each kind inside the layers but those of routed experts
     vectors: int = 0  # vector pages of each kind
     ends: int = 0  # rank pages of embedding and head each
     blocks: int = 0
+    experts: int = 0  # rank pages of each kind of routed experts
 
     def pages(self, kinds: PageKinds) -> list[int]:
         """How many of each kind. The ends have no more vector pages than rank pages: those never come alone."""
-        ranks = [self.layers] * kinds.layers + [self.ends for _ in kinds.ends]
+        ranks = [self.experts if kind in kinds.experts else self.layers for kind in range(kinds.layers)]
+        ranks += [self.ends for _ in kinds.ends]
         vectors = [0 if kind in kinds.experts else self.vectors for kind in range(kinds.layers)]
         vectors += [min(self.vectors, self.ends) for _ in kinds.ends]
         return [*ranks, *vectors, self.blocks]

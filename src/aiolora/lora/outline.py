@@ -221,10 +221,14 @@ def _check_room(name: str, pages: dict[int, int], layout: Layout, limits: Limits
     for kind, count in pages.items():
         if count > there[kind]:
             half = count * sum(layout.page_nbytes(end) for end in kinds.ends)
+            way_out = f"start with --lora-ends-memory {2 * half}" if kind in kinds.ends else "raise --lora-memory"
+            if kind in kinds.experts:
+                whole = count * sum(map(layout.page_nbytes, range(kinds.layers)))
+                way_out = f"start with --lora-memory {whole} or more"
             raise AdapterMemoryError(
                 name,
                 f"needs {count} rank pages of {layout.kinds[kind].name}, the room for adapters has {there[kind]}; "
-                + (f"start with --lora-ends-memory {2 * half}" if kind in kinds.ends else "raise --lora-memory"),
+                + way_out,
             )
 
 
