@@ -13,12 +13,13 @@ from aiolora.ops.experts import most_tiles, rows_of_tile
 from aiolora.ops.kernels import activation, blocks, embedding, experts, linear, norm, rope, routes, sampling
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY = 4096, 14336, 32, 8, 128, 128256
+EXPERTS, TOP_K, MOE_HIDDEN, MOE_INNER = 128, 8, 2048, 768  # of Qwen3-30B-A3B
 BOUNDS = {  # of the slices of its projections
     "qkv": [0, HIDDEN, HIDDEN + KV_HEADS * DIM, HIDDEN + 2 * KV_HEADS * DIM],
     "o": [0, HIDDEN],
     "gate_up": [0, INNER, 2 * INNER],
+    "gate": [0, EXPERTS],
 }
-EXPERTS, TOP_K, MOE_HIDDEN, MOE_INNER = 128, 8, 2048, 768  # of Qwen3-30B-A3B
 PAGES, VECTORS = 512, 32  # of ranks in the pool, of gains and shifts
 PROCESSORS = 132  # of an H200
 
@@ -108,8 +109,9 @@ class Step:
         where = floats(8192, DIM), self.positions, self.slots
         rope.rope_store(*self._partial("qkv", owing), None, None, 1e-5, *where, *caches, HEADS)
 
-    def gate(self) -> None:
-        routes.choose_experts(halves(self.tokens, EXPERTS), TOP_K, True, self.rows_of_tile)
+    def gate(self, owing: bool) -> None:
+        y, _, owed, where = self._partial("gate", owing)
+        routes.choose_experts(y, owed, where, TOP_K, True, self.rows_of_tile)
 
     def gated_experts(self, owing: bool) -> None:
         x, weight = halves(self.tokens, MOE_HIDDEN), halves(EXPERTS, 2 * MOE_INNER, MOE_HIDDEN)

@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 
 from aiolora.ops import experts as reference
+from aiolora.ops import linear
 from aiolora.ops.kernels import experts as kernels
 from aiolora.ops.kernels import routes
 from tests.kernels.close import assert_near
 from tests.kernels.routing import Routing, routing, wide
+from tests.kernels.routing import factors as gate_factors
 
 RANKS = [3, 24, 9, 16, 8, 0]
 EXPERTS, TOP_K = 5, 2
@@ -42,18 +44,36 @@ def test_each_token_has_its_experts_and_each_expert_its_rows(
     tokens: int, experts: int, top_k: int, tile: int, normalised: bool, device: str
 ) -> None:
     logits = torch.randn(tokens, experts, device=device)
-    weights, chosen, rows, tiles = routes.choose_experts(logits, top_k, normalised, tile)
-    exact = reference.choose_experts(logits, top_k, normalised, tile)
+    weights, chosen, rows, tiles = routes.choose_experts(logits, [], [], top_k, normalised, tile)
+    exact = reference.choose_experts(logits, [], [], top_k, normalised, tile)
     assert_near(weights, exact[0])
     assert torch.equal(chosen, exact[1])
     assert torch.equal(rows, exact[2])
     assert torch.equal(tiles, exact[3])
 
 
+@pytest.mark.parametrize("mix", ["all distinct", "some none", "over a tile", "many"])
+def test_adapters_of_the_gate_choose_as_their_sums_say(mix: str, device: str) -> None:
+    rows = [i % 7 - 1 for i in range(70)] if mix == "many" else MIXES[mix]
+    routed = routing(rows, RANKS, tile=16, device=device)
+    a, b = gate_factors(routed, 48, [0, EXPERTS], torch.float32)
+    x, y = torch.randn(len(rows), 48, device=device), torch.randn(len(rows), EXPERTS, device=device)
+    owed = routed.owed(linear.shrink(x, a, routed.lists, routed.where), b)
+    where = [1, routed.tile, 0, EXPERTS]
+    bare = reference.choose_experts(y, [], [], TOP_K, True, 16)
+    exact = reference.choose_experts(y, owed, where, TOP_K, True, 16)
+    assert not torch.equal(bare[1], exact[1])
+    for mine, theirs in zip(routes.choose_experts(y, owed, where, TOP_K, True, 16), exact):
+        if mine.is_floating_point():
+            assert_near(mine, theirs)
+        else:
+            assert torch.equal(mine, theirs)
+
+
 def test_one_expert_that_everybody_wants_has_full_tiles_and_the_rest_are_empty(device: str) -> None:
     logits = torch.zeros(100, 4, device=device)
     logits[:, 2] = 9
-    *_, rows, tiles = routes.choose_experts(logits, 1, True, 16)
+    *_, rows, tiles = routes.choose_experts(logits, [], [], 1, True, 16)
     assert rows.tolist() == list(range(100))
     assert tiles[:7].tolist() == [[2, first, min(16, 100 - first)] for first in range(0, 100, 16)]
     assert not tiles[7:].any()
@@ -76,7 +96,7 @@ def test_experts_and_what_adapters_add_to_them(
     weight = torch.randn(EXPERTS, 2 * inner, depth, device=device).to(dtype) / depth**0.5
     back = torch.randn(EXPERTS, depth, inner, device=device).to(dtype) / inner**0.5
     logits = torch.randn(len(rows), EXPERTS, device=device)
-    weights, *chosen = reference.choose_experts(logits, TOP_K, True, tile)
+    weights, *chosen = reference.choose_experts(logits, [], [], TOP_K, True, tile)
 
     for adapters in (([], []), ([*up, *tables], [*down, *tables])):
         where = [tile, 1] if adapters[0] else [tile]

@@ -147,7 +147,7 @@ def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> Room:
             f"{args.max_lora_rank}; one such adapter needs {one * (page + of_experts)} bytes"
         )
     ends, blocks = _ends_room(args, layout, device, args.max_loras * one)
-    return Room(pages, args.max_loras, ends, blocks, experts)
+    return Room(pages, args.max_loras, ends, blocks, experts if of_experts else 0)
 
 
 def _ends_room(args: EngineArgs, layout: Layout, device: str, ranks: int) -> tuple[int, int]:

@@ -86,7 +86,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing | None) -> Partial:
         """`x` [T, H] -> [T, H]."""
-        chosen = choose(_whole(self.gate(x, routing)), self.config.top_k, self.config.normalised)
+        chosen = choose(self.gate(x, routing), self.config.top_k, self.config.normalised)
         inner = gated_by(x, self.gate_up.weight, chosen, self.gate_up.site, routing)
         y = summed_by(inner, self.down.weight, chosen, self.down.site, routing)
         if self.shared_gate is not None:

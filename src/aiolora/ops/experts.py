@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aiolora.ops.linear import Routing
+from aiolora.ops.linear import Partial, Routing, paid
 from aiolora.ops.registration import define
 
 
@@ -55,10 +55,14 @@ def most_tiles(tokens: int, top_k: int, experts: int, tile: int) -> int:
     return max(1, min(rows, spread, experts * -(-tokens // tile)))
 
 
-def choose(logits: Tensor, top_k: int, normalised: bool) -> Chosen:
-    """The `top_k` experts of each token by `logits` [T, E]. `normalised`: weights of those chosen sum to one."""
-    tile = rows_of_tile(logits.shape[0], top_k, logits.shape[1], logits.device.type)
-    return Chosen(*choose_experts_op(logits, top_k, normalised, tile), tile)
+def choose(gate: Partial, top_k: int, normalised: bool) -> Chosen:
+    """The `top_k` experts of each token by the gate's logits [T, E], once what they owe is paid.
+
+    `normalised`: weights of those chosen sum to one.
+    """
+    y, _, owed, where = gate.flat
+    tile = rows_of_tile(y.shape[0], top_k, y.shape[1], y.device.type)
+    return Chosen(*choose_experts_op(y, owed, where, top_k, normalised, tile), tile)
 
 
 def gated_by(x: Tensor, weight: Tensor, chosen: Chosen, site: ExpertSite | None, routing: Routing | None) -> Tensor:
@@ -80,8 +84,11 @@ def _adapters(chosen: Chosen, site: ExpertSite | None, routing: Routing | None) 
     return [site.a, site.b, routing.pages, routing.scales, routing.owners], [chosen.tile, site.kind]
 
 
-def choose_experts(logits: Tensor, top_k: int, normalised: bool, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first four fields of `Chosen`: softmax over all `logits` [T, E] in float32, then the largest."""
+def choose_experts(
+    y: Tensor, owed: list[Tensor], where: list[int], top_k: int, normalised: bool, tile: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first four fields of `Chosen`: softmax in float32 over all of a Partial's value [T, E], then the largest."""
+    logits = paid(y, None, owed, where).to(y.dtype)
     tokens, count = logits.shape
     weights, experts = logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
     if normalised:
@@ -158,14 +165,16 @@ def _amended(out: Tensor, x: Tensor, expert: int, a: Tensor, b: Tensor, pages: T
     return out
 
 
-def _choose_fake(logits: Tensor, top_k: int, normalised: bool, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, experts = logits.shape
+def _choose_fake(
+    y: Tensor, owed: list[Tensor], where: list[int], top_k: int, normalised: bool, tile: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, experts = y.shape
 
     def ints(*shape: int) -> Tensor:
-        return logits.new_empty(shape, dtype=torch.int32)
+        return y.new_empty(shape, dtype=torch.int32)
 
     tiles = ints(most_tiles(tokens, top_k, experts, tile), 3)
-    return logits.new_empty((tokens, top_k), dtype=torch.float32), ints(tokens, top_k), ints(tokens * top_k), tiles
+    return y.new_empty((tokens, top_k), dtype=torch.float32), ints(tokens, top_k), ints(tokens * top_k), tiles
 
 
 _KERNELS = "aiolora.ops.kernels.experts"

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from aiolora.ops.kernels.expand import expand_mixes, next_mix, two_pages
 from aiolora.ops.kernels.launch import ceil_div, launch, power_of_2
 from aiolora.ops.kernels.linear import chained, precision
 from aiolora.ops.kernels.routes import choose_experts
@@ -141,23 +142,6 @@ def _shrink_row_kernel(
         tl.store(to, tl.sum(acc, 1) * scale, page >= 0)
 
 
-@triton.jit
-def _next(left, first, second, m, BM: tl.constexpr):
-    """The two pages of the first row that is left, and which of the left have the same."""
-    leader = tl.min(tl.where(left, m, BM))
-    one = tl.sum(tl.where(m == leader, first, 0))
-    two = tl.sum(tl.where(m == leader, second, 0))
-    return one, two, left & (first == one) & (second == two)
-
-
-@triton.jit
-def _two_pages(pages, at, ok, pair, W: tl.constexpr):
-    """Pages of a pair for each row, and which rows have any."""
-    first = tl.load(pages + at + pair * 2, ok & (pair * 2 < W), -1)
-    second = tl.load(pages + at + pair * 2 + 1, ok & (pair * 2 + 1 < W), -1)
-    return first, second, (first >= 0) | (second >= 0)
-
-
 @triton.jit(do_not_specialize=["kind", "kinds"])
 def _shrink_tile_kernel(
     x, a, h, rows, tiles, pages, scales, owners, kind, kinds, a_page, a_expert, a_slice,
@@ -177,10 +161,10 @@ def _shrink_tile_kernel(
         x_rows = x + (row // DIVISOR).to(tl.int64) * K
         part, r = j // 16, j % 16
         at = (tl.load(owners + row // TOPK, ok, 0) * kinds + kind) * W
-        first, second, left = _two_pages(pages, at, ok, pair, W)
+        first, second, left = two_pages(pages, at, ok, pair, W)
         a_rows = a + expert.to(tl.int64) * a_expert + part.to(tl.int64) * a_slice + (r % 8) * K
         while tl.sum(left.to(tl.int32)) > 0:
-            one, two, mine = _next(left, first, second, m, BM)
+            one, two, mine = next_mix(left, first, second, m, BM)
             page = tl.where(r < 8, one, two)
             there = (page >= 0) & (part < S)
             a_at = a_rows + page.to(tl.int64) * a_page
@@ -195,27 +179,6 @@ def _shrink_tile_kernel(
             to = h + (row.to(tl.int64) * (S * W * 8) + pair * 16)[:, None] + (part * (W * 8) + r)[None, :]
             tl.store(to, acc * scale, some)
             left = left & (mine == 0)
-
-
-@triton.jit
-def _expanded(
-    acc, h, b, pages, at, row, ok, m, columns, inside, part, b_page, b_rank,
-    S: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`acc` [BM, BN] plus what the rows' mixes owe in `columns` of slice `part`; `b`: of the tile's expert."""
-    r = tl.arange(0, 16)
-    for pair in range((W + 1) // 2):
-        first, second, left = _two_pages(pages, at, ok, pair, W)
-        while tl.sum(left.to(tl.int32)) > 0:
-            one, two, mine = _next(left, first, second, m, BM)
-            page = tl.where(r < 8, one, two)
-            b_at = (b + page.to(tl.int64) * b_page + (r % 8) * b_rank)[:, None] + columns[None, :]
-            b_RN = tl.load(b_at, (page >= 0)[:, None] & inside[None, :], 0.0)
-            h_at = (h + (row.to(tl.int64) * S + part) * (W * 8) + pair * 16)[:, None] + r[None, :]
-            h_MR = tl.load(h_at, mine[:, None] & (page >= 0)[None, :], 0.0)
-            acc = tl.dot(h_MR.to(b_RN.dtype), b_RN, acc, input_precision=PRECISION)
-            left = left & (mine == 0)
-    return acc
 
 
 @triton.jit(do_not_specialize=["kind", "kinds"])
@@ -257,10 +220,10 @@ def _gated_kernel(
                 gdc_wait()
             at = (tl.load(owners + row // TOPK, ok, 0) * kinds + kind) * W
             own = b + expert.to(tl.int64) * b_expert
-            gate = _expanded(
+            gate = expand_mixes(
                 gate, h, own, pages, at, row, ok, m, n, inside, 0, b_page, b_rank, 2, W, BM, PRECISION
             )  # fmt: skip
-            up = _expanded(
+            up = expand_mixes(
                 up, h, own, pages, at, row, ok, m, N + n, inside, 1, b_page, b_rank, 2, W, BM, PRECISION
             )  # fmt: skip
         gate = gate.to(out.dtype.element_ty).to(tl.float32)
@@ -304,7 +267,7 @@ def _summed_kernel(
                 gdc_wait()
             at = (tl.load(owners + row // TOPK, ok, 0) * kinds + kind) * W
             own = b + expert.to(tl.int64) * b_expert
-            acc = _expanded(
+            acc = expand_mixes(
                 acc, h, own, pages, at, row, ok, m, n, inside, 0, b_page, b_rank, 1, W, BM, PRECISION
             )  # fmt: skip
         acc = acc.to(out.dtype.element_ty).to(tl.float32) * tl.load(weights + row, ok, 0.0)[:, None]
