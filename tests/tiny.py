@@ -20,13 +20,10 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
-    MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2MoeConfig,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 from aiolora.config import EngineArgs
@@ -40,6 +37,8 @@ from aiolora.models.decoder import Decoder
 from aiolora.models.loading import load_decoder
 from aiolora.ops import native
 from aiolora.types import LoRARequest, Request, RequestOutput, SamplingParams
+from tests.dense import DENSE
+from tests.sparse import SPARSE
 
 VOCAB = 96  # few enough that logprobs can ask for all of them
 EOS = 2
@@ -96,38 +95,8 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
             "max_window_layers": 0,
         },
     ),
-    "mixtral": (MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 11}),
-    "qwen2-moe": (
-        Qwen2MoeConfig,
-        {
-            "num_experts": 6,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 40,
-            "num_hidden_layers": 3,
-            "decoder_sparse_step": 2,
-        },
-    ),
-    "qwen2-moe normalised": (
-        Qwen2MoeConfig,
-        {
-            "num_experts": 9,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 24,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [0],
-        },
-    ),
-    "qwen3-moe": (
-        Qwen3MoeConfig,
-        {
-            "head_dim": 16,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "norm_topk_prob": True,
-        },
-    ),
+    **DENSE,
+    **SPARSE,
 }
 
 
@@ -138,7 +107,7 @@ def fill(module: nn.Module, seed: int) -> None:
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.2 * noise)
+                parameter.add_(0.2 * noise)  # to one, or to zero where the model adds one to it
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:

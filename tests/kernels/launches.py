@@ -104,9 +104,14 @@ class Step:
     def silu_mul(self, owing: bool) -> None:
         activation.silu_mul(*self._partial("gate_up", owing))
 
-    def rope_store(self, owing: bool) -> None:
+    def gelu_mul(self, owing: bool) -> None:
+        """Gate and up fused in one slice."""
+        *value, where = self._partial("gate_up", owing)
+        activation.gelu_mul(*value, [*where[:2], 0, where[-1]] if owing else [])
+
+    def rope_store(self, owing: bool, *, turned: int = DIM) -> None:
         caches = [halves(64, 16, KV_HEADS, DIM) for _ in range(2)]
-        where = floats(8192, DIM), self.positions, self.slots
+        where = floats(8192, turned), self.positions, self.slots
         rope.rope_store(*self._partial("qkv", owing), None, None, 1e-5, *where, *caches, HEADS)
 
     def gate(self, owing: bool) -> None:

@@ -16,7 +16,7 @@ from aiolora.models.loading import load_decoder
 from tests.conftest import ModelOf
 from tests.tiny import Loaded, hf_logits, prompt_ids
 
-FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe"]
+FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe"]
 OLD = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj.", ".block_sparse_moe.": ".mlp."}
 
 

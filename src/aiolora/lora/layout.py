@@ -167,11 +167,12 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
     def weight(rows: dict[str, int], base: Tensor) -> Weight:
         return Weight(rows, frozenset(filter(taken, rows)), base)
 
-    norms = list(model.norms())
+    norms, none = list(model.norms()), model.embed.weight[:0]
+    stacked = torch.stack([norm.weight for norm in norms]) if norms else none
     weights = (
         weight({EMBED_TOKENS: 0}, model.embed.weight),
         weight({LM_HEAD: 0}, model.head.weight),
-        weight({norm.name: row for row, norm in enumerate(norms)}, torch.stack([norm.weight for norm in norms])),
+        weight({norm.name: row for row, norm in enumerate(norms)}, stacked),
     )
     return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head, fused)
 

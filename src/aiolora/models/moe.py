@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from aiolora.models.layers import Linear
 from aiolora.ops.activation import gated
 from aiolora.ops.experts import ExpertSite, choose, gated_by, summed_by
-from aiolora.ops.linear import Partial, Routing, complete_op
+from aiolora.ops.linear import Partial, Routing, completed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +90,6 @@ class MoE(nn.Module):
         inner = gated_by(x, self.gate_up.weight, chosen, self.gate_up.site, routing)
         y = summed_by(inner, self.down.weight, chosen, self.down.site, routing)
         if self.shared_gate is not None:
-            shared = _whole(self.shared_down(gated(self.shared_gate_up(x, routing)), routing))
-            y = y + _whole(self.shared_gate(x, routing)).sigmoid() * shared
+            shared = completed(self.shared_down(gated(self.shared_gate_up(x, routing)), routing))
+            y = y + completed(self.shared_gate(x, routing)).sigmoid() * shared
         return Partial(y)
-
-
-def _whole(partial: Partial) -> Tensor:
-    """Its value [T, N]."""
-    return partial.y if partial.h is None and partial.bias is None else complete_op(*partial.flat)
