@@ -213,7 +213,6 @@ class MoESession(Session):
             max_cpu_loras=args.adapters,
             max_lora_rank=args.rank,
             lora_memory=args.adapters * -(-args.rank // RANKS_PER_PAGE) * page,
-            lora_ends_memory=0,
         )
         self._vocab = shape.vocab
         self._random = random.Random(0)
