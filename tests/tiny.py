@@ -38,6 +38,7 @@ from aiolora.models.loading import load_decoder
 from aiolora.ops import native
 from aiolora.types import LoRARequest, Request, RequestOutput, SamplingParams
 from tests.dense import DENSE
+from tests.sparse import SPARSE
 
 VOCAB = 96  # few enough that logprobs can ask for all of them
 EOS = 2
@@ -95,6 +96,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
         },
     ),
     **DENSE,
+    **SPARSE,
 }
 
 
@@ -109,7 +111,7 @@ def fill(module: nn.Module, seed: int) -> None:
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
 def make_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes: object) -> Path:

@@ -3,11 +3,13 @@
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import PeftModel
+from torch import Tensor
 
 from aiolora import LLM, LoRARequest
 from aiolora.errors import AdapterError
@@ -15,6 +17,7 @@ from aiolora.models.families import FAMILIES as SERVED
 from aiolora.types import Prompt
 from tests.conftest import ModelOf
 from tests.lora.fidelity import peft_logits, train
+from tests.sparse import SPARSE
 from tests.tiny import FAMILIES, everything, hf_logits, load_hf, prompt_ids, reported
 
 TOLERANCE = 1e-4
@@ -38,20 +41,31 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "every norm": {"target_modules": "all-linear", "r": 2, "lora_alpha": 2, "modules_to_save": ["norm"]},
 }
+_ATTENTION = r".*\.self_attn\.\w+_proj"
+SPARSE_ADAPTERS = ADAPTERS | {  # in PEFT, all linears have the experts among them, which take low-rank factors only
+    "DoRA": ADAPTERS["DoRA"] | {"target_modules": _ATTENTION},
+    "biases": ADAPTERS["biases"] | {"target_modules": _ATTENTION},
+    "MLP": {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "r": 4},
+}
 KNOWN_AS = {
     "exaone4": "EXAONE 4",
     "gemma": "Gemma, CodeGemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text: 270M, 1B)",
     "granite": "Granite 3 and 4, dense",
+    "granitemoe": "Granite 3 MoE",
     "llama": "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM 1 and 2, and all that share the architecture",
     "ministral": "Ministral (8B, 2410)",
     "mistral": "Mistral",
+    "mixtral": "Mixtral",
     "olmo2": "OLMo 2",
     "olmo3": "OLMo 3",
+    "olmoe": "OLMoE",
     "phi3": "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     "qwen2": "Qwen2, Qwen2.5",
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2-MoE",
     "qwen3": "Qwen3, dense",
+    "qwen3_moe": "Qwen3-MoE",
     "seed_oss": "Seed-OSS",
     "smollm3": "SmolLM3",
     "starcoder2": "StarCoder2",
@@ -67,7 +81,8 @@ transformers in `tests/models/test_against_transformers.py`. How a family is add
 [adding-a-model.md](adding-a-model.md).
 
 Adapters name modules as PEFT finds them in transformers' model: where a checkpoint has q, k and v, or gate and up, in
-one projection, so have they. Beside those of the table there are `embed_tokens` and `lm_head`.
+one projection, so have they. All experts of a layer are parameters, which "MLP" names; an expert may also be a module,
+as before transformers 5 (`mlp.experts.3.up_proj`). Beside those of the table there are `embed_tokens` and `lm_head`.
 
 Ropes: default, linear, dynamic, llama3, yarn and longrope. Dynamic scaling begins beyond `max_position_embeddings`, up
 to which a model is served: there is none. Longrope turns by the long factors wherever the context that is served
@@ -105,7 +120,7 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
     trained: list[PeftModel | None] = [None]
     loras: list[LoRARequest | None] = [None]
     refused = {}
-    for number, (name, config) in enumerate(ADAPTERS.items(), 1):
+    for number, (name, config) in enumerate((SPARSE_ADAPTERS if shape in SPARSE else ADAPTERS).items(), 1):
         peft = train(base, config, folder / str(number), seed=number)
         lora = LoRARequest(name, number, str(folder / str(number)))
         try:
@@ -116,22 +131,28 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
         trained.append(peft)
         loras.append(lora)
     prompts: list[Prompt] = [prompt_ids(number, 19 + 5 * number) for number in range(len(loras))]
-    errors, alike = [0.0], []
+    errors, alike = [0.0], set[str]()
+
+    @cache
+    def expected(number: int, tokens: tuple[int, ...]) -> Tensor:
+        """Log-probabilities by PEFT."""
+        plain, peft = hf_logits(base, tokens), trained[number]
+        logits = plain if peft is None else peft_logits(peft, tokens[:-NEW], tokens[-NEW:])
+        if (lora := loras[number]) and (logits.log_softmax(-1) - plain.log_softmax(-1)).abs().max() < 100 * TOLERANCE:
+            alike.add(lora.lora_name)
+        return logits.log_softmax(-1)[:-1]
+
     for _ in range(2):  # the second time the full pages of the prompts come from the cache
-        for output, peft, lora in zip(
-            llm.generate(prompts, everything(NEW), lora_request=loras, use_tqdm=False), trained, loras
-        ):
+        for number, output in enumerate(llm.generate(prompts, everything(NEW), lora_request=loras, use_tqdm=False)):
             tokens, ours = reported(output)
-            plain = hf_logits(base, tokens)
-            logits = plain if peft is None else peft_logits(peft, tokens[:-NEW], tokens[-NEW:])
-            expected = logits.log_softmax(-1)[:-1]
-            errors.append(float((ours - expected).abs().max()))
-            if lora is not None and (expected - plain.log_softmax(-1)[:-1]).abs().max() < 100 * TOLERANCE:
-                alike.append(lora.lora_name)
+            errors.append(float((ours - expected(number, tuple(tokens))).abs().max()))
     modules = sorted(
         {name.rpartition(".")[2] for name, _ in base.named_modules() if re.search(r"\.layers\..*proj|c_fc", name)}
     )
-    return Outcome(shape, tuple(modules), max(errors), refused, alike)
+    modules += sorted(
+        {"experts" + name.partition(".experts")[2] for name, _ in base.named_parameters() if ".experts." in name}
+    )
+    return Outcome(shape, tuple(modules), max(errors), refused, sorted(alike))
 
 
 def test_the_base_and_every_adapter_have_their_own_numbers_in_one_batch(outcomes: list[Outcome]) -> None:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
 from aiolora.models.layers import Embedding, LayerNorm, Linear, Mlp, Norm
+from aiolora.models.moe import ExpertLinear, MoE, MoEConfig
 from aiolora.ops.activation import gated, gelu, gelu_gated
 from aiolora.ops.attention import attention_op, stored
 from aiolora.ops.blocks import OwnNorms, own_logits_op
 from aiolora.ops.linear import Partial, complete_op, completed, shrink_op
 
+CHECKPOINTED = (Linear, ExpertLinear, Embedding, Norm, LayerNorm)  # modules that own tensors of a checkpoint
 ACTIVATIONS = {"silu gated": gated, "gelu gated": gelu_gated, "gelu": gelu}
 
 
@@ -71,6 +73,8 @@ class DecoderConfig:
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # one name: they are one projection in the checkpoint
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # the same
     down: str = "down_proj"
+    moe: MoEConfig | None = None  # experts in the place of the MLP, in some layers or all
+    spellings: tuple[tuple[str, str], ...] = ()  # other checkpoints have the second part of a name for the first
 
 
 class Layer(nn.Module):
@@ -108,11 +112,14 @@ class Layer(nn.Module):
         self.o = linear(heads, "self_attn", ("o_proj",), (hidden,), config.o_bias)
         self.attention_norm = norm(config.norms.after_attention)
         self.post_norm = norm(config.norms.before_mlp)
+        self.mlp_norm = norm(config.norms.after_mlp)
+        if config.moe is not None and index in config.moe.layers:
+            self.mlp: MoE | Mlp = MoE(name, hidden, config.moe, dtype, device)
+            return
         inners = (inner, inner) if config.activation.endswith("gated") else (inner,)
         gate_up = linear(hidden, "mlp", config.gate_up, inners, config.mlp_bias)
         down = linear(inner, "mlp", (config.down,), (hidden,), config.mlp_bias)
         self.mlp = Mlp(gate_up, down, ACTIVATIONS[config.activation])
-        self.mlp_norm = norm(config.norms.after_mlp)
 
     def forward(
         self,
@@ -235,13 +242,26 @@ class Decoder(nn.Module):
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a checkpoint, the view of a parameter that it fills) of every tensor."""
         for module in self.modules():
-            if isinstance(module, (Linear, Embedding, Norm, LayerNorm)) and not (
-                module is self.head and self.config.tied_head
-            ):
+            if isinstance(module, CHECKPOINTED) and not (module is self.head and self.config.tied_head):
                 yield from module.checkpoint()
 
+    def spellings(self, name: str) -> Iterator[str]:
+        """What other checkpoints may call it."""
+        other = name
+        for ours, theirs in self.config.spellings:
+            other = other.replace(ours, theirs)
+        if other != name:
+            yield other
+
+    def experts(self) -> Iterator[tuple[int, ExpertLinear]]:
+        """(layer, projection) of the routed experts."""
+        for index, layer in enumerate(self.layers):
+            for module in layer.modules():
+                if isinstance(module, ExpertLinear):
+                    yield index, module
+
     def linears(self) -> Iterator[tuple[int, Linear]]:
-        """(layer, projection) of everything inside the layers."""
+        """(layer, projection) of everything inside the layers but the routed experts."""
         for index, layer in enumerate(self.layers):
             for module in layer.modules():
                 if isinstance(module, Linear):

@@ -1,12 +1,14 @@
 """Model families as data: what their Hugging Face config means for the one decoder."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from aiolora.errors import UnsupportedModelError
 from aiolora.models.decoder import DecoderConfig, LayerNorms, Rope
+from aiolora.models.moe import MoEConfig
 
 Switches = Callable[[Any], dict[str, object]]
 
@@ -68,11 +70,15 @@ def _phi3(hf: Any) -> dict[str, object]:
 
 
 def _granite(hf: Any) -> dict[str, object]:
+    return _llama(hf) | _granite_scales(hf)
+
+
+def _granite_scales(hf: Any) -> dict[str, object]:
     """Its layers add `residual_multiplier` of what they compute.
 
     Here the stream is divided by it instead, which no norm notices whose epsilon is divided by its square.
     """
-    return _llama(hf) | {
+    return {
         "embedding_scale": hf.embedding_multiplier / hf.residual_multiplier,
         "norm_eps": hf.rms_norm_eps / hf.residual_multiplier**2,
         "attention_scale": hf.attention_multiplier,
@@ -124,20 +130,74 @@ def _starcoder2(hf: Any) -> dict[str, object]:
     }
 
 
+def _mixtral(hf: Any) -> dict[str, object]:
+    moe = _experts(hf, hf.num_local_experts, inner=hf.intermediate_size, normalised=True)
+    old = (".mlp.", ".block_sparse_moe."), (".gate_proj", ".w1"), (".up_proj", ".w3"), (".down_proj", ".w2")
+    return _mistral(hf) | {"moe": moe, "spellings": old}
+
+
+def _qwen2_moe(hf: Any) -> dict[str, object]:
+    moe = replace(_qwen_experts(hf), shared=hf.shared_expert_intermediate_size)
+    return {"qkv_bias": bool(hf.qkv_bias), "windows": _typed_windows(hf), "moe": moe}
+
+
+def _qwen3_moe(hf: Any) -> dict[str, object]:
+    return _biases(hf) | _mistral(hf) | {"qk_norm": "head", "moe": _qwen_experts(hf)}
+
+
+def _olmoe(hf: Any) -> dict[str, object]:
+    if hf.clip_qkv is not None:
+        raise UnsupportedModelError(f"clip_qkv={hf.clip_qkv} is not served: q, k and v are not clipped")
+    moe = _experts(hf, hf.num_experts, inner=hf.intermediate_size, normalised=bool(hf.norm_topk_prob))
+    return _biases(hf) | {"qk_norm": "all", "moe": moe}
+
+
+def _granitemoe(hf: Any) -> dict[str, object]:
+    moe = _experts(hf, hf.num_local_experts, inner=hf.intermediate_size, normalised=True)
+    block = ".block_sparse_moe."
+    old = (
+        (f"{block}experts.gate_up_proj", f"{block}input_linear.weight"),
+        (f"{block}experts.down_proj", f"{block}output_linear.weight"),
+        (f"{block}router.weight", f"{block}router.layer.weight"),
+    )
+    return (
+        _biases(hf)
+        | _granite_scales(hf)
+        | {"moe": replace(moe, path="block_sparse_moe", gate="router"), "spellings": old}
+    )
+
+
+def _experts(hf: Any, count: int, *, inner: int, normalised: bool) -> MoEConfig:
+    """In every layer."""
+    layers = frozenset(range(hf.num_hidden_layers))
+    return MoEConfig(experts=count, top_k=hf.num_experts_per_tok, inner=inner, normalised=normalised, layers=layers)
+
+
+def _qwen_experts(hf: Any) -> MoEConfig:
+    moe = _experts(hf, hf.num_experts, inner=hf.moe_intermediate_size, normalised=bool(hf.norm_topk_prob))
+    sparse = range(hf.decoder_sparse_step - 1, hf.num_hidden_layers, hf.decoder_sparse_step)
+    return replace(moe, layers=frozenset(sparse if hf.num_experts else ()) - set(hf.mlp_only_layers))
+
+
 FAMILIES: dict[str, Switches] = {
     "exaone4": _exaone4,
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
     "granite": _granite,
+    "granitemoe": _granitemoe,
     "llama": _llama,
     "ministral": _ministral,
     "mistral": _mistral,
+    "mixtral": _mixtral,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
+    "olmoe": _olmoe,
     "phi3": _phi3,
     "qwen2": _qwen2,
+    "qwen2_moe": _qwen2_moe,
     "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
     "seed_oss": _seed_oss,
     "smollm3": _smollm3,
     "starcoder2": _starcoder2,
