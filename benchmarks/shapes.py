@@ -128,10 +128,15 @@ def make_model(root: Path, name: str) -> Path:
         "eos_token_id": 1,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
+    write_tokenizer(folder, shape.vocab)
+    return folder
+
+
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    """The files of a tokenizer of so many tokens."""
     said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
-    _tokenizer(shape.vocab).save(str(folder / "tokenizer.json"))
-    return folder
+    _tokenizer(vocab).save(str(folder / "tokenizer.json"))
 
 
 def _tokenizer(vocab: int) -> Tokenizer:

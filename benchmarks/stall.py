@@ -61,8 +61,8 @@ class Streams:
 def throttle(args: argparse.Namespace) -> None:
     """Fewer threads that read adapters, and what other threads leave them (Linux: a thread has its own niceness)."""
     paging._MAX_THREADS = args.threads
-    paging._threads.cache_clear()
-    threads = paging._threads()
+    paging.threads.cache_clear()
+    threads = paging.threads()
     threads._initializer = lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), args.nice)
 
 

@@ -74,7 +74,7 @@ def headers() -> Iterator[Malformed]:
 
     for length in (1 << 24, 1 << 62, (1 << 64) - 1):
         yield Malformed(f"a header of {length} bytes", header(b"{}", length), (f"header of {length} bytes",))
-    yield Malformed("a header over the limit", header(b"{}" + b" " * (4 << 20)), ("limit is 4194304",))
+    yield Malformed("a header over the limit", header(b"{}" + b" " * (8 << 20)), ("limit is 8388608",))
     for name, data in {
         "empty": b"",
         "no JSON": b"not JSON",

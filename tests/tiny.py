@@ -37,6 +37,8 @@ from aiolora.models.decoder import Decoder
 from aiolora.models.loading import load_decoder
 from aiolora.ops import native
 from aiolora.types import LoRARequest, Request, RequestOutput, SamplingParams
+from tests.dense import DENSE
+from tests.sparse import SPARSE
 
 VOCAB = 96  # few enough that logprobs can ask for all of them
 EOS = 2
@@ -93,6 +95,8 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
             "max_window_layers": 0,
         },
     ),
+    **DENSE,
+    **SPARSE,
 }
 
 
@@ -103,11 +107,11 @@ def fill(module: nn.Module, seed: int) -> None:
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.2 * noise)
+                parameter.add_(0.2 * noise)  # to one, or to zero where the model adds one to it
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
 def make_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes: object) -> Path:

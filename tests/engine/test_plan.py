@@ -23,9 +23,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (FREE, TOTAL))
 
 
-def plan(model_of: ModelOf, *, activations: int = 100 * MIB, **args: Any) -> Plan:
-    given = EngineArgs(model=str(model_of("llama")), max_num_seqs=40, enable_lora=True, max_loras=4, **args)
-    model = load_decoder(given, model_of("llama"), device="cpu")
+def plan(model_of: ModelOf, *, family: str = "llama", activations: int = 100 * MIB, **args: Any) -> Plan:
+    given = EngineArgs(model=str(model_of(family)), max_num_seqs=40, enable_lora=True, max_loras=4, **args)
+    model = load_decoder(given, model_of(family), device="cpu")
     config = replace(model.config, max_positions=1 << 20)  # so long that memory is the bound
     return make_plan(given, config, layout_of(model, torch.float32), torch.float32, "cuda", activations=activations)
 
@@ -54,6 +54,29 @@ def test_adapters_get_rank_pages_for_all_in_host_memory_and_vector_pages_for_tho
     assert one.adapter_nbytes == pages + 4 * 2 * 2 * outputs * 4, "of 4 adapters, 2 layers, gain and shift"
 
 
+# bytes of a rank page of the experts of qwen3-moe (2 layers, 8 experts), and of one of its other linears
+EXPERTS = 8 * 2 * 8 * ((2 * 48 + 48) + (24 + 48)) * 4
+OTHERS = 8 * 2 * ((3 * 48 + 128) + (64 + 48) + (48 + 8)) * 4
+
+
+def test_experts_have_rank_pages_for_all_of_a_step_within_a_third_of_what_is_free(
+    model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ample = plan(model_of, family="qwen3-moe", max_lora_rank=20, lora_ends_memory=0).adapter_room
+    assert ample.experts == 4 * 3
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 7 * EXPERTS + EXPERTS, TOTAL))
+    scarce = plan(model_of, family="qwen3-moe", max_lora_rank=20, lora_ends_memory=0, kv_cache_memory=1 << 30)
+    assert scarce.adapter_room.experts == 7
+
+
+def test_memory_for_adapters_is_shared_by_experts_and_other_linears_alike(model_of: ModelOf) -> None:
+    memory = 5 * (EXPERTS + OTHERS)
+    room = plan(model_of, family="qwen3-moe", max_lora_rank=20, lora_memory=memory).adapter_room
+    assert (room.layers, room.experts) == (5, 5)
+    with pytest.raises(ConfigError, match=f"one such adapter needs {3 * (EXPERTS + OTHERS)} bytes"):
+        plan(model_of, family="qwen3-moe", max_lora_rank=20, lora_memory=2 * (EXPERTS + OTHERS))
+
+
 def test_graphs_are_captured_up_to_the_most_sequences_unless_eager(model_of: ModelOf) -> None:
     buckets = plan(model_of, max_lora_rank=20).graph_buckets
     assert {bucket.tokens for bucket in buckets if bucket.decodes} == {1, 2, 4, 8, 12, 16, 24, 32, 40}
@@ -75,8 +98,8 @@ VECTORS = 2 * (64 + 96) * 4  # of a vector page of each
 def test_the_ends_of_the_network_have_room_of_their_own(model_of: ModelOf) -> None:
     with_ends, without = plan(model_of, max_lora_rank=20), plan(model_of, max_lora_rank=20, lora_ends_memory=0)
     assert with_ends.adapter_room.layers == without.adapter_room.layers
-    assert with_ends.adapter_room[2:] == (4 * 3, 4 * 3), "of four adapters: three pages of ranks, three blocks"
-    assert without.adapter_room[2:] == (0, 0)
+    assert with_ends.adapter_room[2:4] == (4 * 3, 4 * 3), "of four adapters: three pages of ranks, three blocks"
+    assert without.adapter_room[2:] == (0, 0, 0)
     assert with_ends.adapter_nbytes - without.adapter_nbytes == 12 * 2 * RANKS + 4 * VECTORS + 12 * BLOCK
     assert without.kv_nbytes - with_ends.kv_nbytes == pytest.approx(12 * 2 * RANKS + 12 * BLOCK, abs=MIB)
 

@@ -44,7 +44,7 @@ class Case:
 
 def attention_case(name: str, kernel: Any, blocks: dict[str, int], expects: tuple[str, ...], **shape: Any) -> Case:
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-    constexprs = {"PAGE": 16, "PDL": True, "WINDOWED": False, **blocks, **shape}
+    constexprs = {"PAGE": 16, "PDL": True, "WINDOWED": False, "CAP": 0.0, **blocks, **shape}
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
     signature |= dict.fromkeys(("tables_ptr", "lengths_ptr", "starts_ptr", "counters_ptr"), "*i32")
     signature |= {"parts_ptr": "*fp32", "scale": "fp32", "window": "i32", "num_tokens": "i32", "num_sequences": "i32"}
@@ -61,8 +61,10 @@ def attention_cases() -> list[Case]:
         ("qwen-0.5b", 7, 64, False),
         ("phi-2", 1, 80, False),
         ("gemma-2b", 2, 256, False),
+        ("gemma-2b capped", 2, 256, True),
     ):
         shape = {"GROUP": group, "HEAD_DIM": dim, "BLOCK_D": triton.next_power_of_2(dim), "WINDOWED": windowed}
+        shape["CAP"] = 50.0 if model.endswith("capped") else 0.0
         decode = attention.decode_blocks(group, dim, torch.bfloat16)
         prefill = attention.prefill_blocks(dim, torch.bfloat16)
         prefill["SEARCH"] = attention.SEARCH
@@ -127,12 +129,28 @@ def step_cases() -> list[Case]:
         *launch_cases("silu_mul owing 64", lambda: some.silu_mul(True), (LOAD_16,)),
         *launch_cases("silu_mul owing 128", lambda: many.silu_mul(True), (HMMA, LOAD_16)),
         *launch_cases("silu_mul owing 512", lambda: most.silu_mul(True), (HGMMA, LOAD_16)),
+        *launch_cases("gelu_mul fused 64", lambda: some.gelu_mul(False), (LOAD_16,)),
+        *launch_cases("gelu_mul fused owing 64", lambda: some.gelu_mul(True), (LOAD_16,)),
+        *launch_cases("gelu_mul fused owing 512", lambda: most.gelu_mul(True), (HGMMA, LOAD_16)),
+        *launch_cases("rope_store partly 64", lambda: some.rope_store(False, turned=96), ()),
+        *launch_cases("rope_store partly owing 512", lambda: most.rope_store(True, turned=96), (HGMMA,)),
         *launch_cases("rope_store 1", lambda: one.rope_store(False), ()),
         *launch_cases("rope_store 16", lambda: few.rope_store(False), (LOAD_16,)),
         *launch_cases("rope_store owing 1", lambda: one.rope_store(True), (LOAD_16,)),
         *launch_cases("rope_store owing 64", lambda: some.rope_store(True), (LOAD_16,)),
         *launch_cases("rope_store owing 128", lambda: many.rope_store(True), (HMMA, LOAD_16)),
         *launch_cases("rope_store owing 512", lambda: most.rope_store(True), (HGMMA, LOAD_16)),
+        *launch_cases("gate 16", lambda: few.gate(False), ()),
+        *launch_cases("gate owing 16", lambda: few.gate(True), (HMMA,)),
+        *launch_cases("gate 512", lambda: most.gate(False), (), (), ()),
+        *launch_cases("gated experts 16", lambda: few.gated_experts(False), narrow),
+        *launch_cases("gated experts owing 16", lambda: few.gated_experts(True), (LOAD_16,), narrow),
+        *launch_cases("gated experts 512", lambda: most.gated_experts(False), wide),
+        *launch_cases("gated experts owing 512", lambda: most.gated_experts(True), wide, wide),
+        *launch_cases("summed experts 16", lambda: few.summed_experts(False), narrow, ()),
+        *launch_cases("summed experts owing 16", lambda: few.summed_experts(True), (LOAD_16,), narrow, ()),
+        *launch_cases("summed experts 512", lambda: most.summed_experts(False), wide, ()),
+        *launch_cases("summed experts owing 512", lambda: most.summed_experts(True), wide, wide, ()),
         *launch_cases("embed", few.embed, (LOAD_16,)),
         *launch_cases("own_logits 16", few.own_logits, (HMMA, COPY_16)),
         *launch_cases("own_logits 512", most.own_logits, (HGMMA, COPY_16)),

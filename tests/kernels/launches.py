@@ -9,13 +9,16 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from aiolora.ops.kernels import activation, blocks, embedding, linear, norm, rope, sampling
+from aiolora.ops.experts import most_tiles, rows_of_tile
+from aiolora.ops.kernels import activation, blocks, embedding, experts, linear, norm, rope, routes, sampling
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY = 4096, 14336, 32, 8, 128, 128256
+EXPERTS, TOP_K, MOE_HIDDEN, MOE_INNER = 128, 8, 2048, 768  # of Qwen3-30B-A3B
 BOUNDS = {  # of the slices of its projections
     "qkv": [0, HIDDEN, HIDDEN + KV_HEADS * DIM, HIDDEN + 2 * KV_HEADS * DIM],
     "o": [0, HIDDEN],
     "gate_up": [0, INNER, 2 * INNER],
+    "gate": [0, EXPERTS],
 }
 PAGES, VECTORS = 512, 32  # of ranks in the pool, of gains and shifts
 PROCESSORS = 132  # of an H200
@@ -59,7 +62,7 @@ def _recorded(pdl: bool) -> Iterator[list[Launch]]:
             return lambda *args, **named: keep(self.function, args, named)
 
     with ExitStack() as stack:
-        for module in (activation, blocks, linear, norm, rope, sampling):
+        for module in (activation, blocks, experts, linear, norm, rope, routes, sampling):
             stack.enter_context(patch.object(module, "launch", launch))
         for module in (embedding, linear, sampling):
             stack.enter_context(patch.object(module, "PDL", pdl))
@@ -101,10 +104,43 @@ class Step:
     def silu_mul(self, owing: bool) -> None:
         activation.silu_mul(*self._partial("gate_up", owing))
 
-    def rope_store(self, owing: bool) -> None:
+    def gelu_mul(self, owing: bool) -> None:
+        """Gate and up fused in one slice."""
+        *value, where = self._partial("gate_up", owing)
+        activation.gelu_mul(*value, [*where[:2], 0, where[-1]] if owing else [])
+
+    def rope_store(self, owing: bool, *, turned: int = DIM) -> None:
         caches = [halves(64, 16, KV_HEADS, DIM) for _ in range(2)]
-        where = floats(8192, DIM), self.positions, self.slots
+        where = floats(8192, turned), self.positions, self.slots
         rope.rope_store(*self._partial("qkv", owing), None, None, 1e-5, *where, *caches, HEADS)
+
+    def gate(self, owing: bool) -> None:
+        y, _, owed, where = self._partial("gate", owing)
+        routes.choose_experts(y, owed, where, TOP_K, True, self.rows_of_tile)
+
+    def gated_experts(self, owing: bool) -> None:
+        x, weight = halves(self.tokens, MOE_HIDDEN), halves(EXPERTS, 2 * MOE_INNER, MOE_HIDDEN)
+        experts.gated_experts(x, weight, self._chosen(), *self._adapters(MOE_HIDDEN, 2 * MOE_INNER, 2, owing))
+
+    def summed_experts(self, owing: bool) -> None:
+        inner, weight = halves(self.tokens * TOP_K, MOE_INNER), halves(EXPERTS, MOE_HIDDEN, MOE_INNER)
+        adapters = self._adapters(MOE_INNER, MOE_HIDDEN, 1, owing)
+        experts.summed_experts(inner, weight, floats(self.tokens, TOP_K), self._chosen(), *adapters)
+
+    @property
+    def rows_of_tile(self) -> int:
+        return rows_of_tile(self.tokens, TOP_K, EXPERTS, "cuda")
+
+    def _chosen(self) -> list[Tensor]:
+        groups = most_tiles(self.tokens, TOP_K, EXPERTS, self.rows_of_tile)
+        return [ints(self.tokens, TOP_K), ints(self.tokens * TOP_K), ints(groups, 3)]
+
+    def _adapters(self, depth: int, columns: int, slices: int, owing: bool) -> tuple[list[Tensor], list[int]]:
+        if not owing:
+            return [], [self.rows_of_tile]
+        a, b = halves(PAGES, EXPERTS, slices, 8, depth), halves(PAGES, EXPERTS, 8, columns)
+        scales = floats(*self.pages.shape)
+        return [a, b, self.pages, scales, self.owners], [self.rows_of_tile, 0]
 
     def embed(self) -> None:
         embedding.embed(self.perm, self.owners, halves(VOCABULARY, HIDDEN))

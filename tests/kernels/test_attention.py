@@ -30,9 +30,9 @@ class Step(NamedTuple):
     kv_lengths: Tensor
     query_starts: Tensor
 
-    def exact(self, scale: float, window: int) -> Tensor:
+    def exact(self, scale: float, window: int, cap: float = 0.0) -> Tensor:
         wide = [x.double() for x in self[:3]]
-        return reference.attention(*wide, *self[3:], scale, window)
+        return reference.attention(*wide, *self[3:], scale, window, cap)
 
 
 def step(
@@ -79,8 +79,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", filled)
 
 
-def check(made: Step, window: int = 0, scale: float = 0.2) -> None:
-    out = kernels.attention(*made, scale, window)
+def check(made: Step, window: int = 0, scale: float = 0.2, cap: float = 0.0) -> None:
+    out = kernels.attention(*made, scale, window, cap)
     assert out.dtype == made.q.dtype
     # the reference multiplies what is not seen by zero: it gets the same caches without NaN, and tables within them
     safe = made._replace(
@@ -88,7 +88,7 @@ def check(made: Step, window: int = 0, scale: float = 0.2) -> None:
         v_cache=made.v_cache.nan_to_num(),
         block_tables=made.block_tables % len(made.k_cache),
     )
-    assert_near(out, safe.exact(scale, window))
+    assert_near(out, safe.exact(scale, window, cap))
 
 
 CASES = {
@@ -108,6 +108,18 @@ def test_each_query_sees_its_own_sequence_up_to_itself(
 ) -> None:
     poisoned(monkeypatch)
     check(step(*CASES[case], dtype, device, window=window), window)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's: 1 / infinity is meant
+@pytest.mark.parametrize("case", ["chunks behind a prefix", "a mixed step"])
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.5), (37, 30.0)])
+def test_scores_may_have_a_cap(
+    case: str, window: int, cap: float, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch)
+    made = step(*CASES[case], dtype, device, window=window)
+    check(made, window, cap=cap)
+    check(made._replace(q=made.q * 1000), window, cap=cap)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [((2, 2), 128), ((8, 2), 64), ((7, 1), 80), ((2, 1), 256)])

@@ -48,42 +48,62 @@ def test_add_norm(routed: Routing, biased: bool, owing: bool, dtype: torch.dtype
     weight = torch.randn(96, device=device).to(dtype)
     given = bias if biased else None
     owed, where = (owed, where) if owing else ([], [])
-    normed, total = norm_kernels.add_norm(y, given, owed, where, residual, weight, 1e-5)
     wide_bias = bias.double() if biased else None
-    exact = norm.add_norm(y.double(), wide_bias, wide(*owed), where, *wide(residual, weight), 1e-5)
-    assert_near(total, exact[1])
-    assert_near(normed, exact[0])
+    for offset in (0.0, 1.0):
+        normed, total = norm_kernels.add_norm(y, given, owed, where, residual, weight, 1e-5, offset)
+        exact = norm.add_norm(y.double(), wide_bias, wide(*owed), where, *wide(residual, weight), 1e-5, offset)
+        assert_near(total, exact[1])
+        assert_near(normed, exact[0])
 
 
 @pytest.mark.parametrize("shape", [(5, 96), (3, 2, 40)])
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     x = (3 * torch.randn(shape, device=device)).to(dtype)
     weight = torch.randn(shape[-1], device=device).to(dtype)
-    assert_near(norm_kernels.rms_norm(x, weight, 1e-5), norm.rms_norm(x.double(), weight.double(), 1e-5))
+    for offset in (0.0, 1.0):
+        exact = norm.rms_norm(x.double(), weight.double(), 1e-5, offset)
+        assert_near(norm_kernels.rms_norm(x, weight, 1e-5, offset), exact)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's: 1 / infinity is meant
+@pytest.mark.parametrize("gate", ["silu_mul", "gelu_mul"])
+@pytest.mark.parametrize("bounds", [[0, 72, 144], [0, 144]], ids=["two", "fused"])
 @pytest.mark.parametrize("owing", [True, False])
-def test_silu_mul(routed: Routing, owing: bool, dtype: torch.dtype) -> None:
-    y, bias, owed, where = partial(routed, [0, 72, 144], dtype)
+def test_gates(routed: Routing, owing: bool, bounds: list[int], gate: str, dtype: torch.dtype) -> None:
+    y, bias, owed, where = partial(routed, bounds, dtype)
     owed, where = (owed, where) if owing else ([], [])
-    out = activation_kernels.silu_mul(y, bias, owed, where)
-    assert_near(out, activation.silu_mul(y.double(), bias.double(), wide(*owed), where))
+    kernel, reference = {
+        "silu_mul": (activation_kernels.silu_mul, activation.silu_mul),
+        "gelu_mul": (activation_kernels.gelu_mul, activation.gelu_mul),
+    }[gate]
+    assert_near(kernel(y, bias, owed, where), reference(y.double(), bias.double(), wide(*owed), where))
 
 
-@pytest.mark.parametrize("normed", [True, False])
+ROPES = {  # slices, values that turn, size of the norms of q and k, their offset
+    "plain": ([0, 48, 72, 96], 12, None, 0.0),
+    "normed": ([0, 48, 72, 96], 12, (12, 12), 0.0),
+    "around zero": ([0, 48, 72, 96], 12, (12, 12), 1.0),
+    "fused, partly": ([0, 96], 8, None, 0.0),
+    "partly, normed": ([0, 48, 72, 96], 2, (12, 12), 0.0),
+    "all heads normed": ([0, 48, 72, 96], 12, (48, 24), 0.0),
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
 @pytest.mark.parametrize("owing", [True, False])
-def test_rope_store(routed: Routing, owing: bool, normed: bool, dtype: torch.dtype, device: str) -> None:
+def test_rope_store(routed: Routing, owing: bool, case: str, dtype: torch.dtype, device: str) -> None:
     heads, groups, dim, page_size = 4, 2, 12, 16
-    y, bias, owed, where = partial(routed, [0, 48, 72, 96], dtype)
+    bounds, turned, normed, offset = ROPES[case]
+    y, bias, owed, where = partial(routed, bounds, dtype)
     owed, where = (owed, where) if owing else ([], [])
     tokens = len(y)
-    norms = [torch.randn(dim, device=device).to(dtype) if normed else None for _ in range(2)]
-    cos_sin = torch.randn(50, dim, device=device)
+    norms = [torch.randn(size, device=device).to(dtype) if size else None for size in normed or (0, 0)]
+    cos_sin = torch.randn(50, turned, device=device)
     positions = torch.randint(0, 50, (tokens,), dtype=torch.int32, device=device)
     slots = torch.randperm(8 * page_size, device=device)[:tokens].int()
     slots[0] = -1
     caches = [torch.full((8, page_size, groups, dim), 7.0, dtype=dtype, device=device) for _ in range(2)]
-    q = rope_kernels.rope_store(y, bias, owed, where, *norms, 1e-5, cos_sin, positions, slots, *caches, heads)
+    q = rope_kernels.rope_store(y, bias, owed, where, *norms, 1e-5, cos_sin, positions, slots, *caches, heads, offset)
     exact = [torch.full_like(cache, 7.0, dtype=torch.float64) for cache in caches]
     wide_norms = [None if weight is None else weight.double() for weight in norms]
     wanted = attention.rope_store(
@@ -98,6 +118,7 @@ def test_rope_store(routed: Routing, owing: bool, normed: bool, dtype: torch.dty
         slots,
         *exact,
         heads,
+        offset,
     )
     for out, right in zip((q, *caches), (wanted, *exact)):
         assert_near(out, right)

@@ -15,3 +15,7 @@ def test_an_end_without_rank_pages_has_no_vector_pages() -> None:
     assert Room(7, vectors=5, ends=2).pages(PageKinds(2, head=1)) == [7, 2, 5, 2, 0]
     assert Room(7, vectors=5).pages(PageKinds(2, embedding=1)) == [7, 0, 5, 0, 0]
     assert Room(7, vectors=5).pages(PageKinds(2)) == [7, 7, 5, 5, 0]
+
+
+def test_routed_experts_have_rank_pages_and_no_vector_pages() -> None:
+    assert Room(7, vectors=5, experts=4).pages(PageKinds(3, experts=(1, 2))) == [7, 4, 4, 5, 0, 0, 0]

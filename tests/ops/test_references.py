@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from aiolora.engine.sampler import uniform
-from aiolora.ops.activation import silu_mul, silu_mul_op
+from aiolora.ops.activation import gelu_mul_op, silu_mul, silu_mul_op
 from aiolora.ops.attention import attention, attention_op, rope_store, rope_store_op
 from aiolora.ops.blocks import own_logits_op, own_norm_op
 from aiolora.ops.embedding import embed, embed_op, embed_own_op, embed_shrink_op
@@ -544,11 +544,14 @@ def _own_logits(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     return [(torch.randn(3, 200).to(dtype), torch.randn(3, 6).to(dtype), *_own_rows(dtype), perm, tiles, 2)]
 
 
+OWN_NORMS = [(3, 0.0), (130, 1.0), (999, 0.0)]
+
+
 def _own_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     x, residual, base = (torch.randn(shape).to(dtype) for shape in ((3, 6), (3, 6), (6,)))
     rows, table, _ = _own_rows(dtype)
     tokens = torch.tensor([2, 0], dtype=torch.int32)
-    return [(x, residual, base, rows, table, tokens, number, 1e-5) for number in (3, 130, 999)]
+    return [(x, residual, base, rows, table, tokens, number, 1e-5, offset) for number, offset in OWN_NORMS]
 
 
 def _linear_case(dtype: torch.dtype) -> dict[str, Any]:
@@ -592,12 +595,12 @@ def _whole_linear(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 
 def _rms_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    return [(torch.randn(7, 2, 6).to(dtype), torch.randn(6).to(dtype), 1e-5)]
+    return [(torch.randn(7, 2, 6).to(dtype), torch.randn(6).to(dtype), 1e-5, *offset) for offset in ([], [1.0])]
 
 
 def _add_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     rest = [torch.randn(7, 15).to(dtype), torch.randn(15).to(dtype), 1e-5]
-    return [(*case, *rest) for case in _complete(dtype)]
+    return [(*case, *rest, *offset) for case in _complete(dtype) for offset in ([], [1.0])]
 
 
 def _silu_mul(dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -613,15 +616,18 @@ def _rope_store(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     y, bias, norm = torch.randn(7, 48).to(dtype), torch.randn(48).to(dtype), torch.randn(6).to(dtype)
     index = torch.tensor([0, 1, 2, 5, 4, 3, -1], dtype=torch.int32)
     rest = [1e-5, torch.randn(9, 6), index.abs(), index]
-    caches = [torch.zeros(3, 4, 2, 6, dtype=dtype) for _ in range(4)]
+    caches = [torch.zeros(3, 4, 2, 6, dtype=dtype) for _ in range(6)]
+    partly = [1e-5, torch.randn(9, 4), index.abs(), index]
+    whole = torch.randn(24).to(dtype), torch.randn(12).to(dtype)
     return [
         (y, bias, owed, [1, 2, 0, 24, 36, 48], norm, norm, *rest, *caches[:2], 4),
-        (y, None, [], [], None, None, *rest, *caches[2:], 4),
+        (y, None, [], [], None, None, *rest, *caches[2:4], 4),
+        (y, None, [], [], *whole, *partly, *caches[4:], 4, 1.0),
     ]
 
 
 def _attention(dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    return [(*paged(*CASES["a mixed step"], dtype), 0.3, window) for window in (0, 3)]
+    return [(*paged(*CASES["a mixed step"], dtype), 0.3, *rest) for rest in ([0], [3], [3, 1.5])]
 
 
 def _greedy(dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -658,6 +664,7 @@ OPS: dict[str, tuple[Any, Callable[[torch.dtype], list[tuple[Any, ...]]]]] = {
     "rms_norm": (rms_norm_op, _rms_norm),
     "add_norm": (add_norm_op, _add_norm),
     "silu_mul": (silu_mul_op, _silu_mul),
+    "gelu_mul": (gelu_mul_op, _silu_mul),
     "rope_store": (rope_store_op, _rope_store),
     "attention": (attention_op, _attention),
     "greedy": (greedy_op, _greedy),

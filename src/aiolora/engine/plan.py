@@ -19,6 +19,7 @@ PAGE_SIZE = 16
 _CPU_SHARE = 0.25  # of the machine's memory for the KV cache, at most
 _CPU_KV_LIMIT = 4 << 30
 _GPU_LORA_SHARE = 0.1  # of what the weights leave free
+_EXPERTS_SHARE = 1 / 3  # of the same, or of a CPU's memory: a rank of all experts is large
 _GPU_ENDS_SHARE = 1 / 64  # of the same: few adapters change the embedding or the head
 _CPU_ENDS_SHARE = 1 / 16
 _GRAPHS_NBYTES = 1 << 30  # kept free for CUDA graphs
@@ -126,26 +127,31 @@ def make_plan(
 def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> Room:
     """Pages for `max_loras` adapters of the largest rank, or rank pages of `lora_memory`, and those of the ends.
 
-    On a GPU as many more rank pages as host memory keeps, within a share of what is free. Vector pages are a few parts
-    in a hundred of it: one of each kind for each of `max_loras`, beside `lora_memory`.
+    On a GPU as many more rank pages as host memory keeps, within a share of what is free. Routed experts have as many
+    pages as the linears where `lora_memory` is said, else within a share. Vector pages are a few parts in a hundred of
+    it: one of each kind for each of `max_loras`, beside `lora_memory`.
     """
     if layout is None:
         return Room(0)
-    page = sum(layout.page_nbytes(kind) for kind in range(layout.page_kinds.layers))
+    kinds = layout.page_kinds
+    page, of_experts = (sum(map(layout.page_nbytes, some)) for some in (kinds.linears, kinds.experts))
     one = -(-args.max_lora_rank // RANKS_PER_PAGE)
-    pages = args.max_loras * one
+    pages = experts = args.max_loras * one
     if args.lora_memory is not None:
-        pages = args.lora_memory // page
-    elif device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        pages = max(pages, min(int(free * _GPU_LORA_SHARE) // page, args.host_adapters * one))
+        pages = experts = args.lora_memory // (page + of_experts)
+    else:
+        free = torch.cuda.mem_get_info()[0] if device == "cuda" else _machine_memory()
+        if device == "cuda":
+            pages = max(pages, min(int(free * _GPU_LORA_SHARE) // page, args.host_adapters * one))
+        if of_experts:
+            experts = min(experts, int(free * _EXPERTS_SHARE) // of_experts)
     if pages < one:
         raise ConfigError(
             f"lora_memory={args.lora_memory} holds rank {pages * RANKS_PER_PAGE}, under max_lora_rank="
-            f"{args.max_lora_rank}; one such adapter needs {one * page} bytes"
+            f"{args.max_lora_rank}; one such adapter needs {one * (page + of_experts)} bytes"
         )
     ends, blocks = _ends_room(args, layout, device, args.max_loras * one)
-    return Room(pages, args.max_loras, ends, blocks)
+    return Room(pages, args.max_loras, ends, blocks, experts if of_experts else 0)
 
 
 def _ends_room(args: EngineArgs, layout: Layout, device: str, ranks: int) -> tuple[int, int]:

@@ -62,7 +62,8 @@ def module_of(key: str, layout: Layout) -> str | None:
     """The module of the base that the tensor `key` belongs to, if it is one that an adapter may bring."""
     part = part_of(key)
     if part is not None:
-        return part.module if part.module in layout.targets else None
+        known = part.module in layout.targets or part.module.removesuffix(".base_layer") in layout.fused
+        return part.module if known else None
     match = _TOKENS.fullmatch(key) or _WHOLE.fullmatch(key)
     if match is None or not any(match["module"] in weight.rows for weight in layout.weights):
         return None

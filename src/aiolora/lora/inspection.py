@@ -77,7 +77,7 @@ def inspect_adapter(path: str, *, model: str | None = None, max_rank: int) -> Re
                 coverage = _coverage(raw, file.entries, layout)
         parse_config(name, data)
         if layout is not None and model is not None:
-            room = Room(*[sys.maxsize] * 4)  # the server's, and not known here
+            room = Room(*[sys.maxsize] * len(Room._fields))  # the server's, and not known here
             limits = Limits(max_rank, room, model)
             version = load_adapter(LoRARequest(name, 1, str(folder)), layout, limits).version
     except AdapterError as error:

@@ -9,11 +9,17 @@ class PageKinds(NamedTuple):
     sites: int  # kinds of sites: those inside the layers, then the embedding and the head if they take adapters
     embedding: int = -1  # which of them; -1: none
     head: int = -1
+    experts: tuple[int, ...] = ()  # those of routed experts, inside the layers, which have no vector pages
 
     @property
     def layers(self) -> int:
         """So many first kinds of sites are inside the layers, where any adapter may need them."""
         return self.sites - (self.embedding >= 0) - (self.head >= 0)
+
+    @property
+    def linears(self) -> list[int]:
+        """Those of `layers` that are no routed experts."""
+        return [kind for kind in range(self.layers) if kind not in self.experts]
 
     @property
     def ends(self) -> range:
@@ -33,13 +39,16 @@ class PageKinds(NamedTuple):
 class Room(NamedTuple):
     """Pages on the device."""
 
-    layers: int  # rank pages of each kind inside the layers
+    layers: int  # rank pages of each kind inside the layers but those of routed experts
     vectors: int = 0  # vector pages of each kind
     ends: int = 0  # rank pages of embedding and head each
     blocks: int = 0
+    experts: int = 0  # rank pages of each kind of routed experts
 
     def pages(self, kinds: PageKinds) -> list[int]:
         """How many of each kind. The ends have no more vector pages than rank pages: those never come alone."""
-        ranks = [self.layers] * kinds.layers + [self.ends for _ in kinds.ends]
-        vectors = [self.vectors] * kinds.layers + [min(self.vectors, self.ends) for _ in kinds.ends]
+        ranks = [self.experts if kind in kinds.experts else self.layers for kind in range(kinds.layers)]
+        ranks += [self.ends for _ in kinds.ends]
+        vectors = [0 if kind in kinds.experts else self.vectors for kind in range(kinds.layers)]
+        vectors += [min(self.vectors, self.ends) for _ in kinds.ends]
         return [*ranks, *vectors, self.blocks]

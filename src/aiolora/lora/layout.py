@@ -3,8 +3,8 @@
 Rank and vector pages belong to a kind of site; pages of blocks are all of one shape, whichever weight's rows they hold.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 from aiolora.lora.kinds import PageKinds
 from aiolora.models.decoder import Decoder
 from aiolora.models.layers import Linear
+from aiolora.models.moe import ExpertLinear
 from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.linear import RANKS_PER_PAGE
 
+Place = tuple[int, int, int]  # kind, layer, slice
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 EMBEDDING, HEAD, NORMS = range(3)  # indices of `Layout.weights`
 WEIGHTS = {EMBED_TOKENS: EMBEDDING, LM_HEAD: HEAD}
@@ -25,13 +27,15 @@ WEIGHTS = {EMBED_TOKENS: EMBEDDING, LM_HEAD: HEAD}
 class Kind:
     """One kind of site (qkv, o, gate_up, down): the same Linear in every layer, so one page serves all layers.
 
-    The embedding and the head are kinds of one layer. The embedding's inputs are tokens.
+    The embedding and the head are kinds of one layer. The embedding's inputs are tokens. To a page, a routed expert is
+    a layer: expert e of layer l is layer l * E + e of the kind.
     """
 
     name: str  # checkpoint names of its slices without the layer, joined by +
     layers: int
     inputs: int  # K
     bounds: tuple[int, ...]  # ends of the slices among the out-features
+    experts: int = 0  # E; 0: it is not of experts
 
     @property
     def slices(self) -> int:
@@ -57,12 +61,27 @@ class Target(NamedTuple):
     bias: Tensor | None = None  # [N]
 
     @property
+    def place(self) -> Place:
+        return self.kind, self.layer, self.slice
+
+    @property
     def inputs(self) -> int:
         return self.weight.shape[1]
 
     @property
     def outputs(self) -> int:
         return self.weight.shape[0]
+
+
+class Fused(NamedTuple):
+    """All experts of a layer as one parameter [E, N, K], which an adapter may change at once."""
+
+    kind: int
+    first: int  # layer of the kind that its first expert is
+    experts: int
+    inputs: int  # K
+    outputs: int  # N
+    taken: bool  # whether it may be changed
 
 
 class Weight(NamedTuple):
@@ -86,22 +105,25 @@ class Layout:
     dtype: torch.dtype
     weights: tuple[Weight, ...] = ()  # embedding, head, norms on the residual stream
     tied: bool = False  # the head is the embedding
+    fused: Mapping[str, Mapping[str, Fused]] = field(default_factory=dict)  # module -> parameters, in order
 
     @property
     def page_kinds(self) -> PageKinds:
         def number(name: str) -> int:
             return next((i for i, kind in enumerate(self.kinds) if kind.name == name), -1)
 
-        return PageKinds(len(self.kinds), number(EMBED_TOKENS), number(LM_HEAD))
+        experts = tuple(i for i, kind in enumerate(self.kinds) if kind.experts)
+        return PageKinds(len(self.kinds), number(EMBED_TOKENS), number(LM_HEAD), experts)
 
     @property
     def most_blocks(self) -> int:
         """Pages of blocks of an adapter that brings every row that it may."""
         return sum(weight.blocks for weight in self.weights if weight.taken)
 
-    def kind_of(self, layer: int, linear: Linear) -> int:
-        """Index of the kind of a Linear in `layer`."""
-        return next(i for i, kind in enumerate(self.kinds) if kind.name == _kind_name(layer, linear))
+    def kind_of(self, layer: int, linear: Linear | ExpertLinear) -> int | None:
+        """Index of the kind of a Linear in `layer`; None: no adapter may change it."""
+        name = _kind_name(layer, linear)
+        return next((i for i, kind in enumerate(self.kinds) if kind.name == name), None)
 
     def page_nbytes(self, kind: int) -> int:
         """Bytes of a page of a kind of `page_kinds`."""
@@ -122,7 +144,7 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
     """Group the model's Linears into kinds; `only` (suffixes of module names) narrows what may be changed."""
 
     def taken(module: str) -> bool:
-        return only is None or any(module.endswith(suffix) for suffix in only)
+        return only is None or any(name.endswith(only) for name in (module, *model.spellings(module)))
 
     kinds: dict[str, Kind] = {}
     targets: dict[str, Target] = {}
@@ -135,6 +157,8 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
             if taken(part):
                 bias = None if linear.bias is None else linear.bias[low:high]
                 targets[part] = Target(number, layer, index, linear.weight[low:high], bias)
+    fused = _experts(model, taken, kinds, targets)
+    targets |= {other: targets[name] for name in targets for other in model.spellings(name)}
     for name, base in ((EMBED_TOKENS, model.embed.weight.T), (LM_HEAD, model.head.weight)):
         if taken(name):
             targets[name] = Target(len(kinds), 0, 0, base)
@@ -143,14 +167,42 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
     def weight(rows: dict[str, int], base: Tensor) -> Weight:
         return Weight(rows, frozenset(filter(taken, rows)), base)
 
-    norms = list(model.norms())
+    norms, none = list(model.norms()), model.embed.weight[:0]
+    stacked = torch.stack([norm.weight for norm in norms]) if norms else none
     weights = (
         weight({EMBED_TOKENS: 0}, model.embed.weight),
         weight({LM_HEAD: 0}, model.head.weight),
-        weight({norm.name: row for row, norm in enumerate(norms)}, torch.stack([norm.weight for norm in norms])),
+        weight({norm.name: row for row, norm in enumerate(norms)}, stacked),
     )
-    return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head)
+    return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head, fused)
 
 
-def _kind_name(layer: int, linear: Linear) -> str:
+def _experts(
+    model: Decoder, taken: Callable[[str], bool], kinds: dict[str, Kind], targets: dict[str, Target]
+) -> dict[str, dict[str, Fused]]:
+    """Add kinds and targets of the routed experts that may be changed; the fused parameters of each layer."""
+    fused: dict[str, dict[str, Fused]] = {}
+    for layer, linear in model.experts():
+        name, count, slices = _kind_name(layer, linear), linear.experts, list(linear.slices())
+        parts = {
+            linear.of(part, expert): (index, expert, low, high)
+            for index, (part, low, high) in enumerate(slices)
+            for expert in range(count)
+        }
+        some = [part for part in parts if taken(part)]
+        if not some and not taken(linear.fused):
+            continue
+        bounds = (0, *(high for _, _, high in slices))
+        kinds[name] = Kind(name, (layer + 1) * count, linear.inputs, bounds, count)
+        number, first = list(kinds).index(name), layer * count
+        for part in some:
+            index, expert, low, high = parts[part]
+            targets[part] = Target(number, first + expert, index, linear.weight[expert, low:high])
+        whole = taken(linear.fused) or len(some) == len(parts)
+        own = Fused(number, first, count, linear.inputs, bounds[-1], whole)
+        fused.setdefault(linear.path, {})[linear.fused] = own
+    return fused
+
+
+def _kind_name(layer: int, linear: Linear | ExpertLinear) -> str:
     return "+".join(part.partition(f".{layer}.")[2] for part in linear.parts)

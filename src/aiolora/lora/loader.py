@@ -19,10 +19,11 @@ from torch import Tensor
 from aiolora.errors import AdapterFormatError, AdapterNotFoundError, AdapterUnsupportedError
 from aiolora.hub import fetch
 from aiolora.lora.adapter import PeftConfig, parse_config
+from aiolora.lora.experts import fill_fused
 from aiolora.lora.layout import WEIGHTS, Layout
 from aiolora.lora.memory import HeldTensors, InMemory
 from aiolora.lora.outline import Limits, Outline, outline
-from aiolora.lora.paging import fill
+from aiolora.lora.paging import fill, threads
 from aiolora.lora.rows import Block, read_blocks, spans_of
 from aiolora.lora.tensorfile import Entry, TensorFile, Tensors
 from aiolora.lora.tokenizers import FILES as TOKENIZER_FILES
@@ -96,7 +97,9 @@ def _build(
     plan = outline(name, config, file.entries, layout, limits)
     kinds, pinned = layout.page_kinds, limits.pinned
     sites = {kind: count for kind, count in plan.pages.items() if kind < kinds.sites}
-    a_pages, b_pages, contents = fill(file, plan.modules, sites, layout, pinned=pinned)
+    later = frozenset(place for fused in plan.fused for place in fused.places(layout))
+    a_pages, b_pages, contents = fill(file, plan.modules, sites, layout, pinned=pinned, later=later)
+    contents |= fill_fused(file, plan.fused, a_pages, b_pages, layout, threads())
     vectors, more = vector_pages(file, plan.vectors, Factors(a_pages, b_pages, plan.kind_scales), layout, pinned=pinned)
     contents |= more
     blocks, more = read_blocks(file, plan.brought, layout, limits.room.blocks, _enough(layout, limits), pinned=pinned)

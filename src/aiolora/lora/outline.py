@@ -1,6 +1,7 @@
 """What an adapter will be, as its config and its tensors' names and shapes say: checked before any of them is read."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from aiolora.errors import (
 from aiolora.lora.adapter import PeftConfig, stands_for, weight_of
 from aiolora.lora.brought import Brought, brought
 from aiolora.lora.contents import BIAS, VECTORS, A, B, Contents, sort, trained_vectors
+from aiolora.lora.experts import AllExperts, take_fused
 from aiolora.lora.kinds import Room
-from aiolora.lora.layout import EMBED_TOKENS, LM_HEAD, Layout, Target
+from aiolora.lora.layout import EMBED_TOKENS, LM_HEAD, Layout, Place, Target
 from aiolora.lora.paging import Module
 from aiolora.lora.tensorfile import Entry
 from aiolora.lora.vectors import Vectors
@@ -40,6 +42,7 @@ class Outline(NamedTuple):
     """All of it but the values, and which of its rows are the base's."""
 
     modules: list[Module]
+    fused: list[AllExperts]
     vectors: list[Vectors]
     scales: dict[str, float]  # of each module
     kind_scales: dict[int, float]
@@ -53,7 +56,8 @@ class Outline(NamedTuple):
 def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: Layout, limits: Limits) -> Outline:
     """Raises an `AdapterError` for whatever can be told from these."""
     found = sort(name, config, entries.values(), layout)
-    _check_parts(name, config, found, layout)
+    fused = take_fused(name, config, found, layout)
+    _check_parts(name, config, found, fused, layout)
     vocabulary, rows = brought(name, config, found, layout)
     invocation = tuple(config.alora_invocation_tokens or ())
     if invocation:
@@ -61,25 +65,26 @@ def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: La
     ranks: dict[int, int] = {}
     scales: dict[str, float] = {}
     adapted = dict(sorted(found.adapted.items()))
-    for module, own in adapted.items():
-        target = layout.targets[module]
-        rank = _checked_rank(name, config, module, own[A], own[B], target.inputs, target.outputs)
+    kinds = {module: layout.targets[module].kind for module in adapted}
+    kinds |= {parameter: one.target.kind for parameter, one in fused.items()}
+    for module, kind in kinds.items():
+        if module in fused:
+            rank = fused[module].rank
+        else:
+            rank = _checked_rank(name, config, module, adapted[module], layout.targets[module])
         if rank > limits.max_rank:
             raise AdapterRankError(
                 name,
                 f"rank {rank} of {module} exceeds max_lora_rank={limits.max_rank}; start with --max-lora-rank {rank}",
             )
         scales[module] = config.scale(module, rank)
-        ranks[target.kind] = max(ranks.get(target.kind, 0), rank)
+        ranks[kind] = max(ranks.get(kind, 0), rank)
     pages = {kind: -(-rank // RANKS_PER_PAGE) for kind, rank in sorted(ranks.items())}
     _check_room(name, pages, layout, limits)
-    kind_scales = _kind_scales(name, scales, layout)
-    modules = [
-        Module(
-            own[A], own[B], layout.targets[module], scales[module] / (kind_scales[layout.targets[module].kind] or 1.0)
-        )
-        for module, own in adapted.items()
-    ]
+    kind_scales = _kind_scales(name, scales, kinds)
+    ratios = {module: scales[module] / (kind_scales[kind] or 1.0) for module, kind in kinds.items()}
+    modules = [Module(own[A], own[B], layout.targets[module], ratios[module]) for module, own in adapted.items()]
+    whole = [one._replace(ratio=ratios[parameter]) for parameter, one in fused.items()]
     vectors = [
         Vectors(module, layout.targets[module], scales.get(module, 0.0), *map(own.get, VECTORS))
         for module, own in sorted(found.parts.items())
@@ -87,10 +92,12 @@ def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: La
     ]
     pages |= dict.fromkeys(sorted({layout.page_kinds.vectors_of(one.target.kind) for one in vectors}), 1)
     rank = max(ranks.values())
-    return Outline(modules, vectors, scales, kind_scales, pages, rank, vocabulary, rows, invocation)
+    return Outline(modules, whole, vectors, scales, kind_scales, pages, rank, vocabulary, rows, invocation)
 
 
-def _check_parts(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> None:
+def _check_parts(
+    name: str, config: PeftConfig, contents: Contents, fused: Mapping[str, AllExperts], layout: Layout
+) -> None:
     """Every tensor must be served, no part of a module missing, every target there."""
     found, adapted, strange = contents.parts, contents.adapted, contents.strange
     beside = [part for part in trained_vectors(config) if part != BIAS]
@@ -104,7 +111,7 @@ def _check_parts(name: str, config: PeftConfig, contents: Contents, layout: Layo
         raise AdapterUnsupportedError(
             name, f"{len(strange)} tensors are no lora_A/lora_B of a linear module and not served: {strange[:3]}"
         )
-    if not adapted:
+    if not adapted and not fused:
         raise AdapterFormatError(name, "adapter_model.safetensors holds no LoRA tensors")
     for module, own in sorted(adapted.items()):
         if not {A, B} <= own.keys():
@@ -120,13 +127,17 @@ def _check_parts(name: str, config: PeftConfig, contents: Contents, layout: Layo
             f"{len(outside)} modules are not in the base model or take no adapters (--lora-target-modules): "
             f"{outside[:3]}; it was made for {config.base_model_name_or_path!r}",
         )
+    served = _check_once(name, contents, fused, layout)
     if isinstance(config.target_modules, list):
+        targets = _modules(adapted, layout)
         for wanted in config.target_modules:
-            meant = [module for module in layout.targets if stands_for(wanted, module)]
+            meant = [module for module in targets if stands_for(wanted, module)]
             if not meant and wanted.rpartition(".")[2] in _HEADS and not config.spares(wanted):
                 raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
             # any other name that stands for nothing is of another model: PEFT passes it by
-            if bare := [module for module in meant if module not in adapted and not config.spares(module)]:
+            if bare := [
+                module for module in meant if targets[module].place not in served and not config.spares(module)
+            ]:
                 raise AdapterFormatError(
                     name,
                     f"target_modules names {wanted!r}, but no tensor belongs to it in {len(bare)} of {len(meant)} "
@@ -134,14 +145,38 @@ def _check_parts(name: str, config: PeftConfig, contents: Contents, layout: Layo
                 )
     for wanted in config.target_parameters or ():
         if bare := [
-            module for module in layout.targets if stands_for(wanted, weight_of(module)) and module not in adapted
+            module
+            for module in layout.targets
+            if stands_for(wanted, weight_of(module)) and layout.targets[module].place not in served
         ]:
             raise AdapterFormatError(
                 name,
                 f"target_parameters names {wanted!r}, but no tensor belongs to it in {len(bare)} modules: {bare[:3]}",
             )
     for module, own in sorted(found.items()):
-        _check_vectors(name, config, module, own, layout.targets[module])
+        _check_vectors(name, config, module, own, layout)
+
+
+def _modules(adapted: Iterable[str], layout: Layout) -> dict[str, Target]:
+    """What target_modules can mean: no routed experts where the adapter's model has each layer's in one parameter."""
+
+    def of_expert(target: Target) -> bool:
+        return layout.kinds[target.kind].experts > 0
+
+    apart = any(of_expert(layout.targets[module]) for module in adapted)
+    return {module: target for module, target in layout.targets.items() if apart or not of_expert(target)}
+
+
+def _check_once(name: str, contents: Contents, fused: Mapping[str, AllExperts], layout: Layout) -> dict[Place, str]:
+    """What of the pages is served, and by which name of the file. No two may mean the same."""
+    served: dict[Place, str] = {}
+    places = {module: [layout.targets[module].place] for module in contents.adapted}
+    places |= {parameter: list(one.places(layout)) for parameter, one in fused.items()}
+    for module, own in places.items():
+        for place in own:
+            if (other := served.setdefault(place, module)) != module:
+                raise AdapterFormatError(name, f"{module} and {other} are one module of the base model")
+    return served
 
 
 def _check_activated(name: str, config: PeftConfig, contents: Contents) -> None:
@@ -158,8 +193,13 @@ def _check_activated(name: str, config: PeftConfig, contents: Contents) -> None:
         )
 
 
-def _check_vectors(name: str, config: PeftConfig, module: str, own: dict[str, Entry], target: Target) -> None:
+def _check_vectors(name: str, config: PeftConfig, module: str, own: dict[str, Entry], layout: Layout) -> None:
     """What the module has beside lora_A and lora_B must be of the base model's shape."""
+    target = layout.targets[module]
+    if layout.kinds[target.kind].experts and (more := own.keys() & set(VECTORS)):
+        raise AdapterUnsupportedError(
+            name, f"{module}, a routed expert, has {min(more)}; retrain with low-rank factors only"
+        )
     for part in own.keys() & set(VECTORS):
         if own[part].shape != (target.outputs,):
             raise AdapterMismatchError(
@@ -181,14 +221,19 @@ def _check_room(name: str, pages: dict[int, int], layout: Layout, limits: Limits
     for kind, count in pages.items():
         if count > there[kind]:
             half = count * sum(layout.page_nbytes(end) for end in kinds.ends)
+            way_out = f"start with --lora-ends-memory {2 * half}" if kind in kinds.ends else "raise --lora-memory"
+            if kind in kinds.experts:
+                whole = count * sum(map(layout.page_nbytes, range(kinds.layers)))
+                way_out = f"start with --lora-memory {whole} or more"
             raise AdapterMemoryError(
                 name,
                 f"needs {count} rank pages of {layout.kinds[kind].name}, the room for adapters has {there[kind]}; "
-                + (f"start with --lora-ends-memory {2 * half}" if kind in kinds.ends else "raise --lora-memory"),
+                + way_out,
             )
 
 
-def _checked_rank(name: str, config: PeftConfig, module: str, a: Entry, b: Entry, inputs: int, outputs: int) -> int:
+def _checked_rank(name: str, config: PeftConfig, module: str, own: dict[str, Entry], target: Target) -> int:
+    a, b, inputs, outputs = own[A], own[B], target.inputs, target.outputs
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != inputs or b.shape[0] != outputs:
         raise AdapterMismatchError(
             name,
@@ -203,11 +248,11 @@ def _checked_rank(name: str, config: PeftConfig, module: str, a: Entry, b: Entry
     return rank
 
 
-def _kind_scales(name: str, scales: dict[str, float], layout: Layout) -> dict[int, float]:
+def _kind_scales(name: str, scales: dict[str, float], kinds: dict[str, int]) -> dict[int, float]:
     """The one scale of each kind: the largest of its modules'. The others have the ratio folded into B."""
     kind_scales: dict[int, float] = {}
     for module, scale in scales.items():
-        kind = layout.targets[module].kind
+        kind = kinds[module]
         if not math.isfinite(scale) or abs(scale) > _MAX_SCALE:
             raise AdapterFormatError(name, f"{module} has the scale {scale}; the limit is {_MAX_SCALE:g}")
         if abs(scale) >= abs(kind_scales.get(kind, 0.0)):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from aiolora.lora.compiled import Placed, lay_out
-from aiolora.lora.layout import Layout, Target
+from aiolora.lora.layout import Layout, Place, Target
 from aiolora.lora.tensorfile import Entry, Tensors, not_finite
 from aiolora.ops.build_native import library
 from aiolora.ops.linear import RANKS_PER_PAGE
@@ -46,26 +46,35 @@ class Module(NamedTuple):
 
 
 def fill(
-    file: Tensors, modules: list[Module], counts: dict[int, int], layout: Layout, *, pinned: bool
+    file: Tensors,
+    modules: list[Module],
+    counts: dict[int, int],
+    layout: Layout,
+    *,
+    pinned: bool,
+    later: frozenset[Place] = frozenset(),
 ) -> tuple[Pages, Pages, dict[Entry, str]]:
     """`counts` pages of each kind, A's [L, S, 8, K] and B's [L, 8, N], and every tensor's sha256.
 
+    `later`: what the caller will fill.
     Raises `AdapterFormatError` for values that are not finite in the layout's dtype.
     """
     a_pages, b_pages = _empty(layout, counts, pinned=pinned)
     modules = sorted(modules, key=lambda module: module.a.offset)
-    present = {module.target[:3] for module in modules}
+    present = later | {module.target.place for module in modules}
     for kind in counts:
         shape = layout.kinds[kind]
         for layer in range(shape.layers):
             for index in range(shape.slices):
                 if (kind, layer, index) not in present:
                     _clear(a_pages[kind], b_pages[kind], layer, index, shape.bounds)
+    if not modules:
+        return a_pages, b_pages, {}
     a, b = _addresses(a_pages), _addresses(b_pages)
     placed = [
         one for module in modules for one in _places(module, a[module.target.kind], b[module.target.kind], layout)
     ]
-    contents = lay_out(file, placed, layout.dtype, _threads(), _num_threads())
+    contents = lay_out(file, placed, layout.dtype, threads(), _num_threads())
     if contents is None:
         contents = _fill(file, modules, a_pages, b_pages, layout)
     return a_pages, b_pages, contents
@@ -82,17 +91,17 @@ def reserve(layout: Layout, counts: Mapping[int, int]) -> None:
 
 def reserve_soon(layout: Layout, counts: Mapping[int, int]) -> None:
     """The same, and what compiles the loader, in threads: an engine that starts has other things to do."""
-    _threads().submit(library)
-    _threads().submit(reserve, layout, counts)
+    threads().submit(library)
+    threads().submit(reserve, layout, counts)
 
 
 def _fill(file: Tensors, modules: list[Module], a_pages: Pages, b_pages: Pages, layout: Layout) -> dict[Entry, str]:
     """`compiled.lay_out` for any dtype, without a compiler."""
-    a, b = ({kind: list(map(_bits, some)) for kind, some in pages.items()} for pages in (a_pages, b_pages))
+    a, b = ({kind: list(map(bits_of, some)) for kind, some in pages.items()} for pages in (a_pages, b_pages))
     work = _Fill(file, layout, a, b)
     remaining = iter(modules)
     longest = max(max(module.a.nbytes, module.b.nbytes) for module in modules)
-    futures = [_threads().submit(work.run, remaining, longest) for _ in range(min(_num_threads(), len(modules)))]
+    futures = [threads().submit(work.run, remaining, longest) for _ in range(min(_num_threads(), len(modules)))]
     wait(futures)  # all of them, also after an error: they use the file
     contents: dict[Entry, str] = {}
     for future in futures:
@@ -132,7 +141,7 @@ class _Fill:
         contents[entry] = hashlib.sha256(raw.data).hexdigest()
         bits = finite(self._file.adapter, entry, raw, dtype)
         if ratio != 1:
-            bits = _converted(raw, entry.dtype, dtype, ratio)
+            bits = scaled(raw, entry.dtype, dtype, ratio)
         return bits.reshape(entry.shape)
 
 
@@ -142,7 +151,7 @@ def finite(adapter: str, entry: Entry, raw: npt.NDArray[np.uint8], dtype: torch.
     Raises `AdapterFormatError` for values that are not finite in it.
     """
     integer, unsigned, infinity = _BITS[dtype]
-    bits: Bits = raw.view(integer) if entry.dtype == dtype else _converted(raw, entry.dtype, dtype)
+    bits: Bits = raw.view(integer) if entry.dtype == dtype else scaled(raw, entry.dtype, dtype)
     # below zero the sign bit is set: the largest unsigned number is then the negative furthest from zero, or NaN
     if bits.max() >= infinity or int(bits.view(unsigned).max()) >= infinity + (1 << 8 * bits.itemsize - 1):
         raise not_finite(adapter, entry, dtype)
@@ -180,7 +189,7 @@ def _put(target: Bits, part: Bits) -> None:
         target[len(part) :] = 0
 
 
-def _converted(raw: npt.NDArray[np.uint8], stored: torch.dtype, dtype: torch.dtype, ratio: float = 1.0) -> Bits:
+def scaled(raw: npt.NDArray[np.uint8], stored: torch.dtype, dtype: torch.dtype, ratio: float = 1.0) -> Bits:
     """Floats [n] of the dtype `stored`, in `dtype` and times `ratio`.
 
     In pieces, or each of our threads would start as many as torch has.
@@ -190,10 +199,10 @@ def _converted(raw: npt.NDArray[np.uint8], stored: torch.dtype, dtype: torch.dty
     for start in range(0, len(source), _SERIAL):
         piece = source[start : start + _SERIAL]
         values[start : start + _SERIAL] = piece if ratio == 1 else piece.float() * ratio
-    return _bits(values)
+    return bits_of(values)
 
 
-def _bits(tensor: Tensor) -> Bits:
+def bits_of(tensor: Tensor) -> Bits:
     """The memory of `tensor` (on the CPU) as integers."""
     bits: Bits = tensor.view(torch.int32 if tensor.dtype.itemsize == 4 else torch.int16).numpy()
     return bits
@@ -216,6 +225,6 @@ def _num_threads() -> int:
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
+def threads() -> ThreadPoolExecutor:
     """Shared by all loads of the process."""
     return ThreadPoolExecutor(_num_threads(), thread_name_prefix="aiolora-load")

@@ -12,6 +12,7 @@ from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.rows import Block
 from aiolora.models.decoder import Decoder
 from aiolora.ops.blocks import ROWS_PER_BLOCK
+from aiolora.ops.experts import ExpertSite
 from aiolora.ops.linear import RANKS_PER_PAGE, Site
 
 
@@ -61,9 +62,15 @@ class AdapterPool:
         self._copies = torch.cuda.Stream() if device.startswith("cuda") else None  # type: ignore[no-untyped-call]
 
     def attach(self, model: Decoder) -> None:
-        """Give every Linear inside the layers, the embedding and the head their Sites; none where there is no room."""
+        """Give Linears, routed experts, the embedding and the head their Sites; none where there is no room."""
         for layer, linear in model.linears():
-            linear.site = self._site(self.layout.kind_of(layer, linear), layer)
+            kind = self.layout.kind_of(layer, linear)
+            linear.site = None if kind is None else self._site(kind, layer)
+        for layer, experts in model.experts():
+            kind, count = self.layout.kind_of(layer, experts), experts.experts
+            if kind is not None and len(self._a[kind]):
+                own = slice(layer * count, (layer + 1) * count)
+                experts.site = ExpertSite(kind, self._a[kind][:, own], self._b[kind][:, own])
         kinds = self.layout.page_kinds
         model.embed.site = self._end(kinds.embedding)
         model.head.site = self._end(kinds.head)

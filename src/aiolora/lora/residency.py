@@ -144,7 +144,7 @@ class Residency(Generic[W]):
 
         Raises `AdapterMemoryError` where host memory would have room for no other version, or the device for none of
         `room` rank pages and a vector page a kind inside the layers: whoever is not pinned must still be served, if one
-        at a time. At the ends a pin need leave nothing.
+        at a time. Of routed experts and at the ends a pin need leave nothing.
         """
         if version.id in self._pinned:
             return
@@ -155,19 +155,25 @@ class Residency(Generic[W]):
                 "one that is not; raise --max-cpu-loras or unpin another",
             )
         spare = self._spare_pages([*self._pinned.values(), version])
-        vectors = [self._kinds.vectors_of(site) for site in range(self._kinds.layers)]
+        vectors = [self._kinds.vectors_of(site) for site in self._kinds.linears]
         if any(site.kind in vectors for site in version.pages) and min(spare[kind] for kind in vectors) < 1:
             raise AdapterMemoryError(
                 version.name,
                 "cannot be pinned: it would leave no vector page of a kind for another adapter with DoRA or biases; "
                 "raise --max-loras or unpin another",
             )
-        least = min(spare[: self._kinds.layers], default=0)
+        least = min((spare[kind] for kind in self._kinds.linears), default=0)
         if least < room:
             raise AdapterMemoryError(
                 version.name,
                 f"cannot be pinned: it would leave {max(0, least)} rank pages of a kind, and one "
                 f"adapter of max_lora_rank needs {room}; raise --lora-memory or unpin another",
+            )
+        if any(spare[kind] < 0 for kind in self._kinds.experts):
+            raise AdapterMemoryError(
+                version.name,
+                "cannot be pinned beside the others: there is no room for all their experts; raise --lora-memory or "
+                "unpin another",
             )
         if min(spare, default=0) < 0:
             raise AdapterMemoryError(

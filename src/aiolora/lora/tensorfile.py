@@ -16,7 +16,7 @@ import torch
 
 from aiolora.errors import AdapterFormatError
 
-_MAX_HEADER, _MAX_TENSORS, _MAX_DIMS, _MAX_EXTENT = 4 << 20, 20_000, 16, 1 << 48
+_MAX_HEADER, _MAX_TENSORS, _MAX_DIMS, _MAX_EXTENT = 8 << 20, 50_000, 16, 1 << 48  # 48 layers of 128 experts fit
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

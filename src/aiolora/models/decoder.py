@@ -1,19 +1,44 @@
-"""The one decoder: attention and a gated MLP on a residual stream; how families differ is named as switches."""
+"""The one decoder: attention and an MLP on a residual stream; how families differ is named as switches."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
-from aiolora.models.layers import Embedding, Linear, Norm
-from aiolora.ops.activation import gated
+from aiolora.models.layers import Embedding, LayerNorm, Linear, Mlp, Norm
+from aiolora.models.moe import ExpertLinear, MoE, MoEConfig
+from aiolora.ops.activation import gated, gelu, gelu_gated
 from aiolora.ops.attention import attention_op, stored
-from aiolora.ops.blocks import OwnNorms, own_logits_op, own_norm_op
-from aiolora.ops.linear import Partial, complete_op, shrink_op
-from aiolora.ops.norm import norm_after
+from aiolora.ops.blocks import OwnNorms, own_logits_op
+from aiolora.ops.linear import Partial, complete_op, completed, shrink_op
+
+CHECKPOINTED = (Linear, ExpertLinear, Embedding, Norm, LayerNorm)  # modules that own tensors of a checkpoint
+ACTIVATIONS = {"silu gated": gated, "gelu gated": gelu_gated, "gelu": gelu}
+
+
+class Rope(NamedTuple):
+    """Rotary frequencies of a layer, radians a token: R / 2 of them for the first R values of a head."""
+
+    inv_freq: tuple[float, ...]
+    scale: float = 1.0  # on cos and sin (YaRN's attention factor)
+    trained: int = 0  # the context, in tokens, from which on `longer` holds in the place of `inv_freq` (LongRoPE)
+    longer: tuple[float, ...] = ()
+
+
+class LayerNorms(NamedTuple):
+    """What the norms of a layer are called; None: there is none."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None  # of what attention adds to the stream
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+INPUTS_NORMED = LayerNorms()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +54,27 @@ class DecoderConfig:
     head_dim: int
     norm_eps: float
     max_positions: int
-    inv_freq: tuple[float, ...]  # head_dim / 2 rotary frequencies, radians a token
-    rope_scale: float = 1.0  # on cos and sin (YaRN's attention factor)
+    ropes: tuple[Rope, ...]  # each layer's
     windows: tuple[int, ...]  # each layer's sliding window, tokens; 0: none
     tied_head: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm on each head of q and k before the rotation (Qwen3)
+    qk_norm: str = ""  # RMSNorm of q and k before the rotation, of each "head" (Qwen3) or of "all" at once (OLMo 2)
+    attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
+    attention_cap: float = 0.0  # scores are cap * tanh(score / cap) (Gemma 2); 0: as they are
+    activation: str = "silu gated"  # one of ACTIVATIONS
+    norms: LayerNorms = INPUTS_NORMED
+    norm_offset: float = 0.0  # added to every norm's weight (Gemma)
+    layer_norm: bool = False  # LayerNorm with a bias instead of RMSNorm
+    embedding_scale: float = 1.0
+    logits_divisor: float = 1.0
+    logits_cap: float = 0.0
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # one name: they are one projection in the checkpoint
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # the same
+    down: str = "down_proj"
+    moe: MoEConfig | None = None  # experts in the place of the MLP, in some layers or all
+    spellings: tuple[tuple[str, str], ...] = ()  # other checkpoints have the second part of a name for the first
 
 
 class Layer(nn.Module):
@@ -44,68 +82,87 @@ class Layer(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int, dtype: torch.dtype, device: str) -> None:
         super().__init__()
-        name, hidden, kv = f"model.layers.{index}", config.hidden_size, config.num_kv_heads * config.head_dim
-        self.index = index
-        heads = config.num_heads * config.head_dim
-        attn, mlp = f"{name}.self_attn", f"{name}.mlp"
+        name, hidden, inner = f"model.layers.{index}", config.hidden_size, config.intermediate_size
+        heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        offset = config.norm_offset
 
-        def linear(inputs: int, parts: dict[str, int], bias: bool) -> Linear:
+        def linear(inputs: int, path: str, names: tuple[str, ...], outputs: tuple[int, ...], bias: bool) -> Linear:
+            sizes = outputs if len(names) == len(outputs) else (sum(outputs),)
+            parts = {f"{name}.{path}.{part}": size for part, size in zip(names, sizes, strict=True)}
             return Linear(inputs, parts, bias=bias, dtype=dtype, device=device)
 
-        def norm(path: str, size: int) -> Norm:
-            return Norm(path, size, config.norm_eps, dtype=dtype, device=device)
+        def rms_norm(path: str, size: int) -> Norm:
+            return Norm(f"{name}.{path}", size, config.norm_eps, offset=offset, dtype=dtype, device=device)
 
-        qkv = {f"{attn}.q_proj": heads, f"{attn}.k_proj": kv, f"{attn}.v_proj": kv}
-        gate_up = {f"{mlp}.gate_proj": config.intermediate_size, f"{mlp}.up_proj": config.intermediate_size}
+        def norm(path: str | None) -> Norm | LayerNorm | None:
+            return None if path is None else norm_of(config, f"{name}.{path}", dtype, device)
+
         self.num_heads = config.num_heads
-        self.scale = config.head_dim**-0.5
+        self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.cap = config.attention_cap
         self.window = config.windows[index]
-        self.input_norm = norm(f"{name}.input_layernorm", hidden)
-        self.qkv = linear(hidden, qkv, config.qkv_bias)
-        self.q_norm = norm(f"{attn}.q_norm", config.head_dim) if config.qk_norm else None
-        self.k_norm = norm(f"{attn}.k_norm", config.head_dim) if config.qk_norm else None
-        self.o = linear(heads, {f"{attn}.o_proj": hidden}, config.o_bias)
-        self.post_norm = norm(f"{name}.post_attention_layernorm", hidden)
-        self.gate_up = linear(hidden, gate_up, config.mlp_bias)
-        self.down = linear(config.intermediate_size, {f"{mlp}.down_proj": hidden}, config.mlp_bias)
+        self.rope = list(dict.fromkeys(config.ropes)).index(config.ropes[index])
+        self.norm_eps = config.norm_eps
+        self.norm_offset = offset
+        self.input_norm = norm(config.norms.before_attention)
+        self.qkv = linear(hidden, "self_attn", config.qkv, (heads, kv, kv), config.qkv_bias)
+        whole = config.qk_norm == "all"
+        self.q_norm = rms_norm("self_attn.q_norm", heads if whole else config.head_dim) if config.qk_norm else None
+        self.k_norm = rms_norm("self_attn.k_norm", kv if whole else config.head_dim) if config.qk_norm else None
+        self.o = linear(heads, "self_attn", ("o_proj",), (hidden,), config.o_bias)
+        self.attention_norm = norm(config.norms.after_attention)
+        self.post_norm = norm(config.norms.before_mlp)
+        self.mlp_norm = norm(config.norms.after_mlp)
+        if config.moe is not None and index in config.moe.layers:
+            self.mlp: MoE | Mlp = MoE(name, hidden, config.moe, dtype, device)
+            return
+        inners = (inner, inner) if config.activation.endswith("gated") else (inner,)
+        gate_up = linear(hidden, "mlp", config.gate_up, inners, config.mlp_bias)
+        down = linear(inner, "mlp", (config.down,), (hidden,), config.mlp_bias)
+        self.mlp = Mlp(gate_up, down, ACTIVATIONS[config.activation])
 
     def forward(
-        self, x: Tensor, residual: Tensor, step: StepInputs, kv: LayerKV, cos_sin: Tensor, next_norm: Norm
+        self,
+        x: Tensor,
+        residual: Tensor,
+        step: StepInputs,
+        kv: LayerKV,
+        cos_sin: Tensor,
+        next_norm: Norm | LayerNorm | None,
     ) -> tuple[Tensor, Tensor]:
         """`x` [T, H] normalised, `residual` [T, H] -> the same two for the next layer, under its norm."""
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
         q = stored(
             self.qkv(x, step.routing),
             norms,
-            self.input_norm.eps,
+            self.norm_eps,
             cos_sin,
             step.positions,
             step.slots,
             kv.k,
             kv.v,
             self.num_heads,
+            self.norm_offset,
         )
-        seen = attention_op(
-            q, kv.k, kv.v, step.block_tables, step.kv_lengths, step.query_starts, self.scale, self.window
-        )
-        x, residual = norm_after(self.o(seen, step.routing), residual, self.post_norm.weight, self.post_norm.eps)
-        x = own_norm(step.own_norms, x, residual, 2 * self.index + 1, self.post_norm)
-        inner = gated(self.gate_up(x, step.routing))
-        x, residual = norm_after(self.down(inner, step.routing), residual, next_norm.weight, next_norm.eps)
-        return own_norm(step.own_norms, x, residual, 2 * self.index + 2, next_norm), residual
+        where = step.block_tables, step.kv_lengths, step.query_starts
+        seen = attention_op(q, kv.k, kv.v, *where, self.scale, self.window, self.cap)
+        attended = self.o(seen, step.routing)
+        x, residual = joined(attended, residual, self.attention_norm, self.post_norm, step.own_norms)
+        return joined(self.mlp(x, step.routing), residual, self.mlp_norm, next_norm, step.own_norms)
 
 
 class Decoder(nn.Module):
     """Tokens to hidden states, hidden states to logits."""
 
     cos_sin: Tensor
+    embedding_scale: Tensor | None
 
     def __init__(self, config: DecoderConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.config = config
         self.embed = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
-        self.norm = Norm("model.norm", config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+        self.norm = norm_of(config, "model.norm", dtype, device)
         self.head = Linear(
             config.hidden_size,
             {"lm_head": config.vocab_size},
@@ -114,23 +171,46 @@ class Decoder(nn.Module):
             device=device,
             weight=self.embed.weight if config.tied_head else None,
         )
-        self.register_buffer("cos_sin", _cos_sin(config).to(device), persistent=False)
+        for number, norm in enumerate(self.norms()):
+            norm.number = number
+        # [tables, positions, R]: the layers' ropes, each once
+        tables = [_cos_sin(rope, config.max_positions) for rope in dict.fromkeys(config.ropes)]
+        self.register_buffer("cos_sin", torch.stack(tables).to(device), persistent=False)
+        # rounded to the model's dtype, as Gemma was trained: 55.5 for a hidden size of 3072 in bfloat16
+        scale = torch.tensor(config.embedding_scale, dtype=dtype, device=device)
+        self.register_buffer("embedding_scale", None if config.embedding_scale == 1 else scale, persistent=False)
 
     def forward(self, step: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
         """Hidden states [S, H] at `step.logits_at`, behind the last norm; keys and values go into `kv`."""
-        embeds = step.routing if step.embeds else None
-        residual = self.embed(step.tokens, step.previous, embeds, step.own_embeddings)
+        residual = self.embedded(step)
         layers: Iterable[Layer] = self.layers  # type: ignore[assignment]
         norms = [layer.input_norm for layer in layers] + [self.norm]
-        x: Tensor = own_norm(step.own_norms, norms[0](residual), residual, 0, norms[0])
+        x: Tensor = residual if norms[0] is None else norms[0](residual, step.own_norms)
+        tables = self.cos_sin.unbind()
         for layer, layer_kv, next_norm in zip(layers, kv, norms[1:]):
-            x, residual = layer(x, residual, step, layer_kv, self.cos_sin, next_norm)
+            x, residual = layer(x, residual, step, layer_kv, tables[layer.rope], next_norm)
         return x if step.logits_at is None else x[step.logits_at]
+
+    def embedded(self, step: StepInputs) -> Tensor:
+        """The residual stream [T, H] as it begins: the vectors of the step's tokens."""
+        embeds = step.routing if step.embeds else None
+        x: Tensor = self.embed(step.tokens, step.previous, embeds, step.own_embeddings)
+        return x if self.embedding_scale is None else x * self.embedding_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The base's logits [S, V] of hidden states [S, H]: float32 on the CPU, the model's dtype on a GPU."""
+        return self._finished(self._product(hidden))
+
+    def _product(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(hidden, None).y
         return logits if logits.is_cuda else logits.float()
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """What a family does to its logits in the end, in place."""
+        divisor, cap = self.config.logits_divisor, self.config.logits_cap
+        if divisor != 1:
+            logits.div_(divisor)
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     def amended(self, logits: Tensor, hidden: Tensor, adapters: HeadInputs | None) -> Tensor:
         """`logits` [S, V] of `hidden` [S, H] with what adapters do to the head; may write to `logits`.
@@ -139,6 +219,8 @@ class Decoder(nn.Module):
         """
         if adapters is None:
             return logits
+        if self.config.logits_divisor != 1 or self.config.logits_cap:
+            logits = self._product(hidden)  # adapters come before the end
         routing, site = adapters.routing, self.head.site
         vocabulary = logits.shape[1]
         if adapters.widest > vocabulary:
@@ -150,6 +232,7 @@ class Decoder(nn.Module):
             h = shrink_op(hidden, site.a, tables, [site.kind, routing.tile])
             of_base = complete_op(*Partial(logits[:, :vocabulary].contiguous(), None, h, site, routing).flat)
             logits = of_base if logits.shape[1] == vocabulary else torch.cat((of_base, logits[:, vocabulary:]), dim=1)
+        logits = self._finished(logits)
         if adapters.vocabularies is None:
             return logits
         known = torch.where(adapters.vocabularies > 0, adapters.vocabularies, vocabulary)
@@ -159,32 +242,63 @@ class Decoder(nn.Module):
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a checkpoint, the view of a parameter that it fills) of every tensor."""
         for module in self.modules():
-            if isinstance(module, (Linear, Embedding, Norm)) and not (module is self.head and self.config.tied_head):
+            if isinstance(module, CHECKPOINTED) and not (module is self.head and self.config.tied_head):
                 yield from module.checkpoint()
 
-    def linears(self) -> Iterator[tuple[int, Linear]]:
-        """(layer, projection) of everything inside the layers."""
+    def spellings(self, name: str) -> Iterator[str]:
+        """What other checkpoints may call it."""
+        other = name
+        for ours, theirs in self.config.spellings:
+            other = other.replace(ours, theirs)
+        if other != name:
+            yield other
+
+    def experts(self) -> Iterator[tuple[int, ExpertLinear]]:
+        """(layer, projection) of the routed experts."""
         for index, layer in enumerate(self.layers):
-            for module in layer.children():
+            for module in layer.modules():
+                if isinstance(module, ExpertLinear):
+                    yield index, module
+
+    def linears(self) -> Iterator[tuple[int, Linear]]:
+        """(layer, projection) of everything inside the layers but the routed experts."""
+        for index, layer in enumerate(self.layers):
+            for module in layer.modules():
                 if isinstance(module, Linear):
                     yield index, module
 
     def norms(self) -> Iterator[Norm]:
-        """Those on the residual stream, in the order of `ops.blocks.OwnNorms`."""
+        """RMSNorms of the residual stream, in the order of `ops.blocks.OwnNorms`."""
         layers: Iterable[Layer] = self.layers  # type: ignore[assignment]
-        for layer in layers:
-            yield layer.input_norm
-            yield layer.post_norm
-        yield self.norm
+        stream = [norm for layer in layers for norm in (layer.input_norm, layer.post_norm)] + [self.norm]
+        yield from (norm for norm in stream if isinstance(norm, Norm))
 
 
-def own_norm(own: OwnNorms | None, x: Tensor, residual: Tensor, number: int, norm: Norm) -> Tensor:
-    """`x` [T, H], which is `norm` of `residual`, by the norms of those adapters that have their own."""
-    return x if own is None else own_norm_op(x, residual, norm.weight, *own, number, norm.eps)
+def joined(
+    partial: Partial,
+    residual: Tensor,
+    own: Norm | LayerNorm | None,
+    following: Norm | LayerNorm | None,
+    adapters: OwnNorms | None,
+) -> tuple[Tensor, Tensor]:
+    """Add what `partial` comes to, under its `own` norm, to `residual` [T, H]: (the `following` norm of it, it)."""
+    if own is not None:
+        partial = Partial(own(completed(partial)))
+    if following is not None:
+        return following.joined(partial, residual, adapters)
+    residual = residual + completed(partial)
+    return residual, residual
 
 
-def _cos_sin(config: DecoderConfig) -> Tensor:
-    """Cos | sin of every position, [max_positions, head_dim] float32."""
-    inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
-    angle = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), inv_freq)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1) * config.rope_scale
+def norm_of(config: DecoderConfig, name: str, dtype: torch.dtype, device: str) -> Norm | LayerNorm:
+    """A norm of the residual stream."""
+    if config.layer_norm:
+        return LayerNorm(name, config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+    return Norm(name, config.hidden_size, config.norm_eps, offset=config.norm_offset, dtype=dtype, device=device)
+
+
+def _cos_sin(rope: Rope, max_positions: int) -> Tensor:
+    """Cos | sin of every position, [max_positions, R] float32."""
+    inv_freq = rope.longer if rope.longer and max_positions > rope.trained else rope.inv_freq
+    angle = torch.outer(torch.arange(max_positions, dtype=torch.float32), torch.tensor(inv_freq, dtype=torch.float32))
+    return torch.cat((angle.cos(), angle.sin()), dim=-1) * rope.scale

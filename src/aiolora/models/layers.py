@@ -1,15 +1,16 @@
 """The pieces a network is made of. Each knows the names its tensors have in a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aiolora.ops import native
-from aiolora.ops.blocks import Blocks
+from aiolora.ops.blocks import Blocks, OwnNorms, own_norm_op
 from aiolora.ops.embedding import embed_op, embed_own_op, embed_shrink_op
-from aiolora.ops.linear import Partial, Routing, Site, complete_op, linear
-from aiolora.ops.norm import rms_norm_op
+from aiolora.ops.linear import Partial, Routing, Site, complete_op, completed, linear
+from aiolora.ops.norm import norm_after, rms_norm_op
 
 
 class Linear(nn.Module):
@@ -84,19 +85,72 @@ class Embedding(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm's weight; who applies it decides whether a residual is added first."""
+    """RMSNorm, of x or of a sum; `number`: which it is in `ops.blocks.OwnNorms`, -1: adapters bring none of it."""
+
+    def __init__(
+        self, name: str, size: int, eps: float, *, offset: float = 0.0, dtype: torch.dtype, device: str
+    ) -> None:
+        """`offset`: what is added to the weight (`ops.norm.rms_norm`)."""
+        super().__init__()
+        self.name = name
+        self.eps = eps
+        self.offset = offset
+        self.number = -1
+        self.weight = _parameter((size,), dtype, device)
+
+    def forward(self, x: Tensor, own: OwnNorms | None = None) -> Tensor:
+        """The norm of `x` [T, H], for some tokens with an adapter's weight."""
+        return self._owned(rms_norm_op(x, self.weight, self.eps, self.offset), x, own)
+
+    def joined(self, partial: Partial, residual: Tensor, own: OwnNorms | None) -> tuple[Tensor, Tensor]:
+        """(its norm, the sum) of `residual` [T, H] and what `partial` comes to."""
+        x, residual = norm_after(partial, residual, self.weight, self.eps, self.offset)
+        return self._owned(x, residual, own), residual
+
+    def _owned(self, x: Tensor, residual: Tensor, own: OwnNorms | None) -> Tensor:
+        if own is None or self.number < 0:
+            return x
+        return own_norm_op(x, residual, self.weight, *own, self.number, self.eps, self.offset)
+
+    def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
+        yield f"{self.name}.weight", self.weight
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with a bias (Ba et al., arXiv 1607.06450) in the place of a `Norm`; adapters bring none of it."""
 
     def __init__(self, name: str, size: int, eps: float, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.name = name
         self.eps = eps
         self.weight = _parameter((size,), dtype, device)
+        self.bias = _parameter((size,), dtype, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm_op(x, self.weight, self.eps)
+    def forward(self, x: Tensor, own: OwnNorms | None = None) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def joined(self, partial: Partial, residual: Tensor, own: OwnNorms | None) -> tuple[Tensor, Tensor]:
+        residual = residual + completed(partial)
+        return self(residual), residual
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         yield f"{self.name}.weight", self.weight
+        yield f"{self.name}.bias", self.bias
+
+
+class Mlp(nn.Module):
+    """Into the inner features (gate and up fused, or one projection), the activation, and back."""
+
+    def __init__(self, gate_up: Linear, down: Linear, activate: Callable[[Partial], Tensor]) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self.down = down
+        self._activate = activate
+
+    def forward(self, x: Tensor, routing: Routing | None) -> Partial:
+        """`x` [T, H] -> the Partial of [T, H]."""
+        partial: Partial = self.down(self._activate(self.gate_up(x, routing)), routing)
+        return partial
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> nn.Parameter:

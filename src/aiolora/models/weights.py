@@ -42,15 +42,20 @@ def load_weights(model: Decoder, folder: Path, report: Report = unreported) -> N
     Raises `WeightsError` naming tensors that the model does not know, that it misses, or whose shape differs.
     """
     wanted = dict(model.checkpoint())
+    parts = {linear.fused: [name for name, _ in linear.checkpoint()] for _, linear in model.experts()}
+    targets = wanted | {linear.fused: linear.weight for _, linear in model.experts()}
+    spelled = {other: name for name in targets for other in model.spellings(name)}
     tied = {"lm_head.weight"} if model.config.tied_head else set()
-    unknown, seen = [], set()
-    for name, tensor in _tensors(folder):
-        if name in wanted:
-            target = wanted[name]
+    unknown: list[str] = []
+    seen: set[str] = set()
+    for stored, tensor in _tensors(folder):
+        name = spelled.get(stored, stored)
+        if name in targets:
+            target = targets[name]
             if tensor.shape != target.shape:
                 raise WeightsError(f"{name}: shape {list(tensor.shape)}, the config says {list(target.shape)}")
             target.copy_(tensor)
-            seen.add(name)
+            seen.update(parts.get(name, (name,)))
             report("weights", len(seen), len(wanted))
         elif name not in tied and not name.endswith("rotary_emb.inv_freq"):
             unknown.append(name)

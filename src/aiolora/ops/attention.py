@@ -28,17 +28,23 @@ def rope_store(
     k_cache: Tensor,
     v_cache: Tensor,
     num_heads: int,
+    norm_offset: float = 0.0,
 ) -> Tensor:
-    """Split a Partial's value [T, (H + 2 G) D] into q, k, v; norm (Qwen3), rotate and store: returns q [T, H, D].
+    """Split a Partial's value [T, (H + 2 G) D] into q, k, v; norm, rotate and store: returns q [T, H, D].
 
-    `cos_sin` [positions, D] float32 holds cos | sin of half a head; halves are rotated (the Llama layout, RoFormer
-    arXiv 2104.09864). k and v of token t go to cache slot `slots[t]` = page * page_size + offset; -1: nowhere.
+    `q_norm` and `k_norm` are of one head, [D] (Qwen3), or of all of them together, [H D] and [G D] (OLMo 2);
+    `norm_offset` as in `norm.rms_norm`. `cos_sin` [positions, R] float32 holds cos | sin of half of a head's first R
+    values; halves are rotated (the Llama layout, RoFormer arXiv 2104.09864), the rest stays. k and v of token t go to
+    cache slot `slots[t]` = page * page_size + offset; -1: nowhere.
     """
     num_kv_heads, head_dim = k_cache.shape[2:]
     qkv = paid(y, bias, owed, where).to(y.dtype).view(y.shape[0], -1, head_dim)
     q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     if q_norm is not None and k_norm is not None:
-        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+        q, k = (
+            rms_norm(x.reshape(len(x), -1, len(weight)), weight, eps, norm_offset).view(x.shape)
+            for x, weight in ((q, q_norm), (k, k_norm))
+        )
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     kept = slots >= 0
     k_cache.flatten(0, 1)[slots[kept]] = _rotate(k, cos, sin).to(k_cache.dtype)[kept]
@@ -55,14 +61,16 @@ def attention(
     query_starts: Tensor,
     scale: float,
     window: int,
+    cap: float = 0.0,
 ) -> Tensor:
     """Causal attention of q [T, H, D] over each sequence's own pages: [T, H * D].
 
     Sequence b has queries `query_starts[b] : query_starts[b + 1]`, the last of its `kv_lengths[b]` tokens, whose keys
     lie in pages `block_tables[b]` [B, max pages]. `window` > 0: a token sees itself and the window - 1 before it.
+    `cap` > 0: a score is cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118).
     """
     out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
-    _attend(out, q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window)
+    _attend(out, q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, cap)
     return out
 
 
@@ -76,6 +84,7 @@ def _attend(
     query_starts: Tensor,
     scale: float,
     window: int,
+    cap: float,
     over: int = 0,
 ) -> None:
     """Write the rows of `out` whose sequence has more than `over` queries."""
@@ -93,15 +102,16 @@ def _attend(
         mask = key <= query
         if window > 0:
             mask &= key > query - window
-        seen = F.scaled_dot_product_attention(
-            q[low:high].transpose(0, 1).unsqueeze(0),
-            k.unsqueeze(0),
-            v.unsqueeze(0),
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=True,
-        )
-        out[low:high] = seen.squeeze(0).transpose(0, 1).flatten(1)
+        mine = q[low:high].transpose(0, 1)
+        if cap > 0:
+            wide, shared = torch.promote_types(q.dtype, torch.float32), len(mine) // len(k)
+            k, v = k.to(wide).repeat_interleave(shared, 0), v.to(wide).repeat_interleave(shared, 0)
+            scores = cap * torch.tanh(mine.to(wide) @ k.mT * (scale / cap))
+            seen = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        else:
+            one = mine.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), mask
+            seen = F.scaled_dot_product_attention(*one, scale=scale, enable_gqa=True).squeeze(0)
+        out[low:high] = seen.transpose(0, 1).flatten(1)
 
 
 def _rope_store_cpu(
@@ -118,13 +128,15 @@ def _rope_store_cpu(
     k_cache: Tensor,
     v_cache: Tensor,
     num_heads: int,
+    norm_offset: float = 0.0,
 ) -> Tensor:
     if not owed:
         norms, caches = (q_norm, k_norm), (k_cache, v_cache)
-        q = native.rope_store(y, bias, norms, eps, cos_sin, positions, slots, caches, num_heads)
+        q = native.rope_store(y, bias, norms, eps, cos_sin, positions, slots, caches, num_heads, norm_offset)
         if q is not None:
             return q
-    return rope_store(y, bias, owed, where, q_norm, k_norm, eps, cos_sin, positions, slots, k_cache, v_cache, num_heads)
+    terms = q_norm, k_norm, eps, cos_sin, positions, slots, k_cache, v_cache, num_heads, norm_offset
+    return rope_store(y, bias, owed, where, *terms)
 
 
 def _attention_cpu(
@@ -136,20 +148,22 @@ def _attention_cpu(
     query_starts: Tensor,
     scale: float,
     window: int,
+    cap: float = 0.0,
 ) -> Tensor:
-    served = native.attention(q, (k_cache, v_cache), block_tables, kv_lengths, query_starts, scale, window)
+    served = native.attention(q, (k_cache, v_cache), block_tables, kv_lengths, query_starts, scale, window, cap)
     if served is None:
-        return attention(q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window)
+        return attention(q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, cap)
     out, left = served
     if left:
         over = native.MAX_QUERIES
-        _attend(out, q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, over)
+        _attend(out, q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, cap, over)
     return out
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    turned = 2 * cos.shape[-1]
+    low, high = x[..., :turned].float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, x[..., turned:]), dim=-1).to(x.dtype)
 
 
 def _rope_store_fake(
@@ -166,6 +180,7 @@ def _rope_store_fake(
     k_cache: Tensor,
     v_cache: Tensor,
     num_heads: int,
+    norm_offset: float = 0.0,
 ) -> Tensor:
     return y.new_empty((y.shape[0], num_heads, k_cache.shape[3]))
 
@@ -179,6 +194,7 @@ def _attention_fake(
     query_starts: Tensor,
     scale: float,
     window: int,
+    cap: float = 0.0,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
 
@@ -203,7 +219,10 @@ def stored(
     k_cache: Tensor,
     v_cache: Tensor,
     num_heads: int,
+    norm_offset: float = 0.0,
 ) -> Tensor:
     """Pay what q, k and v owe, rotate q and k, write k and v to their slots: q [T, H, D]."""
     q_norm, k_norm = norms or (None, None)
-    return rope_store_op(*partial.flat, q_norm, k_norm, eps, cos_sin, positions, slots, k_cache, v_cache, num_heads)
+    return rope_store_op(
+        *partial.flat, q_norm, k_norm, eps, cos_sin, positions, slots, k_cache, v_cache, num_heads, norm_offset
+    )

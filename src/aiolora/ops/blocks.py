@@ -56,7 +56,15 @@ def own_logits(
 
 
 def own_norm(
-    x: Tensor, residual: Tensor, base: Tensor, rows: Tensor, pages: Tensor, tokens: Tensor, number: int, eps: float
+    x: Tensor,
+    residual: Tensor,
+    base: Tensor,
+    rows: Tensor,
+    pages: Tensor,
+    tokens: Tensor,
+    number: int,
+    eps: float,
+    offset: float = 0.0,
 ) -> Tensor:
     """`x` [T, H], the norm of `residual` with the weight `base` [H], anew for `tokens`: with row `number` of their own.
 
@@ -67,7 +75,7 @@ def own_norm(
         return x.clone()
     page = pages[:, block]
     weight = torch.where((page >= 0).unsqueeze(1), rows[page.clamp(min=0), row], base)
-    return x.index_copy(0, tokens.long(), rms_norm(residual[tokens], weight, eps).to(x.dtype))
+    return x.index_copy(0, tokens.long(), rms_norm(residual[tokens], weight, eps, offset).to(x.dtype))
 
 
 def _runs(pages: list[int]) -> list[tuple[int, int]]:
@@ -88,4 +96,6 @@ own_logits_op = define(
     mutates=("logits",),
     cuda="aiolora.ops.kernels.blocks",
 )
-own_norm_op = define(own_norm, fake=lambda x, residual, base, rows, pages, tokens, number, eps: torch.empty_like(x))
+own_norm_op = define(
+    own_norm, fake=lambda x, residual, base, rows, pages, tokens, number, eps, offset=0.0: torch.empty_like(x)
+)

@@ -30,7 +30,7 @@ class Library(NamedTuple):
     linear: "ctypes._NamedFuncPointer"
     attention: "ctypes._NamedFuncPointer"
     norm: "ctypes._NamedFuncPointer"
-    silu_mul: "ctypes._NamedFuncPointer"
+    gate_mul: "ctypes._NamedFuncPointer"
     rope_store: "ctypes._NamedFuncPointer"
     lay_out: "ctypes._NamedFuncPointer"
 
@@ -92,7 +92,7 @@ def _name(compiler: str, flags: tuple[str, ...]) -> str:
 def _load(path: Path) -> Library:
     """Bind the functions; the short ones keep the GIL: asking for it back may wait longer than their 1-3 us."""
     free, held = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
-    loaded = Library(free.linear, free.attention, held.norm, held.silu_mul, held.rope_store, free.lay_out)
+    loaded = Library(free.linear, free.attention, held.norm, held.gate_mul, held.rope_store, free.lay_out)
     for function in loaded:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     loaded.lay_out.argtypes = [ctypes.c_void_p]  # it writes to its struct

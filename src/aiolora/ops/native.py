@@ -19,9 +19,9 @@ MAX_HEAD_DIM = 512
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SHORT = {n: struct.Struct(f"{n}q").pack for n in range(64)}  # the `_args` of csrc/: all fields have 8 bytes
-_NORM = struct.Struct("10qd").pack
-_ROPE = struct.Struct("16qd").pack
-_ATTENTION = struct.Struct("16qd").pack
+_NORM = struct.Struct("10q2d").pack
+_ROPE = struct.Struct("17q2d").pack
+_ATTENTION = struct.Struct("16q2d").pack
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
@@ -66,7 +66,7 @@ def linear(x: Tensor, weight: Tensor, adapters: list[Tensor], where: list[int]) 
     return None if loaded.linear(packed) else y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor | None:
     """See `norm.rms_norm`."""
     loaded, kind = library(), _TYPES.get(x.dtype)
     if loaded is None or kind is None or not _alike(x, weight):
@@ -74,12 +74,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     out = torch.empty_like(x)
     width = weight.shape[0]
     ends = weight.data_ptr(), out.data_ptr(), 0
-    loaded.norm(_NORM(torch.get_num_threads(), kind, x.numel() // width, width, x.data_ptr(), 0, 0, *ends, eps))
+    sizes = x.numel() // width, width
+    loaded.norm(_NORM(torch.get_num_threads(), kind, *sizes, x.data_ptr(), 0, 0, *ends, eps, offset))
     return out
 
 
 def add_norm(
-    y: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, eps: float
+    y: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor] | None:
     """See `norm.add_norm`, nothing owed."""
     loaded, kind = library(), _TYPES.get(y.dtype)
@@ -89,19 +90,19 @@ def add_norm(
     tokens, width = y.shape
     terms = residual.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr()
     ends = weight.data_ptr(), out.data_ptr(), total.data_ptr()
-    loaded.norm(_NORM(torch.get_num_threads(), kind, tokens, width, *terms, *ends, eps))
+    loaded.norm(_NORM(torch.get_num_threads(), kind, tokens, width, *terms, *ends, eps, offset))
     return out, total
 
 
-def silu_mul(y: Tensor, bias: Tensor | None) -> Tensor | None:
-    """See `activation.silu_mul`, nothing owed."""
+def gate_mul(y: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor | None:
+    """See `activation.silu_mul` and `gelu_mul`, nothing owed."""
     loaded, kind = library(), _TYPES.get(y.dtype)
     if loaded is None or kind is None or not _alike(y, bias):
         return None
     tokens, width = y.shape
     out = y.new_empty((tokens, width // 2))
     ends = y.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
-    loaded.silu_mul(_SHORT[7](torch.get_num_threads(), kind, tokens, width // 2, *ends))
+    loaded.gate_mul(_SHORT[8](torch.get_num_threads(), kind, tokens, width // 2, *ends, gelu))
     return out
 
 
@@ -115,6 +116,7 @@ def rope_store(
     slots: Tensor,
     caches: tuple[Tensor, Tensor],
     num_heads: int,
+    norm_offset: float,
 ) -> Tensor | None:
     """See `attention.rope_store`, nothing owed."""
     loaded, kind = library(), _TYPES.get(y.dtype)
@@ -124,6 +126,7 @@ def rope_store(
         loaded is None
         or kind is None
         or head_dim > MAX_HEAD_DIM
+        or (q_norm is not None and q_norm.shape[0] != head_dim)
         or not (_alike(y, bias, q_norm, k_norm) and _alike(k_cache, v_cache))
         or not (k_cache.dtype is y.dtype and cos_sin.dtype is torch.float32 and cos_sin.is_contiguous())
     ):
@@ -133,11 +136,11 @@ def rope_store(
     q = y.new_empty((tokens, num_heads, head_dim))
     if q_norm is None or k_norm is None:
         q_norm = k_norm = None
-    sizes = tokens, num_heads, num_kv_heads, head_dim
+    sizes = tokens, num_heads, num_kv_heads, head_dim, cos_sin.shape[1]
     terms = y.data_ptr(), *(0 if term is None else term.data_ptr() for term in (bias, q_norm, k_norm))
     places = cos_sin.data_ptr(), positions.data_ptr(), slots.data_ptr()
     ends = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
-    loaded.rope_store(_ROPE(torch.get_num_threads(), kind, *sizes, *terms, *places, *ends, eps))
+    loaded.rope_store(_ROPE(torch.get_num_threads(), kind, *sizes, *terms, *places, *ends, eps, norm_offset))
     return q
 
 
@@ -149,6 +152,7 @@ def attention(
     query_starts: Tensor,
     scale: float,
     window: int,
+    cap: float,
 ) -> tuple[Tensor, int] | None:
     """See `attention.attention`: the result and how many sequences, those with over MAX_QUERIES, it leaves undone."""
     loaded, kind = library(), _TYPES.get(q.dtype)
@@ -168,7 +172,8 @@ def attention(
     sizes = sequences, num_heads, num_kv_heads, head_dim, page_size, max_pages, window
     starts = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
     where = block_tables.data_ptr(), kv_lengths.data_ptr(), query_starts.data_ptr()
-    left = loaded.attention(_ATTENTION(torch.get_num_threads(), kind, *sizes, *starts, *where, out.data_ptr(), scale))
+    ends = out.data_ptr(), scale, cap
+    left = loaded.attention(_ATTENTION(torch.get_num_threads(), kind, *sizes, *starts, *where, *ends))
     return None if left < 0 else (out, left)
 
 

@@ -17,7 +17,7 @@ typedef struct {
     const char *q, *k_cache, *v_cache; /* [T, H, D], [P, page_size, G, D] */
     const int32_t *tables, *lengths, *starts; /* [B, max_pages], [B], [B + 1] */
     char *out;                                /* [T, H, D] */
-    double scale;
+    double scale, cap; /* cap > 0: scores are cap * tanh(score / cap) */
 } attention_args;
 
 typedef struct {
@@ -90,6 +90,14 @@ INLINE void attend(const attention_args *c, int type, const sequence *s, i64 b, 
             }
             DOTS_OF[type][type](k + key, q, c->D, queries, weights + key, KEYS, k[key]);
         }
+        for (int i = 0; c->cap > 0 && i < queries; i++)
+            for (i64 key = 0; key < keys; key += LANES) { /* tanh x = 1 - 2 / (e^2x + 1), which x of any size survives */
+                vec score, one = (vec){0} + 1.0f;
+                memcpy(&score, weights + i * KEYS + key, sizeof score);
+                score = one - 2.0f / (exponential(score * (float)(2 * c->scale / c->cap)) + 1.0f);
+                score *= (float)(c->cap / c->scale);
+                memcpy(weights + i * KEYS + key, &score, sizeof score);
+            }
         for (int i = 0; i < queries; i++) {
             float *w = weights + i * KEYS, top = -INFINITY;
             i64 end = length - s->queries + (first + i) / shared + 1 - low; /* keys that this query sees: from, end */

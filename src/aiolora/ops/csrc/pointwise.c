@@ -1,4 +1,4 @@
-/* Element by element, a row of the batch at a time: norm, silu_mul, rope_store. native.py packs the fields of the
+/* Element by element, a row of the batch at a time: norm, gate_mul, rope_store. native.py packs the fields of the
    `_args`, all of 8 bytes, in their order. */
 
 #include "threads.h"
@@ -9,7 +9,7 @@ typedef struct {
     const char *residual, *y, *bias; /* [T, H], [T, H] or null (rms_norm: residual is x), [H] or null */
     const char *weight;
     char *out, *total; /* [T, H]; total is null where y is */
-    double eps;
+    double eps, offset; /* of the weight */
 } norm_args;
 
 INLINE void norm_row(const norm_args *c, int type, i64 row) {
@@ -33,7 +33,8 @@ INLINE void norm_row(const norm_args *c, int type, i64 row) {
     }
     float scale = 1.0f / sqrtf(sum(squares) / c->H + (float)c->eps);
     for (i64 i = 0; i < c->H; i += LANES) {
-        vec value = load_some(x, i, type, c->H - i) * load_some(c->weight, i, type, c->H - i);
+        vec value = load_some(x, i, type, c->H - i);
+        value *= load_some(c->weight, i, type, c->H - i) + (float)c->offset;
         store_some(out, i, type, value * scale, c->H - i);
     }
 }
@@ -58,9 +59,10 @@ typedef struct {
     i64 threads, type, T, I;
     const char *y, *bias; /* [T, 2 I] = (gate, up), [2 I] or null */
     char *out;            /* [T, I] */
-} silu_args;
+    i64 gelu;             /* tanh's approximation of GELU, x * sigmoid(2 u), in the place of SiLU, x * sigmoid(x) */
+} gate_args;
 
-INLINE void silu_row(const silu_args *c, int type, i64 row) {
+INLINE void gate_row(const gate_args *c, int type, i64 row) {
     const char *gate = c->y + row * 2 * c->I * size(type), *up = gate + c->I * size(type);
     for (i64 i = 0; i < c->I; i += LANES) {
         vec g = load_some(gate, i, type, c->I - i), u = load_some(up, i, type, c->I - i);
@@ -68,41 +70,42 @@ INLINE void silu_row(const silu_args *c, int type, i64 row) {
             g += load_some(c->bias, i, type, c->I - i);
             u += load_some(c->bias + c->I * size(type), i, type, c->I - i);
         }
-        store_some(c->out + row * c->I * size(type), i, type, g / (exponential(-g) + 1.0f) * u, c->I - i);
+        vec open = c->gelu ? g * (g * g * 0.0713548162726f + 1.5957691216057f) : g;
+        store_some(c->out + row * c->I * size(type), i, type, g / (exponential(-open) + 1.0f) * u, c->I - i);
     }
 }
 
-static void silu_worker(void *argument, int thread, int threads) {
-    const silu_args *c = argument;
+static void gate_worker(void *argument, int thread, int threads) {
+    const gate_args *c = argument;
     i64 low, high;
     span(c->T, thread, threads, &low, &high);
     for (i64 t = low; t < high; t++)
         if (c->type == BF16)
-            silu_row(c, BF16, t);
+            gate_row(c, BF16, t);
         else
-            silu_row(c, F32, t);
+            gate_row(c, F32, t);
 }
 
-int silu_mul(silu_args *c) {
-    launch(silu_worker, c, c->T * c->I < SERIAL ? 1 : c->threads);
+int gate_mul(gate_args *c) {
+    launch(gate_worker, c, c->T * c->I < SERIAL ? 1 : c->threads);
     return 0;
 }
 
 #define MAX_HEAD 512 /* as MAX_HEAD_DIM in native.py */
 
 typedef struct {
-    i64 threads, type, T, H, G, D;
+    i64 threads, type, T, H, G, D, R;
     const char *y, *bias;          /* [T, (H + 2 G) D], [(H + 2 G) D] or null */
     const char *q_norm, *k_norm;   /* [D] or null */
-    const float *cos_sin;          /* [positions, D] */
+    const float *cos_sin;          /* [positions, R]: the first R of a head's D are rotated */
     const int32_t *positions, *slots; /* [T] */
     char *q, *k_cache, *v_cache;   /* [T, H, D], [slots, G, D] */
-    double eps;
+    double eps, offset;            /* of the norms */
 } rope_args;
 
 INLINE void rope_token(const rope_args *c, int type, i64 t) {
-    i64 D = c->D, middle = D / 2, slot = c->slots[t];
-    const char *cos_row = (const char *)(c->cos_sin + c->positions[t] * D);
+    i64 D = c->D, R = c->R, middle = R / 2, slot = c->slots[t];
+    const char *cos_row = (const char *)(c->cos_sin + c->positions[t] * R);
     for (i64 head = 0; head < c->H + 2 * c->G; head++) {
         float values[MAX_HEAD];
         char *x = (char *)values, *out;
@@ -125,14 +128,15 @@ INLINE void rope_token(const rope_args *c, int type, i64 t) {
         }
         if (weight) {
             float scale = 1.0f / sqrtf(sum(squares) / D + (float)c->eps);
-            for (i64 i = 0; i < D; i += LANES)
-                store_some(x, i, F32, load_some(x, i, F32, D - i) * scale * load_some(weight, i, type, D - i), D - i);
+            for (i64 i = 0; i < D; i += LANES) {
+                vec gain = load_some(weight, i, type, D - i) + (float)c->offset;
+                store_some(x, i, F32, load_some(x, i, F32, D - i) * scale * gain, D - i);
+            }
         }
-        if (head >= c->H + c->G) {
-            for (i64 i = 0; i < D; i += LANES)
-                store_some(out, i, type, load_some(x, i, F32, D - i), D - i);
+        for (i64 i = head < c->H + c->G ? R : 0; i < D; i += LANES)
+            store_some(out, i, type, load_some(x, i, F32, D - i), D - i);
+        if (head >= c->H + c->G)
             continue;
-        }
         for (i64 i = 0; i < middle; i += LANES) {
             vec low = load_some(x, i, F32, middle - i), high = load_some(x, middle + i, F32, middle - i);
             vec cosine = load_some(cos_row, i, F32, middle - i), sine = load_some(cos_row, middle + i, F32, middle - i);

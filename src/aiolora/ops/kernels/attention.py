@@ -37,6 +37,7 @@ def attention(
     query_starts: Tensor,
     scale: float,
     window: int,
+    cap: float = 0.0,
 ) -> Tensor:
     """As the reference; every sequence has at least one query, `scale` is positive.
 
@@ -50,7 +51,7 @@ def attention(
     if not q.stride(2) == k_cache.stride(3) == block_tables.stride(1) == 1:
         raise ValueError("heads and block tables must be contiguous")
     if num_tokens > num_sequences:
-        theirs = flash.prefill(q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window)
+        theirs = flash.prefill(q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, cap)
         if theirs is not None:
             return theirs
     out = q.new_empty((num_tokens, num_heads * head_dim))
@@ -72,14 +73,14 @@ def attention(
     parts = out.new_empty((scratch,), dtype=torch.float32)
     blocks = decode_blocks(group, head_dim, q.dtype)
     args = (*step, parts, _counters(q.device), scale_2, window, num_tokens, *strides)
-    launch(decode_kernel, (num_kv_heads, num_sequences, splits), args, pdl=PDL, **blocks, **shape)
+    launch(decode_kernel, (num_kv_heads, num_sequences, splits), args, pdl=PDL, CAP=cap, **blocks, **shape)
     if num_tokens > num_sequences:
         blocks = prefill_blocks(head_dim, q.dtype)
         # enough to fill the card beside the full tiles; where there are more, a program takes several
         rest = min(num_sequences, ceil_div(2 * processors(q.device), num_heads))
         args = (*step, scale_2, window, num_sequences, *strides)
         grid = (num_heads, num_tokens // blocks["BLOCK_M"] + rest)
-        launch(prefill_kernel, grid, args, pdl=PDL, SEARCH=SEARCH, **blocks, **shape)
+        launch(prefill_kernel, grid, args, pdl=PDL, CAP=cap, SEARCH=SEARCH, **blocks, **shape)
     return out
 
 
@@ -119,6 +120,18 @@ def _counters(device: torch.device) -> Tensor:
 
 
 @triton.jit
+def _capped(products, scale, CAP: tl.constexpr):
+    """The `products` q k^T so bent that `scale` (to base 2) makes CAP * tanh(score / CAP) of them. CAP 0: as they are.
+
+    tanh x = 1 - 2 / (e^2x + 1), which an x of any size survives.
+    """
+    if CAP > 0:
+        grown = tl.exp2(products * (scale * (2.0 / CAP)))
+        products = (1.0 - 2.0 / (grown + 1.0)) * (1.4426950408889634 * CAP / scale)
+    return products
+
+
+@triton.jit
 def _softmax_step(acc, top, total, products, v, scale, GUARD: tl.constexpr):
     """Fold a block of q k^T `products` [M, N], -inf where unseen, and v [N, D] into the running softmax.
 
@@ -139,8 +152,8 @@ def decode_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, lengths_ptr, starts_ptr, out_ptr, parts_ptr, counters_ptr, scale, window,
     num_tokens, stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    PDL: tl.constexpr,
+    CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (g, b, split): one query of sequence b, GROUP heads of it, over a part of the keys.
 
@@ -186,7 +199,7 @@ def decode_kernel(
         loaded = seen[:, None] & (d < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + at, mask=loaded, other=0.0).to(q.dtype)
         v = tl.load(v_ptr + at, mask=loaded, other=0.0).to(q.dtype)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        products = _capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, CAP)
         products = tl.where(seen[None, :], products, float("-inf"))
         acc, top, total = _softmax_step(acc, top, total, products, v, scale, False)
     total = tl.where(total > 0, total, 1.0)
@@ -262,7 +275,7 @@ def prefill_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, lengths_ptr, starts_ptr, out_ptr, scale, window, num_sequences, stride_qt,
     stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEARCH: tl.constexpr, PDL: tl.constexpr,
+    CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEARCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (head, i): that head of tiles i, i + programs ..., from the last tile of the step on, the dearest."""
     if PDL:
@@ -317,7 +330,7 @@ def prefill_kernel(
             else:
                 k = tl.load(keys + at, mask=(d < HEAD_DIM)[None, :], other=0.0).to(q.dtype)
                 v = tl.load(values + at, mask=(d < HEAD_DIM)[None, :], other=0.0).to(q.dtype)
-            products = tl.dot(q, tl.trans(k), input_precision="ieee")
+            products = _capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, CAP)
             acc, top, total = _softmax_step(acc, top, total, products, v, scale, False)
         left = full // BLOCK_N - first // BLOCK_N
         for i in range(left + tl.cdiv(end - causal, BLOCK_N)):
@@ -329,7 +342,7 @@ def prefill_kernel(
             loaded = needed[:, None] & (d < HEAD_DIM)[None, :]
             k = tl.load(keys + at, mask=loaded, other=0.0).to(q.dtype)
             v = tl.load(values + at, mask=loaded, other=0.0).to(q.dtype)
-            products = tl.dot(q, tl.trans(k), input_precision="ieee")
+            products = _capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, CAP)
             seen = n[None, :] <= position[:, None]
             if WINDOWED:
                 seen &= n[None, :] > position[:, None] - window

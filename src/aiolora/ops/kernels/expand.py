@@ -86,3 +86,44 @@ def pay_rest(
             b_RN = load_b(b, pages, tile, kind, kinds, pair, columns, inside, b_page, b_rank, W)
             acc = pay_token(acc, b_RN, h, held, pair, token, part, S, W)
     return acc
+
+
+@triton.jit
+def next_mix(left, first, second, m, BM: tl.constexpr):
+    """The two pages of the first row that is left, and which of the left have the same."""
+    leader = tl.min(tl.where(left, m, BM))
+    one = tl.sum(tl.where(m == leader, first, 0))
+    two = tl.sum(tl.where(m == leader, second, 0))
+    return one, two, left & (first == one) & (second == two)
+
+
+@triton.jit
+def two_pages(pages, at, ok, pair, W: tl.constexpr):
+    """Pages of a pair for each row, and which rows have any."""
+    first = tl.load(pages + at + pair * 2, ok & (pair * 2 < W), -1)
+    second = tl.load(pages + at + pair * 2 + 1, ok & (pair * 2 + 1 < W), -1)
+    return first, second, (first >= 0) | (second >= 0)
+
+
+@triton.jit
+def expand_mixes(
+    acc, h, b, pages, at, row, ok, m, columns, inside, part, b_page, b_rank,
+    S: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`acc` [BM, BN] plus what rows of several mixes owe in `columns` of slice `part`, one mix after the other.
+
+    `at`: where the pages of each row's mix begin in `pages`.
+    """
+    r = tl.arange(0, 16)
+    for pair in range((W + 1) // 2):
+        first, second, left = two_pages(pages, at, ok, pair, W)
+        while tl.sum(left.to(tl.int32)) > 0:
+            one, two, mine = next_mix(left, first, second, m, BM)
+            page = tl.where(r < 8, one, two)
+            b_at = (b + page.to(tl.int64) * b_page + (r % 8) * b_rank)[:, None] + columns[None, :]
+            b_RN = tl.load(b_at, (page >= 0)[:, None] & inside[None, :], 0.0)
+            h_at = (h + (row.to(tl.int64) * S + part) * (W * 8) + pair * 16)[:, None] + r[None, :]
+            h_MR = tl.load(h_at, mine[:, None] & (page >= 0)[None, :], 0.0)
+            acc = tl.dot(h_MR.to(b_RN.dtype), b_RN, acc, input_precision=PRECISION)
+            left = left & (mine == 0)
+    return acc

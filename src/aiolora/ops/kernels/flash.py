@@ -27,12 +27,15 @@ def prefill(
     query_starts: Tensor,
     scale: float,
     window: int,
+    cap: float,
 ) -> Tensor | None:
     """`attention` of a whole step, as the reference; None where this package is not there or not made for it.
 
     One split of the keys: more would sum up in an order that depends on the other sequences of the step.
     """
     if q.shape[0] < LEAST or q.shape[2] not in _HEAD_DIMS or q.dtype not in _DTYPES or k_cache.dtype is not q.dtype:
+        return None
+    if cap > 0:  # the package may be built without
         return None
     function = _function(q.device)
     if function is None:

@@ -13,23 +13,30 @@ from aiolora.ops.kernels.linear import chained, complete
 BY_TOKEN = 64  # tokens up to which each pays alone: more share the reading of B in a launch of its own
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """See `norm.rms_norm`."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _launch(x.view(-1, x.shape[-1]), None, [], [], None, weight, out, None, eps)
+    _launch(x.view(-1, x.shape[-1]), None, [], [], None, weight, out, None, eps, offset)
     return out
 
 
 def add_norm(
-    y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int], residual: Tensor, weight: Tensor, eps: float
+    y: Tensor,
+    bias: Tensor | None,
+    owed: list[Tensor],
+    where: list[int],
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See `norm.add_norm`."""
     slices = len(where) - 3
     if owed and (y.shape[0] > BY_TOKEN or slices > 1):
         y, bias, owed, where = complete(y, bias, owed, where), None, [], []
     out, total = torch.empty_like(residual), torch.empty_like(residual)
-    _launch(y, bias, owed, where, residual, weight, out, total, eps)
+    _launch(y, bias, owed, where, residual, weight, out, total, eps, offset)
     return out, total
 
 
@@ -43,6 +50,7 @@ def _launch(
     out: Tensor,
     total: Tensor | None,
     eps: float,
+    offset: float,
 ) -> None:
     tokens, width = y.shape
     most = 2
@@ -57,7 +65,7 @@ def _launch(
     launch(
         _add_norm_kernel, (tokens,),
         (y, bias, residual, weight, out, total, *rest, eps),
-        N=width, BLOCK=block, W=most, W_BLOCK=power_of_2(most), LORA=bool(owed), pdl=pdl,
+        N=width, BLOCK=block, W=most, W_BLOCK=power_of_2(most), OFFSET=offset, LORA=bool(owed), pdl=pdl,
         num_warps=max(1, min(16, block // 256)),
     )  # fmt: skip
 
@@ -66,7 +74,8 @@ def _launch(
 def _add_norm_kernel(
     y, bias, residual, weight, out, total, h, b, vectors, pages, vector_pages, owners, kind, kinds, b_page, b_rank,
     v_page, eps,
-    N: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, OFFSET: tl.constexpr,
+    LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token a program."""
     n = tl.arange(0, BLOCK)
@@ -98,5 +107,8 @@ def _add_norm_kernel(
         tl.store(total + at, summed, inside)
         acc = summed.to(tl.float32)
     root = tl.rsqrt(tl.sum(acc * acc) / N + eps)
-    normed = (acc * root).to(out.dtype.element_ty).to(tl.float32) * scale.to(tl.float32)
+    if OFFSET != 0:
+        normed = acc * root * (scale.to(tl.float32) + OFFSET)
+    else:
+        normed = (acc * root).to(out.dtype.element_ty).to(tl.float32) * scale.to(tl.float32)
     tl.store(out + at, normed.to(out.dtype.element_ty), inside)
