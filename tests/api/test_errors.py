@@ -21,6 +21,7 @@ from aiolora.errors import (
     AdapterResolveError,
     ConfigError,
     EngineDeadError,
+    GrammarError,
     NonFiniteLogitsError,
     RequestError,
 )
@@ -236,6 +237,7 @@ async def test_what_nobody_foresaw_is_500_without_details(
         (AdapterFormatError("a", "no"), 422, "adapter_unusable"),
         (AdapterChangedError("a", "no"), 422, "adapter_unusable"),
         (AdapterError("a", "no"), 422, "adapter_unusable"),
+        (GrammarError("no"), 400, "grammar_too_complex"),
         (NonFiniteLogitsError("no"), 500, "non_finite_logits"),
         (EngineDeadError("at /srv/secret"), 503, "engine_dead"),
         (ConfigError("at /srv/secret"), 500, "internal_error"),
