@@ -25,8 +25,8 @@ MAX_GBNF = 16 << 10  # its conversion is Python, and quadratic: a chain of 900 r
 _LARK = re.compile(r"(?m)^[ \t]*(%llguidance\b|start[ \t]*:)")  # what tells Lark's notation from GBNF
 _CACHE_NBYTES = 128 << 20
 _COMPILERS = 2
-# of one answer: 200k of fuel are some 15 ms a token, a state takes 1 to 2 KB
-_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# of one answer: 200k of fuel are some 15 ms a token; a state takes 1 to 2 KB, and no schema of benchmarks.schemas 1,000
+_LIMITS = LLParserLimits(max_lexer_states=10_000, verbose_errors=False)
 # pretty-printed or not, but no model can put off its answer by blanks without end
 WHITESPACE = r"[ ]?|\n {0,40}"
 
