@@ -1,5 +1,6 @@
 """POST /tokenize and /detokenize: text to the model's tokens and back."""
 
+import anyio.to_thread
 from litestar import post
 from msgspec import Struct
 
@@ -74,7 +75,7 @@ async def detokenize(request: HTTPRequest, serving: Served) -> Text:
     bad = next((token for token in said.tokens if not 0 <= token < vocabulary), None)
     if bad is not None:
         raise RequestError(f"tokens: token id {bad} is not in the vocabulary of {vocabulary}", param="tokens")
-    return Text(serving.tokenizer(mix).decode(said.tokens))
+    return Text(await anyio.to_thread.run_sync(serving.tokenizer(mix).decode, said.tokens))  # a body holds a million
 
 
 async def _mix(serving: Serving, model: str | None) -> Mix | None:
