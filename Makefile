@@ -41,7 +41,7 @@ docs: $(STAMP)
 kernels: $(KERNELS_STAMP)
 	PYTHONPATH=src $(KERNELS_VENV)/bin/python -m tests.kernels.aot
 
-# litellm, langchain-openai, instructor and openai against a real server
+# openai, litellm, langchain-openai, instructor and guidellm against a real server
 clients: $(CLIENTS_STAMP)
 	$(QUIET) $(CLIENTS_VENV)/bin/python -m pytest tests/clients
 

@@ -13,7 +13,6 @@ from aiolora.config import EngineArgs, Environment
 from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.build import READERS, Built, build
 from aiolora.engine.core import Snapshot
-from aiolora.engine.grammar import COMPILE_TIMEOUT_S, too_slow, usable
 from aiolora.engine.intake import LoRA
 from aiolora.engine.names import Names, not_held
 from aiolora.engine.output import Assembler
@@ -26,7 +25,6 @@ from aiolora.types import (
     AdapterPolicy,
     AdapterVersion,
     Conversation,
-    Grammar,
     LoRARequest,
     Messages,
     Mix,
@@ -82,7 +80,7 @@ class LLMEngine:
             prompt,
             params,
             mix,
-            grammar=self._grammar(params),
+            grammar=self._built.grammars.wait(params),
             request_id=request_id,
             lora_request=lora_request if isinstance(lora_request, LoRARequest) else None,
             priority=priority,
@@ -266,14 +264,6 @@ class LLMEngine:
         self._engine.abort(request_id)
         self._assemblers.pop(request_id, None)
         self._failures.pop(request_id, None)
-
-    def _grammar(self, params: SamplingParams | None) -> Grammar | None:
-        if params is None or params.structured_outputs is None:
-            return None
-        try:
-            return usable(self._built.grammars.compile(params.structured_outputs).result(COMPILE_TIMEOUT_S))
-        except TimeoutError:
-            raise too_slow() from None
 
     def _mix(self, lora: LoRA) -> Mix | None:
         parts = self._intake.parts(lora)

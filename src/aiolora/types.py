@@ -294,6 +294,7 @@ class Matcher(Protocol):
     ready: bool  # `bits` and `error` may be read
     bits: bytes  # int32 words, a bit a token from the lowest on: which may come next, beyond them none
     error: str | None  # why there is no next token
+    took_s: float  # a token of late
 
     def advance(self, token: int) -> None: ...
 

@@ -42,6 +42,10 @@ async def test_a_mix_weights_its_adapters_and_the_response_names_them_all(http: 
     )
     assert chat.status_code == 200
     assert "+json@" in chat.headers["x-aiolora-adapter"]
+    said = {"model": BASE, "input": "Hello", "max_output_tokens": 4, "lora": {"sql": 0.3, "json": 0.7}, "priority": 1}
+    other = await http.post("/v1/responses", json=said)
+    assert other.status_code == 200
+    assert other.headers["x-aiolora-adapter"] == chat.headers["x-aiolora-adapter"]
 
 
 @pytest.mark.parametrize(

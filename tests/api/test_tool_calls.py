@@ -41,6 +41,13 @@ CASES: dict[str, tuple[ToolFormat, str, str, list[tuple[str, object]]]] = {  # t
     "backwards": (HERMES, f"<tool_call>{BACKWARDS}</tool_call>", "", [("weather", ARGS)]),
     "no call": (HERMES, 'a < b, <tool {"name": "x"}', 'a < b, <tool {"name": "x"}', []),
     "no JSON": (HERMES, "<tool_call>weather(1)</tool_call>", "weather(1)</tool_call>", []),
+    "no escape": (HERMES, r'<tool_call>{"name": "\q", "arguments": {}} b', r'{"name": "\q", "arguments": {}} b', []),
+    "half a character": (
+        HERMES, r'<tool_call>{"name": "\ud800", "arguments": {}} b', r'{"name": "\ud800", "arguments": {}} b', [],
+    ),
+    "backwards, half a character": (
+        HERMES, r'<tool_call>{"arguments": {"a": "\ud800"}, "name": "x"}', "", [("x", {"a": "\ud800"})],
+    ),
     "no name": (HERMES, '<tool_call>{"nom": 1}</tool_call>', '{"nom": 1}</tool_call>', []),
     "llama": (LLAMA, LLAMA_CALL, "", [("weather", ARGS)]),
     "llama, two": (LLAMA, f" {LLAMA_CALL}; {NOTHING}", "", [("weather", ARGS), ("now", {})]),

@@ -210,7 +210,7 @@ class FakeGrammar:
 
 
 class FakeMasks:
-    """Masks that are there when they have been waited for `delay` times, or until they are."""
+    """Masks that are there when they have been waited for `delay` times, or until the first are."""
 
     def __init__(self, delay: Callable[[], int]) -> None:
         self._delay = delay
@@ -223,10 +223,11 @@ class FakeMasks:
         self._jobs.append((self._delay(), landed))
 
     def wait(self, timeout_s: float | None) -> None:
+        passed = 1 if timeout_s is not None else min((left for left, _ in self._jobs), default=0) + 1
         for left, landed in self._jobs:
-            for matcher, token in landed if left <= 0 or timeout_s is None else ():
+            for matcher, token in landed if left < passed else ():
                 matcher.advance(token)
-        self._jobs = [(left - 1, landed) for left, landed in self._jobs if left > 0 and timeout_s is not None]
+        self._jobs = [(left - passed, landed) for left, landed in self._jobs if left >= passed]
 
 
 class FakeFlight:

@@ -12,7 +12,7 @@ import pytest
 
 from aiolora import LLM, AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams, StructuredOutputsParams
 from aiolora.engine import grammar
-from aiolora.engine.grammar import CompiledGrammar, Grammars, usable
+from aiolora.engine.grammar import CompiledGrammar, Grammars
 from aiolora.errors import GrammarError, RequestError
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import RequestOutput
@@ -161,8 +161,13 @@ def test_log_probabilities_are_those_of_the_raw_logits(llm: LLM) -> None:
         ({"json": {"$ref": "https://example.com/x.json"}}, "not present"),
         ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "Unsatisfiable"),
         ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"json": False}, "schema"),
         ({"grammar": "start: x"}, "unknown name"),
-        ({"regex": "a" * grammar.MAX_SOURCE}, str(grammar.MAX_SOURCE)),
+        ({"regex": "a" * grammar.MAX_SOURCE + "a"}, str(grammar.MAX_SOURCE)),
+        ({"json": {"enum": ["a" * grammar.MAX_SOURCE]}}, str(grammar.MAX_SOURCE)),
+        ({"grammar": "root ::= " + "\n " * grammar.MAX_GBNF}, str(grammar.MAX_GBNF)),
+        ({"grammar": "root ::= " + "(" * 9000}, "recursion"),
+        ({"json": {"a": {1}}}, "set"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_and_says_why(shape: dict[str, Any], says: str, llm: LLM) -> None:
@@ -204,9 +209,10 @@ def test_equal_wishes_are_compiled_once_and_those_used_last_are_kept(
         grammars.compile(StructuredOutputsParams(regex=f"b{{{number}}}"))
         assert grammars.compile(StructuredOutputsParams(regex="a")) is first, "it was used just now"
         assert grammars._nbytes <= grammar._CACHE_NBYTES
-        assert grammars._nbytes == sum(map(grammar._nbytes, grammars._cache))
+        assert grammars._nbytes == sum(grammar._nbytes(text) for _, text in grammars._cache)
     assert len(grammars._cache) < 5
-    assert usable(first.result()).begin().bits == usable(first.result()).begin().bits
+    again = [grammars.wait(wish({"regex": "a"})) for _ in range(2)]
+    assert again == [first.result()] * 2
 
 
 def test_a_model_without_an_end_of_text_is_served_but_not_with_grammars(byte_model: Path) -> None:
@@ -218,7 +224,9 @@ def test_a_model_without_an_end_of_text_is_served_but_not_with_grammars(byte_mod
 
 def test_a_model_may_have_more_tokens_than_its_tokenizer(byte_model: Path) -> None:
     wide = Grammars(Tokenizer(byte_model).json, vocab_size=1000, eos_token_ids={EOS})
-    bits = usable(wide.compile(StructuredOutputsParams(regex="a")).result()).begin().bits
+    compiled = wide.wait(wish({"regex": "a"}))
+    assert compiled is not None
+    bits = compiled.begin().bits
     assert len(bits) == 4 * -(-1000 // 32)
 
 
@@ -229,12 +237,12 @@ async def test_a_grammar_that_takes_long_is_refused_and_the_loop_does_not_wait(
         whole = await engine.generate("a", wish(SHAPES["json"][0]))
         json.loads(whole.outputs[0].text)
         never: Future[CompiledGrammar | str] = Future()
-        monkeypatch.setattr("aiolora.engine.async_engine.COMPILE_TIMEOUT_S", 0.05)
+        monkeypatch.setattr("aiolora.engine.grammar.COMPILE_TIMEOUT_S", 0.05)
         monkeypatch.setattr(engine._parts.grammars, "compile", lambda wanted: never)
         slow = asyncio.ensure_future(engine.generate("a", wish({"regex": "a"})))
         meanwhile = await engine.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))
         assert len(meanwhile.outputs[0].token_ids) == 3
-        with pytest.raises(RequestError, match=r"within 10 s"):
+        with pytest.raises(RequestError, match=r"within 0\.05 s"):
             await slow
         assert not never.cancelled(), "others may wait for it"
 

@@ -127,9 +127,10 @@ class ToolCallParser:
 
     def _object(self, final: bool) -> Iterator[Event]:
         head = _HEAD.match(self._buffer)
-        if head is not None:
+        name = None if head is None else _name(head[1])
+        if head is not None and name is not None:
             self._num_calls += 1
-            yield CallBegins(self._num_calls - 1, json.loads(head[1], strict=False))
+            yield CallBegins(self._num_calls - 1, name)
             self._buffer, self._value = self._buffer[head.end() :], _Value()
             self._state = self._arguments
             return
@@ -143,17 +144,18 @@ class ToolCallParser:
         """An object in another order; content where it is no call."""
         try:
             said = json.loads(text, strict=False)
-            name, arguments = said["name"], said.get("arguments", said.get("parameters", {}))
+            name = _name(json.dumps(said["name"])) if isinstance(said["name"], str) else None
+            arguments = said.get("arguments", said.get("parameters", {}))
         except (ValueError, RecursionError, KeyError):
             name = None
-        if not isinstance(name, str):
+        if name is None:
             self._state = self._content
             yield Content(text)
             return
         self._num_calls += 1
         yield CallBegins(self._num_calls - 1, name)
-        worded = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        yield CallArguments(self._num_calls - 1, worded)
+        worded = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii="\\u" in text)
+        yield CallArguments(self._num_calls - 1, worded.encode(errors="replace").decode())
 
     def _arguments(self, final: bool) -> Iterator[Event]:
         taken = self._value.take(self._buffer)
@@ -170,6 +172,16 @@ class ToolCallParser:
         if rest:
             self._state = self._calls
         return iter(())
+
+
+def _name(text: str) -> str | None:
+    """What a JSON string says; None: it has an escape that there is not, or half a character."""
+    try:
+        name = str(json.loads(text, strict=False))
+        name.encode()
+    except ValueError:
+        return None
+    return name
 
 
 class _Value:

@@ -15,7 +15,6 @@ from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import Engine, Snapshot
-from aiolora.engine.grammar import COMPILE_TIMEOUT_S, too_slow, usable
 from aiolora.engine.intake import Intake, LoRA, takes_long
 from aiolora.engine.loading import Loading
 from aiolora.engine.names import Names
@@ -28,7 +27,6 @@ from aiolora.lora.resolvers import choose_resolvers
 from aiolora.types import (
     AdapterPolicy,
     AdapterVersion,
-    Grammar,
     LoRARequest,
     Messages,
     Prompt,
@@ -193,7 +191,9 @@ class AsyncLLMEngine:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here."""
         self._alive()
         parts = self.intake.parts(lora)
-        grammar = await self._grammar(sampling_params)  # before the versions, which nobody holds while others wait
+        grammar = await self._parts.grammars.take(
+            sampling_params
+        )  # before the versions, which nobody holds while others wait
         mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
         self.intake.policies.check(mix)
         tokenise = partial(
@@ -377,17 +377,6 @@ class AsyncLLMEngine:
     def _alive(self) -> None:
         assert self._parts is not None
         self._across.check()
-
-    async def _grammar(self, params: SamplingParams | None) -> Grammar | None:
-        """What the answers must match, compiled in a worker thread; `RequestError` where that fails or takes long."""
-        if params is None or params.structured_outputs is None:
-            return None
-        compiled = asyncio.wrap_future(self._parts.grammars.compile(params.structured_outputs))
-        try:
-            found = await asyncio.wait_for(asyncio.shield(compiled), COMPILE_TIMEOUT_S)  # others may wait for it too
-        except TimeoutError:
-            raise too_slow() from None
-        return usable(found)
 
     def _deliver(self, deltas: list[TokenDelta], snapshot: Snapshot) -> None:
         """On the loop, once a step."""

@@ -1,27 +1,36 @@
 """Grammars: what an answer must match, compiled by llguidance; the only home of that library.
 
-StructuredOutputsParams -> Grammars.compile -> CompiledGrammar (any thread) -> begin() -> TokenMatcher (one answer's).
+SamplingParams -> Grammars.take or .wait -> CompiledGrammar (any thread) -> begin() -> TokenMatcher (one answer's).
 """
 
+import asyncio
 import json
+import re
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
+from msgspec import structs
 
 from aiolora.errors import RequestError
-from aiolora.types import StructuredOutputsParams
+from aiolora.types import SamplingParams, StructuredOutputsParams
 
 COMPILE_TIMEOUT_S = 10.0  # the worst of 256 KB that was tried takes 0.8 s of one core
-MAX_SOURCE = 256 << 10
+MAX_SOURCE = 256 << 10  # characters
+MAX_GBNF = 16 << 10  # its conversion is Python, and quadratic: a chain of 900 rules takes 2 s
+_LARK = re.compile(r"(?m)^[ \t]*(%llguidance\b|start[ \t]*:)")  # what tells Lark's notation from GBNF
 _CACHE_NBYTES = 128 << 20
 _COMPILERS = 2
-# of one answer: 200k of fuel are some 15 ms a token, a state takes 1 to 2 KB
-_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# of one answer: 200k of fuel are some 15 ms a token; a state takes 1 to 2 KB, and no schema of benchmarks.schemas 1,000
+_LIMITS = LLParserLimits(max_lexer_states=10_000, verbose_errors=False)
 # pretty-printed or not, but no model can put off its answer by blanks without end
 WHITESPACE = r"[ ]?|\n {0,40}"
+
+_Wish: TypeAlias = tuple[str, str]  # its kind, and the text of it
 
 
 class TokenMatcher:
@@ -30,7 +39,7 @@ class TokenMatcher:
     `ends`: tokens that end the answer wherever `end` may. `advance` is called by one thread at a time.
     """
 
-    __slots__ = ("_end", "_ends", "_matcher", "bits", "error", "ready")
+    __slots__ = ("_end", "_ends", "_matcher", "bits", "error", "ready", "took_s")
 
     def __init__(self, matcher: LLMatcher, bits: bytes, end: int, ends: Collection[int]) -> None:
         self._matcher = matcher
@@ -38,15 +47,18 @@ class TokenMatcher:
         self.bits = self._with_ends(bits)  # int32 words, a bit a token from the lowest on: which may come next
         self.error: str | None = None
         self.ready = True
+        self.took_s = 0.0  # the most that a token has taken, a tenth less with each since
 
     def advance(self, token: int) -> None:
         """Take `token` in and compute the next mask, without the GIL; `ready` afterwards, be it with an `error`."""
+        begun = time.perf_counter()
         try:
             if self._matcher.consume_token(token):
                 self.bits = self._with_ends(self._matcher.compute_bitmask())
             self.error = self._matcher.get_error() or None
         except BaseException as error:  # a panic of the library is one: it is nobody else's business
             self.error = repr(error)
+        self.took_s = max(time.perf_counter() - begun, 0.9 * self.took_s)
         self.ready = True
 
     def _with_ends(self, bits: bytes) -> bytes:
@@ -92,85 +104,108 @@ class Grammars:
             except Exception as error:  # whatever llguidance does not read: everything else is served all the same
                 self._why_not = f"its tokenizer is not one that can be constrained: {error}"
         self._pool = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="aiolora-grammar")
-        self._cache: OrderedDict[str, Future[CompiledGrammar | str]] = OrderedDict()
+        self._cache: OrderedDict[_Wish, Future[CompiledGrammar | str]] = OrderedDict()
         self._nbytes = 0
 
+    async def take(self, params: SamplingParams | None) -> CompiledGrammar | None:
+        """What answers must match, if anything. Raises `RequestError` where that cannot be compiled, or not in time."""
+        if params is None or params.structured_outputs is None:
+            return None
+        compiled = asyncio.wrap_future(self.compile(params.structured_outputs))
+        try:
+            return _usable(await asyncio.wait_for(asyncio.shield(compiled), COMPILE_TIMEOUT_S))
+        except TimeoutError:
+            raise _too_slow() from None
+
+    def wait(self, params: SamplingParams | None) -> CompiledGrammar | None:
+        """As `take`; blocks."""
+        if params is None or params.structured_outputs is None:
+            return None
+        try:
+            return _usable(self.compile(params.structured_outputs).result(COMPILE_TIMEOUT_S))
+        except TimeoutError:
+            raise _too_slow() from None
+
     def compile(self, wanted: StructuredOutputsParams) -> Future[CompiledGrammar | str]:
-        """The grammar, once it is compiled, or why it cannot be: see `usable`. Never cancel the future.
+        """The grammar, once it is compiled, or why it cannot be. Others may wait for it, too: never cancel it.
 
         Raises `RequestError` for what need not be tried.
         """
         if self._tokenizer is None:
             raise RequestError(f"structured_outputs cannot be had: {self._why_not}", param="structured_outputs")
-        source = _source(wanted)
-        found = self._cache.get(source)
+        wish = _wish(wanted)
+        found = self._cache.get(wish)
         if found is not None:
-            self._cache.move_to_end(source)
+            self._cache.move_to_end(wish)
             return found
-        compiled = self._cache[source] = self._pool.submit(_compile, self._tokenizer, source)
-        self._nbytes += _nbytes(source)
+        compiled = self._cache[wish] = self._pool.submit(_compile, self._tokenizer, wish)
+        self._nbytes += _nbytes(wish[1])
         while self._nbytes > _CACHE_NBYTES and len(self._cache) > 1:
-            dropped, _ = self._cache.popitem(last=False)
+            (_, dropped), _ = self._cache.popitem(last=False)
             self._nbytes -= _nbytes(dropped)
         return compiled
 
 
-def _compile(tokenizer: LLTokenizer, source: str) -> CompiledGrammar | str:
-    """In a worker thread; drops the GIL."""
+def _compile(tokenizer: LLTokenizer, wish: _Wish) -> CompiledGrammar | str:
+    """In a worker thread; drops the GIL but for GBNF, which is converted in Python."""
     try:
-        matcher = LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
+        matcher = LLMatcher(tokenizer, _source(*wish), log_level=0, limits=_LIMITS)
         compiled = None if matcher.is_error() else CompiledGrammar(matcher, tokenizer.eos_token)
-    except BaseException as error:  # a panic of the library is one
-        return _brief(repr(error))
+    except BaseException as error:  # what is malformed raises several kinds, a panic of the library among them
+        return _brief(str(error) or repr(error))
     return _brief(matcher.get_error()) if matcher.is_error() or compiled is None else compiled
 
 
-def usable(compiled: CompiledGrammar | str) -> CompiledGrammar:
-    """What `Grammars.compile` brought. Raises `RequestError`, one of each caller's own, where it is no grammar."""
+def _usable(compiled: CompiledGrammar | str) -> CompiledGrammar:
+    """What was compiled. Raises `RequestError`, one of each caller's own, where it is no grammar."""
     if isinstance(compiled, str):
         raise RequestError(f"structured_outputs: {compiled}", param="structured_outputs")
     return compiled
 
 
-def too_slow() -> RequestError:
-    """What a caller is told whose grammar was not compiled in time."""
+def _too_slow() -> RequestError:
     return RequestError(
         f"structured_outputs was not compiled within {COMPILE_TIMEOUT_S:g} s; make it smaller or try again",
         param="structured_outputs",
     )
 
 
-def _source(wanted: StructuredOutputsParams) -> str:
-    """What llguidance compiles; equal sources mean equal grammars. Raises `RequestError`."""
+def _wish(wanted: StructuredOutputsParams) -> _Wish:
+    """Equal wishes mean equal grammars. Raises `RequestError` for one that is too long."""
+    given = {name: value for name, value in structs.asdict(wanted).items() if value is not None and value != ()}
+    kind, said = next((name, value) for name, value in given.items() if (name, value) != ("json_object", False))
+    if kind == "json_object":
+        kind, said = "json", {"type": "object"}
+    if kind == "grammar" and _LARK.search(said) is None:
+        kind = "gbnf"
     try:
-        if wanted.json_object:
-            source = _schema({"type": "object"})
-        elif wanted.json is not None:
-            source = _schema(wanted.json)
-        elif wanted.regex is not None:
-            source = LLMatcher.grammar_from_regex(wanted.regex)
-        elif wanted.choice is not None:
-            source = LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in wanted.choice))
-        else:
-            source = LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar or ""))
-    except Exception as error:  # of a schema or grammar that is malformed, llguidance raises several
-        raise RequestError(f"structured_outputs: {_brief(str(error))}", param="structured_outputs") from None
-    if len(source) > MAX_SOURCE:
+        text = said if isinstance(said, str) else json.dumps(said)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"structured_outputs: {error}", param="structured_outputs") from None
+    limit = MAX_GBNF if kind == "gbnf" else MAX_SOURCE
+    if len(text) > limit:
         raise RequestError(
-            f"structured_outputs has {len(source)} characters; the limit is {MAX_SOURCE}", param="structured_outputs"
+            f"structured_outputs: {kind} has {len(text)} characters; the limit is {limit}", param="structured_outputs"
         )
-    return source
+    return kind, text
 
 
-def _schema(schema: dict[str, object] | str | bool) -> str:
-    text = schema if isinstance(schema, str) else json.dumps(schema)
-    source: str = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
-    return source
+def _source(kind: str, text: str) -> str:
+    """What llguidance compiles. Raises what its converters raise."""
+    if kind == "json":
+        source = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+    elif kind == "regex":
+        source = LLMatcher.grammar_from_regex(text)
+    elif kind == "choice":
+        source = LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in json.loads(text)))
+    else:
+        source = LLMatcher.grammar_from_lark(gbnf_to_lark(text) if kind == "gbnf" else text)
+    return str(source)
 
 
-def _nbytes(source: str) -> int:
-    """About what a compiled grammar takes: 70 KB to 210 KB for schemas of 120 to 1,400 characters."""
-    return 100 * (1024 + len(source))
+def _nbytes(text: str) -> int:
+    """About what a grammar compiled from `text` takes: 70 KB to 210 KB for schemas of 120 to 1,400 characters."""
+    return 100 * (1024 + len(text))
 
 
 def _brief(message: str) -> str:
