@@ -33,8 +33,8 @@ from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence as Answer
 from aiolora.lora.kinds import PageKinds, Room
 from aiolora.lora.residency import Residency
-from aiolora.models.decoder import Decoder
 from aiolora.models.loading import load_decoder
+from aiolora.models.model import Model
 from aiolora.ops import native
 from aiolora.types import LoRARequest, Request, RequestOutput, SamplingParams
 
@@ -266,7 +266,7 @@ def reported(output: RequestOutput) -> tuple[list[int], Tensor]:
 class Loaded:
     """A decoder with a cache of small pages, run by the engine's Packer on steps that the test lays out."""
 
-    model: Decoder
+    model: Model
     cache: KVCache
     packer: Packer
 

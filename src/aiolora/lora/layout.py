@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from aiolora.lora.kinds import PageKinds
-from aiolora.models.decoder import Decoder
 from aiolora.models.layers import Linear
+from aiolora.models.model import Model
 from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.linear import RANKS_PER_PAGE
 
-EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 EMBEDDING, HEAD, NORMS = range(3)  # indices of `Layout.weights`
-WEIGHTS = {EMBED_TOKENS: EMBEDDING, LM_HEAD: HEAD}
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,17 @@ class Layout:
         def number(name: str) -> int:
             return next((i for i, kind in enumerate(self.kinds) if kind.name == name), -1)
 
-        return PageKinds(len(self.kinds), number(EMBED_TOKENS), number(LM_HEAD))
+        return PageKinds(len(self.kinds), number(self.embed_tokens), number(self.lm_head))
+
+    @property
+    def embed_tokens(self) -> str:
+        """What the embedding is called in the model."""
+        return next(iter(self.weights[EMBEDDING].rows))
+
+    @property
+    def lm_head(self) -> str:
+        """What the head is called in the model."""
+        return next(iter(self.weights[HEAD].rows))
 
     @property
     def most_blocks(self) -> int:
@@ -101,7 +109,8 @@ class Layout:
 
     def kind_of(self, layer: int, linear: Linear) -> int:
         """Index of the kind of a Linear in `layer`."""
-        return next(i for i, kind in enumerate(self.kinds) if kind.name == _kind_name(layer, linear))
+        wanted = _kind_key(layer, linear)
+        return next(i for i, kind in enumerate(self.kinds) if (kind.name, kind.inputs, kind.bounds) == wanted)
 
     def page_nbytes(self, kind: int) -> int:
         """Bytes of a page of a kind of `page_kinds`."""
@@ -118,39 +127,44 @@ class Layout:
         return sum(count * self.page_nbytes(kind) for kind, count in pages.items() if count)
 
 
-def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | None = None) -> Layout:
+def layout_of(model: Model, dtype: torch.dtype, *, only: tuple[str, ...] | None = None) -> Layout:
     """Group the model's Linears into kinds; `only` (suffixes of module names) narrows what may be changed."""
 
     def taken(module: str) -> bool:
         return only is None or any(module.endswith(suffix) for suffix in only)
 
-    kinds: dict[str, Kind] = {}
+    kinds: dict[tuple[str, int, tuple[int, ...]], Kind] = {}
     targets: dict[str, Target] = {}
     for layer, linear in model.linears():
-        name = _kind_name(layer, linear)
-        bounds = (0, *(high for _, _, high in linear.slices()))
-        kinds[name] = Kind(name, layer + 1, linear.inputs, bounds)
-        number = list(kinds).index(name)
+        name, inputs, bounds = key = _kind_key(layer, linear)
+        kinds[key] = Kind(name, layer + 1, inputs, bounds)
+        number = list(kinds).index(key)
         for index, (part, low, high) in enumerate(linear.slices()):
             if taken(part):
                 bias = None if linear.bias is None else linear.bias[low:high]
                 targets[part] = Target(number, layer, index, linear.weight[low:high], bias)
-    for name, base in ((EMBED_TOKENS, model.embed.weight.T), (LM_HEAD, model.head.weight)):
+    embed_tokens, (lm_head,) = model.embed.name, model.head.parts
+    for name, base in ((embed_tokens, model.embed.weight.T), (lm_head, model.head.weight)):
         if taken(name):
             targets[name] = Target(len(kinds), 0, 0, base)
-            kinds[name] = Kind(name, 1, base.shape[1], (0, base.shape[0]))
+            end = Kind(name, 1, base.shape[1], (0, base.shape[0]))
+            kinds[end.name, end.inputs, end.bounds] = end
 
     def weight(rows: dict[str, int], base: Tensor) -> Weight:
         return Weight(rows, frozenset(filter(taken, rows)), base)
 
     norms = list(model.norms())
+    none = model.embed.weight[:0]
+    stacked = torch.stack([norm.weight for norm in norms]) if norms else none
     weights = (
-        weight({EMBED_TOKENS: 0}, model.embed.weight),
-        weight({LM_HEAD: 0}, model.head.weight),
-        weight({norm.name: row for row, norm in enumerate(norms)}, torch.stack([norm.weight for norm in norms])),
+        weight({embed_tokens: 0}, model.embed.weight),
+        weight({lm_head: 0}, model.head.weight),
+        weight({norm.name: row for row, norm in enumerate(norms)}, stacked),
     )
     return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head)
 
 
-def _kind_name(layer: int, linear: Linear) -> str:
-    return "+".join(part.partition(f".{layer}.")[2] for part in linear.parts)
+def _kind_key(layer: int, linear: Linear) -> tuple[str, int, tuple[int, ...]]:
+    """What Linears of one kind have in common: names without the layer's number, in-features and bounds."""
+    name = "+".join(part.partition(f".{layer}.")[2] or part for part in linear.parts)
+    return name, linear.inputs, (0, *(high for _, _, high in linear.slices()))

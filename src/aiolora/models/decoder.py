@@ -99,6 +99,7 @@ class Decoder(nn.Module):
     """Tokens to hidden states, hidden states to logits."""
 
     cos_sin: Tensor
+    capturable = True
 
     def __init__(self, config: DecoderConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
