@@ -226,6 +226,7 @@ def _deprecations_of_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)  # of what it thinks of a test's config
+        warnings.filterwarnings("ignore", r"The following \w+ keys", RuntimeWarning)  # its own
         yield
 
 

@@ -1,0 +1,177 @@
+"""Tiny models of architectures that only transformers computes, and of those that nobody serves."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from tests.tiny import EOS, VOCAB, word_tokenizer
+
+SIZES: dict[str, object] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+_WINDOW: dict[str, object] = {"sliding_window": 9}
+_MIXED: dict[str, object] = _WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
+_TIED: dict[str, object] = {"tie_word_embeddings": True}
+_HEAD: dict[str, object] = {"head_dim": 16}
+_EXPERTS: dict[str, object] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LATENT: dict[str, object] = _EXPERTS | {  # multi-head latent attention: keys of 24, values of 12
+    "num_key_value_heads": 4,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+
+SERVED: dict[str, tuple[str, dict[str, object]]] = {
+    "afmoe": ("afmoe", _EXPERTS | _MIXED | _HEAD),
+    "apertus": ("apertus", {}),
+    "arcee": ("arcee", {}),
+    "biogpt": ("biogpt", {"pad_token_id": 0}),
+    "bitnet": ("bitnet", {}),
+    "cohere": ("cohere", _TIED | {"logit_scale": 0.5, "use_qk_norm": True}),
+    "cohere2": ("cohere2", _MIXED | {"logit_scale": 0.5}),
+    "ctrl": ("ctrl", {}),
+    "cwm": ("cwm", _MIXED | _HEAD),
+    "deepseek_v2": ("deepseek_v2", _LATENT),
+    "deepseek_v3": ("deepseek_v3", _LATENT),
+    "ernie4_5": ("ernie4_5", _HEAD),
+    "ernie4_5_moe": ("ernie4_5_moe", _EXPERTS),
+    "exaone4": ("exaone4", _MIXED),
+    "flex_olmo": ("flex_olmo", _EXPERTS),
+    "gemma": ("gemma", _HEAD | _TIED),
+    "gemma2": ("gemma2", _HEAD | _MIXED | _TIED | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 20}),
+    "gemma3": ("gemma3_text", _HEAD | _MIXED | _TIED | {"query_pre_attn_scalar": 20}),
+    "gemma4": (
+        "gemma4_text",
+        _HEAD | _MIXED | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "global_head_dim": 32},
+    ),
+    "glm": ("glm", _HEAD | {"pad_token_id": 0}),
+    "glm4": ("glm4", _HEAD | {"pad_token_id": 0}),
+    "glm4_moe": ("glm4_moe", _EXPERTS | _HEAD),
+    "gpt2": ("gpt2", {"tie_word_embeddings": True}),
+    "gpt2 scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt_bigcode": ("gpt_bigcode", {"multi_query": True}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox one norm after the other": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_oss": ("gpt_oss", _EXPERTS | _MIXED | _HEAD),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3, "logits_scaling": 0.5},
+    ),
+    "granite_swa": ("granite_swa", _MIXED),
+    "granitemoe": ("granitemoe", _EXPERTS),
+    "granitemoeshared": ("granitemoeshared", _EXPERTS),
+    "helium": ("helium", _HEAD),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", _HEAD),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", _EXPERTS | _HEAD),
+    "hyperclovax": ("hyperclovax", {}),
+    "jais2": ("jais2", {}),
+    "jetmoe": ("jetmoe", _EXPERTS | {"kv_channels": 16}),
+    "llama4": (
+        "llama4_text",
+        _EXPERTS
+        | _HEAD
+        | {"intermediate_size_mlp": 64, "attention_chunk_size": 16, "no_rope_layers": [1, 0], "pad_token_id": 0},
+    ),
+    "minicpm3": ("minicpm3", _LATENT),
+    "ministral": ("ministral", _HEAD | _MIXED),
+    "ministral3": ("ministral3", _HEAD),
+    "mixtral": ("mixtral", _EXPERTS | {"sliding_window": 9}),
+    "moshi": ("moshi", {"sliding_window": 9}),
+    "nanochat": ("nanochat", {}),
+    "nemotron": ("nemotron", _HEAD),
+    "olmo": ("olmo", {"clip_qkv": 1.5}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", _MIXED),
+    "olmoe": ("olmoe", _EXPERTS),
+    "opt": ("opt", {"ffn_dim": 80, "word_embed_proj_dim": 64, "pad_token_id": 0}),
+    "opt projected": ("opt", {"ffn_dim": 80, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "persimmon": ("persimmon", {"qk_layernorm": True}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    "phi3": ("phi3", _WINDOW),
+    "phimoe": ("phimoe", _EXPERTS | {"sliding_window": 9, "lm_head_bias": True}),
+    "qwen2_moe": ("qwen2_moe", _EXPERTS),
+    "qwen3_moe": ("qwen3_moe", _EXPERTS | _HEAD),
+    "seed_oss": ("seed_oss", _HEAD),
+    "smollm3": ("smollm3", _MIXED | {"use_sliding_window": True, "no_rope_layers": [0, 1]}),
+    "stablelm": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    "starcoder2": ("starcoder2", _WINDOW),
+    "vaultgemma": ("vaultgemma", _HEAD | _MIXED | _TIED),
+    "youtu": ("youtu", _LATENT),
+}
+
+REFUSED: dict[str, tuple[str, dict[str, object], str]] = {  # name -> (model_type, changes, what the refusal says)
+    "bamba": ("bamba", {}, "layers of linear_attention keep a state"),
+    "bert": ("bert", {}, "neither causal nor one of a window"),
+    "bloom": ("bloom", {}, "compute attention themselves"),
+    "diffllama": ("diffllama", {}, "attends more than once a token"),
+    "falcon": ("falcon", {}, "compute attention themselves"),
+    "falcon with alibi": ("falcon", {"alibi": True}, "compute attention themselves"),
+    "gpt_neo": ("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}, "attention themselves"),
+    "gptj": ("gptj", {"rotary_dim": 8}, "compute attention themselves"),
+    "mamba": ("mamba", {}, "linear_attention"),
+    "minimax": ("minimax", {}, "layers of linear_attention keep a state"),
+    "mpt": ("mpt", {}, "compute attention themselves"),
+    "openai-gpt": ("openai-gpt", {}, "attention interface"),
+    "rwkv": ("rwkv", {}, "attention interface"),
+    "t5": ("t5", {}, "an encoder-decoder"),
+    "xglm": ("xglm", {}, "compute attention themselves"),
+}
+
+
+def make_borrowed(folder: Path, kind: str, changes: dict[str, object], *, seed: int = 0) -> Path:
+    """Save a model of the type `kind` with random weights under which every part of it tells."""
+    config = CONFIG_MAPPING[kind](**(SIZES | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    draw(model, seed)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        model.save_pretrained(folder)
+    GenerationConfig(bos_token_id=1, eos_token_id=EOS).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_config(folder: Path, kind: str, changes: dict[str, object]) -> Path:
+    """A config of the type `kind` and nothing else."""
+    CONFIG_MAPPING[kind](**(SIZES | changes)).save_pretrained(folder)
+    return folder
+
+
+def draw(model: nn.Module, seed: int) -> None:
+    """As `tiny.fill`, whatever a model calls its parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(0.3 * noise if name.endswith(("bias", "sinks")) else 1 + 0.2 * noise)
