@@ -126,22 +126,34 @@ SERVED: dict[str, tuple[str, dict[str, object]]] = {
     "youtu": ("youtu", _LATENT),
 }
 
+ONE_BY_ONE: dict[str, tuple[str, dict[str, object]]] = {  # served as well, one sequence of a step after the other
+    "bloom": ("bloom", {}),
+    "codegen": ("codegen", {"rotary_dim": 8}),
+    "diffllama": ("diffllama", {}),
+    "doge": ("doge", {}),
+    "falcon": ("falcon", {}),
+    "falcon with alibi": ("falcon", {"alibi": True, "bias": True}),
+    "falcon with groups": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gpt_neo": ("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 9}),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {}),
+    "gptj": ("gptj", {"rotary_dim": 8}),
+    "hrm_text": ("hrm_text", {}),
+    "mpt": ("mpt", {}),
+    "xglm": ("xglm", {"pad_token_id": 0}),
+}
+SERVED |= ONE_BY_ONE
+
 REFUSED: dict[str, tuple[str, dict[str, object], str]] = {  # name -> (model_type, changes, what the refusal says)
     "bamba": ("bamba", {}, "layers of linear_attention keep a state"),
-    "bert": ("bert", {}, "neither causal nor one of a window"),
-    "bloom": ("bloom", {}, "compute attention themselves"),
-    "diffllama": ("diffllama", {}, "attends more than once a token"),
-    "falcon": ("falcon", {}, "compute attention themselves"),
-    "falcon with alibi": ("falcon", {"alibi": True}, "compute attention themselves"),
-    "gpt_neo": ("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}, "attention themselves"),
-    "gptj": ("gptj", {"rotary_dim": 8}, "compute attention themselves"),
-    "mamba": ("mamba", {}, "linear_attention"),
+    "bert": ("bert", {}, "its head is more than a projection"),
+    "cpmant": ("cpmant", {}, "does not run on vectors alone"),
+    "deepseek_v32": ("deepseek_v32", _LATENT, "layers of indexed_attention keep a state"),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of conv keep a state"),
+    "mamba": ("mamba", {}, "layers of linear_attention keep a state"),
     "minimax": ("minimax", {}, "layers of linear_attention keep a state"),
-    "mpt": ("mpt", {}, "compute attention themselves"),
-    "openai-gpt": ("openai-gpt", {}, "attention interface"),
-    "rwkv": ("rwkv", {}, "attention interface"),
+    "openai-gpt": ("openai-gpt", {}, "do not keep keys and values of each token"),
+    "rwkv": ("rwkv", {}, "do not keep keys and values of each token"),
     "t5": ("t5", {}, "an encoder-decoder"),
-    "xglm": ("xglm", {}, "compute attention themselves"),
 }
 
 

@@ -30,7 +30,7 @@ from aiolora.models.loading import load_decoder, read_config
 from aiolora.models.model import Model
 from aiolora.models.paths import way_of
 from aiolora.types import Prompt
-from tests.borrowed import REFUSED, SERVED, SIZES, make_borrowed, write_config
+from tests.borrowed import ONE_BY_ONE, REFUSED, SERVED, SIZES, make_borrowed, write_config
 from tests.conftest import ModelOf
 from tests.tiny import (
     ALL_LINEARS,
@@ -62,6 +62,9 @@ against itself once more when it starts: see `models/proof.py`.
 
 Adapters reach every projection that runs once a token, the embedding and the head. Routed experts and norms take none
 here. Steps are not captured in CUDA graphs. Soft-caps, sinks and chunks of attention run in plain PyTorch.
+
+Models that are older than transformers' attention interface, or attend otherwise, keep their own attention: a step then
+runs them once for each of its sequences, on keys and values out of our pages ("one by one" in the table).
 """
 FolderOf = Callable[[str], Path]
 
@@ -360,10 +363,15 @@ def test_the_table_in_the_docs_is_what_was_measured(measured_of: Callable[[str],
 
 
 def table(measured: dict[str, Measured]) -> str:
-    lines = [HEAD, "| model | model_type | projections that take adapters | largest error |", "|---|---|---|---|"]
+    lines = [
+        HEAD,
+        "| model | model_type | runs | projections that take adapters | largest error |",
+        "|---|---|---|---|---|",
+    ]
     for name, one in measured.items():
         error = bound(max(one.steps, one.served))
-        lines.append(f"| {name} | `{SERVED[name][0]}` | {one.projections // 2} a layer | {error} |")
+        runs = "one by one" if name in ONE_BY_ONE else "together"
+        lines.append(f"| {name} | `{SERVED[name][0]}` | {runs} | {one.projections} in 2 layers | {error} |")
     lines += ["", "| refused | model_type | why |", "|---|---|---|"]
     for name, (kind, changes, _) in REFUSED.items():
         why = way_of(CONFIG_MAPPING[kind](**(SIZES | changes))).reasons[-1].partition(": ")[2]

@@ -6,7 +6,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from aiolora.models.paths import context_of, way_of
-from tests.borrowed import REFUSED, SERVED, SIZES
+from tests.borrowed import ONE_BY_ONE, REFUSED, SERVED, SIZES
 
 
 def config(kind: str, **changes: Any) -> Any:
@@ -23,6 +23,14 @@ def test_a_family_is_our_decoders_and_needs_no_reason(kind: str) -> None:
 def test_what_transformers_computes_is_found_without_weights(name: str) -> None:
     kind, changes = SERVED[name]
     assert way_of(config(kind, **changes), "transformers").impl == "transformers"
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_what_is_slower_than_it_could_be_says_so(name: str) -> None:
+    kind, changes = ONE_BY_ONE[name]
+    way = way_of(config(kind, **changes))
+    assert way.impl == "transformers"
+    assert way.reasons[-1].startswith("one sequence of a step after the other: ")
 
 
 @pytest.mark.parametrize("name", REFUSED)

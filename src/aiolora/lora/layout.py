@@ -166,5 +166,11 @@ def layout_of(model: Model, dtype: torch.dtype, *, only: tuple[str, ...] | None 
 
 def _kind_key(layer: int, linear: Linear) -> tuple[str, int, tuple[int, ...]]:
     """What Linears of one kind have in common: names without the layer's number, in-features and bounds."""
-    name = "+".join(part.partition(f".{layer}.")[2] or part for part in linear.parts)
-    return name, linear.inputs, (0, *(high for _, _, high in linear.slices()))
+
+    def kind(part: str) -> str:
+        where, found, name = part.partition(f".{layer}.")
+        if not found:
+            return part
+        return name if where == "model.layers" else f"{where}.*.{name}"
+
+    return "+".join(map(kind, linear.parts)), linear.inputs, (0, *(high for _, _, high in linear.slices()))

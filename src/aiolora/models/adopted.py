@@ -34,8 +34,9 @@ class Completed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., K], a row a token of the step -> [..., N]."""
-        step = self.turn.step
-        partial = self.linear(x.reshape(-1, x.shape[-1]), None if step is None else step.routing)
+        rows, routing = x.reshape(-1, x.shape[-1]), self.turn.routing
+        assert routing is None or len(rows) == len(routing.owners), "a projection of other rows than the step's tokens"
+        partial = self.linear(rows, routing)
         y: Tensor = partial.y if partial.bias is None and partial.h is None else complete_op(*partial.flat)
         return y.view(*x.shape[:-1], -1)
 
@@ -64,8 +65,8 @@ class Through(nn.Module):
 
 
 def projects(module: nn.Module) -> bool:
-    """Whether it is one of torch's Linears or of GPT-2's, and not something that computes otherwise."""
-    return type(module) in (nn.Linear, Conv1D)
+    """Whether it is one of torch's Linears, GPT-2's or Falcon's, and not something that computes otherwise."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
 def linear_of(name: str, module: nn.Module, device: str) -> Linear:
@@ -103,7 +104,7 @@ class Rows:
         self._hooks = [
             module.register_forward_pre_hook(self._note(name))
             for name, module in model.named_modules()
-            if projects(module)
+            if projects(module) and not re.search(r"\bexperts\.\d+\.", name)  # they see whom a router sends
         ]
 
     def _note(self, name: str):  # type: ignore[no-untyped-def]

@@ -1,23 +1,25 @@
 """Attention of transformers' models over our pages.
 
 transformers calls whatever function is registered under the name in `config._attn_implementation`, with q, k and v as
-the layer made them. Ours looks at the calling module for what it is to do: there a `Rehearsal` notes once how the layer
+the layer made them. Ours looks at the calling module for what it is to do: there a `Audience` notes once how the layer
 calls, later a `Seat` writes keys and values to the layer's cache and attends over its pages. No masks are built for our
 name: the rehearsal goes by another, under which the model's mask functions come to us and are held against those we
 know.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from aiolora.errors import UnsupportedModelError
 from aiolora.models.inputs import LayerKV, StepInputs
 from aiolora.ops.attention import attention_op, rope_store_op
+from aiolora.ops.linear import Routing
 from aiolora.ops.plain_attention import Shape, plain_attention, sees
 
 OURS, REHEARSED = "aiolora", "aiolora_rehearsed"
@@ -28,17 +30,14 @@ _IDLE = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hi
 _IDLE |= {"is_causal", "deterministic", "cache_position", "output_router_logits", "position_embeddings"}
 
 
-@dataclass(frozen=True)
-class Attends:
-    """How one layer attends."""
+@dataclass(frozen=True, kw_only=True)
+class Holds:
+    """What one layer keeps of a token."""
 
     index: int  # of its cache
-    heads: int
     kv_heads: int
     head_dim: int  # of q and k
     value_dim: int
-    shape: Shape
-    sinks: str | None = None  # the attribute of the module that holds them
 
     @property
     def width(self) -> int:
@@ -46,16 +45,25 @@ class Attends:
         widest = max(self.head_dim, self.value_dim)
         return widest + widest % 2
 
-    @property
-    def plain(self) -> bool:
-        """Whether it takes what the kernels do not do."""
-        return self.sinks is not None or self.shape.softcap > 0 or self.shape.chunk > 0
-
     def of(self, cache: Tensor) -> Tensor:
         """The layer's cache [P, page_size, G, D] in the memory of one that is as large or larger."""
         pages, page_size = cache.shape[:2]
         wanted = (pages, page_size, self.kv_heads, self.width)
         return cache if cache.shape == wanted else cache.view(-1)[: torch.Size(wanted).numel()].view(wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attends(Holds):
+    """How one layer attends."""
+
+    heads: int
+    shape: Shape
+    sinks: str | None = None  # the attribute of the module that holds them
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes what the kernels do not do."""
+        return self.sinks is not None or self.shape.softcap > 0 or self.shape.chunk > 0
 
 
 @dataclass(slots=True)
@@ -66,8 +74,18 @@ class Turn:
     """
 
     step: StepInputs | None = None
+    routing: Routing | None = None  # of the tokens that are under way
     kv: Sequence[LayerKV] = ()
     still: Tensor = field(default_factory=lambda: torch.empty(0))  # [T] int32 zeros: where nothing is rotated
+
+    @contextmanager
+    def of(self, step: StepInputs, kv: Sequence[LayerKV]) -> Iterator[None]:
+        """Let it be `step`, as long as this lasts."""
+        self.step, self.routing, self.kv, self.still = step, step.routing, kv, torch.zeros_like(step.positions)
+        try:
+            yield
+        finally:
+            self.step, self.routing, self.kv = None, None, ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,7 @@ class Seat:
 
 
 @dataclass
-class Rehearsal:
+class Audience:
     """Notes how each attention module calls, in the order of the calls; returns zeros."""
 
     longest: int  # positions over which masks are compared
@@ -141,11 +159,19 @@ class Rehearsal:
 
 
 def seat(module: nn.Module, served_by: Callable[..., Tensor] | None) -> None:
-    """Let `served_by` (a Seat or a Rehearsal) answer when `module` attends; None: nobody any more."""
+    """Let `served_by` (a Seat or an Audience) answer when `module` attends; None: nobody any more."""
     if served_by is None:
         vars(module).pop(_SLOT, None)
     else:
         vars(module)[_SLOT] = served_by
+
+
+def answer_by(model: nn.Module, name: str) -> None:
+    """Let every attention layer in `model` call the function registered as `name`."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config._attn_implementation = name
 
 
 def _wide(x: Tensor, width: int) -> Tensor:

@@ -5,20 +5,16 @@ is noted. What does not fit is refused by name. `proof.py` then holds the result
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import PreTrainedModel
 
 from aiolora.errors import UnsupportedModelError
 from aiolora.models.adopted import (
-    PROBE,
     Completed,
     Given,
-    Rows,
     Through,
     embedding_of,
     layer_of,
@@ -27,10 +23,12 @@ from aiolora.models.adopted import (
     replace,
     scaled,
 )
-from aiolora.models.attends import MASK, OURS, REHEARSED, Attends, Rehearsal, Seat, Turn, seat
+from aiolora.models.attends import Holds, Turn, answer_by
 from aiolora.models.head import amended, known
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
 from aiolora.models.layers import Embedding, Linear, Norm
+from aiolora.models.one_by_one import OneByOne
+from aiolora.models.together import Together
 
 MASKED = 1 << 17  # positions over which attention masks are compared, at most
 
@@ -68,7 +66,7 @@ class Fallback(nn.Module):
         if scale is None:
             raise UnsupportedModelError(f"its embedding {type(embedding).__name__} does more than to look up vectors")
         tied = head.weight is embedding.weight
-        output, attends, rows = rehearse(trunk, embedding, min(max_positions, MASKED))
+        self.manner = rehearse(trunk, embedding, min(max_positions, MASKED))
         names = {module: name for name, module in causal.named_modules()}
         self.embed: Embedding = embedding_of(names[embedding], embedding)
         self._scale = scale
@@ -78,24 +76,21 @@ class Fallback(nn.Module):
             self.head.weight = self.embed.weight
         self._linears: list[tuple[int, Linear]] = []
         prefix = names[trunk]
-        for name in rows:
+        for name in self.manner.rows:
             module = trunk.get_submodule(name)
             full = f"{prefix}.{name}"
             linear = linear_of(full, module, device)
             replace(trunk, name, Completed(linear, self.turn))
             self._linears.append((layer_of(full), linear))
-        for module, how in attends.items():
-            unrotated = torch.cat((torch.ones(1, how.width // 2), torch.zeros(1, how.width // 2)), dim=1)
-            seat(module, Seat(how, self.turn, unrotated.to(device)))
-        answer_by(causal, OURS)
+        self.manner.begin(trunk, self.turn, device)
         self.trunk = trunk
-        replace(causal, prefix, Given(output))
+        replace(causal, prefix, Given(self.manner.output))
         replace(causal, head_name, Through(self.head.weight))
         self._tail: PreTrainedModel | None = causal
         vocabulary = self.head.weight.shape[0]
-        if not on_meta and not self._tail_matters():
+        if not self._tail_matters():
             self._tail = None
-        self.config = _sizes(tuple(attends.values()), vocabulary, max_positions, tied)
+        self.config = _sizes(self.manner.holds, vocabulary, max_positions, tied)
 
     def forward(self, step: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
         """Hidden states [S, H] at `step.logits_at`; keys and values go into `kv`."""
@@ -103,10 +98,8 @@ class Fallback(nn.Module):
         x = self.embed(step.tokens, step.previous, embeds, step.own_embeddings)
         if self._scale != 1:
             x = x * self._scale
-        with self._runs(step, kv):
-            positions = step.positions.long().unsqueeze(0)
-            out = self.trunk(inputs_embeds=x.unsqueeze(0), position_ids=positions, use_cache=False)
-        hidden: Tensor = out.last_hidden_state[0]
+        with self.turn.of(step, kv):
+            hidden = self.manner.run(self.trunk, x, self.turn)
         return hidden if step.logits_at is None else hidden[step.logits_at]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -129,15 +122,6 @@ class Fallback(nn.Module):
         """None: transformers' norms are of many kinds, and none of ours."""
         yield from ()
 
-    @contextmanager
-    def _runs(self, step: StepInputs, kv: Sequence[LayerKV]) -> Iterator[None]:
-        turn = self.turn
-        turn.step, turn.kv, turn.still = step, kv, torch.zeros_like(step.positions)
-        try:
-            yield
-        finally:
-            turn.step, turn.kv = None, ()
-
     def _scored(self, product: Tensor) -> Tensor:
         """Logits [S, V] of the head's product [S, V]: its bias, and what the model's own code does to scores."""
         if self.head.bias is not None:
@@ -158,7 +142,7 @@ class Fallback(nn.Module):
             raise UnsupportedModelError(f"its head is more than a projection: {error}") from error
         if logits.shape != product.shape:
             raise UnsupportedModelError("its head is more than a projection")
-        return not torch.equal(logits, product)
+        return weight.is_meta or not torch.equal(logits, product)
 
 
 def trunk_of(causal: PreTrainedModel) -> nn.Module:
@@ -167,56 +151,25 @@ def trunk_of(causal: PreTrainedModel) -> nn.Module:
     return causal.get_submodule("model") if trunk is causal else trunk
 
 
-def rehearse(
-    trunk: nn.Module, embedding: nn.Embedding, longest: int
-) -> tuple[type[ModelOutput], dict[nn.Module, Attends], list[str]]:
-    """What `trunk` returns, how each attention module in it attends, and which projections see a row a token.
+def rehearse(trunk: nn.Module, embedding: nn.Embedding, longest: int) -> Together | OneByOne:
+    """All sequences of a step at once where its attention is transformers' interface, else one after the other.
 
-    Raises `UnsupportedModelError`; `NotImplementedError` where that shows in values only, and there are none ("meta").
+    Raises `UnsupportedModelError` if it runs neither way; `NotImplementedError` where that shows in values only, and
+    there are none ("meta").
     """
-    weight = embedding.weight
-    rehearsal = Rehearsal(longest)
-    modules = list(trunk.modules())
-    if conv := next((type(m).__name__ for m in modules if isinstance(m, nn.modules.conv._ConvNd)), None):
+    if conv := next((type(m).__name__ for m in trunk.modules() if isinstance(m, nn.modules.conv._ConvNd)), None):
         raise UnsupportedModelError(f"{conv} mixes tokens outside of attention: that is a state beside keys and values")
-    for module in modules:
-        seat(module, rehearsal)
-    answer_by(trunk, REHEARSED)
-    rows = Rows(trunk)
     try:
-        x = weight.new_zeros((1, PROBE, weight.shape[1]))
-        positions = torch.arange(PROBE, device=weight.device).unsqueeze(0)
-        nothing_padded = torch.ones_like(positions)  # else it looks whether positions are those of one sequence
-        with torch.no_grad():
-            output = trunk(inputs_embeds=x, attention_mask=nothing_padded, position_ids=positions, use_cache=False)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        if isinstance(error, NotImplementedError):
-            raise
-        if weight.is_meta and "meta" in str(error):
-            raise NotImplementedError("its shapes depend on values") from error
-        raise UnsupportedModelError(
-            "its layers compute attention themselves, not through transformers' attention interface"
-            if MASK in str(error)
-            else f"its code does not run on vectors and positions alone: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        for module in modules:
-            seat(module, None)
-        found = list(rows.done())
-    if not rehearsal.found:
-        raise UnsupportedModelError("its layers do not attend through transformers' attention interface")
-    return type(output), rehearsal.found, found
+        return Together.rehearsed(trunk, embedding.weight, longest)
+    except UnsupportedModelError as why:
+        answer_by(trunk, "eager")
+        try:
+            return OneByOne.rehearsed(trunk, embedding.weight, str(why))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{why}; and one sequence after the other: {error}") from error
 
 
-def answer_by(model: nn.Module, name: str) -> None:
-    """Let every attention layer in `model` call the function registered as `name`."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            config._attn_implementation = name
-
-
-def _sizes(attends: tuple[Attends, ...], vocabulary: int, max_positions: int, tied: bool) -> Sizes:
-    shapes = {(how.kv_heads, how.width) for how in attends}
+def _sizes(holds: Sequence[Holds], vocabulary: int, max_positions: int, tied: bool) -> Sizes:
+    shapes = {(one.kv_heads, one.width) for one in holds}
     heads, width = shapes.pop() if len(shapes) == 1 else (1, max(heads * width for heads, width in shapes))
-    return Sizes(vocabulary, len(attends), heads, width, max_positions, tied)
+    return Sizes(vocabulary, len(holds), heads, width, max_positions, tied)

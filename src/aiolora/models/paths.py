@@ -19,7 +19,7 @@ class Way:
 
     model_type: str
     impl: Impl | None  # None: not served
-    reasons: tuple[str, ...] = ()  # why not the ways before it
+    reasons: tuple[str, ...] = ()  # why not a better one
 
     @property
     def refusal(self) -> UnsupportedModelError:
@@ -45,10 +45,12 @@ def way_of(hf: Any, wished: Literal["auto", "aiolora", "transformers"] = "auto")
             return Way(hf.model_type, "aiolora")
     if wished == "aiolora":
         return Way(hf.model_type, None, (*reasons, "model_impl='aiolora' allows no other"))
-    against = next(_against(hf), None)
-    if against is None:
-        return Way(hf.model_type, "transformers", tuple(reasons))
-    return Way(hf.model_type, None, (*reasons, f"transformers' code with our attention: {against}"))
+    try:
+        _check(hf)
+        slower = _slower(hf)
+    except ModelError as error:
+        return Way(hf.model_type, None, (*reasons, f"transformers' code with our attention: {error}"))
+    return Way(hf.model_type, "transformers", (*reasons, *slower))
 
 
 def context_of(hf: Any) -> int | None:
@@ -74,34 +76,34 @@ def _is_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _against(hf: Any) -> Iterator[str]:
-    """What keeps transformers' code from being served, what is found at once before what takes seconds."""
+def _check(hf: Any) -> None:
+    """Raises `UnsupportedModelError` for what a config says that transformers' code cannot be served for."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL  # 4 s to import
 
     if hf.is_encoder_decoder:
-        yield "an encoder-decoder attends to another sequence than its own"
+        raise UnsupportedModelError("an encoder-decoder attends to another sequence than its own")
     if hf.model_type not in CAUSAL:
-        yield "transformers has no causal language model of this type"
-    elif hf.get_text_config() is not hf:
-        yield "it is of several modalities, and only text models are served so"
+        raise UnsupportedModelError("transformers has no causal language model of this type")
+    if hf.get_text_config() is not hf:
+        raise UnsupportedModelError("it is of several modalities, and only text models are served so")
     kinds = dict.fromkeys(getattr(hf, "layer_types", None) or ())
     if other := [kind for kind in kinds if kind not in _SEEN]:
-        yield f"layers of {', '.join(other)} keep a state beside keys and values"
+        raise UnsupportedModelError(f"layers of {', '.join(other)} keep a state beside keys and values")
     if quantized := getattr(hf, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        yield f"its weights are quantised ({method})"
-    try:
-        yield from _rehearsed(hf)
-    except ModelError as error:
-        yield str(error)
+        raise UnsupportedModelError(f"its weights are quantised ({method})")
 
 
-def _rehearsed(hf: Any) -> Iterator[str]:
-    """Raises what taking it apart raises; what shows in values only is not found without weights."""
+def _slower(hf: Any) -> tuple[str, ...]:
+    """Why its sequences run one after the other, if they do; what shows in values only is not found without weights.
+
+    Raises what taking it apart raises.
+    """
     from aiolora.models.building import outlined
+    from aiolora.models.one_by_one import OneByOne
 
     try:
-        outlined(hf, dtype=torch.float32)
+        manner = outlined(hf, dtype=torch.float32).manner
     except NotImplementedError:
-        return
-    yield from ()
+        return ()
+    return (f"one sequence of a step after the other: {manner.reason}",) if isinstance(manner, OneByOne) else ()
