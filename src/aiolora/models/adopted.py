@@ -55,9 +55,9 @@ class Given(nn.Module):
 class Through(nn.Module):
     """In the head's place: returns its input. `weight` is the head's, for who asks for its dtype."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = weight
         self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,22 +71,21 @@ def projects(module: nn.Module) -> bool:
 
 def linear_of(name: str, module: nn.Module, device: str) -> Linear:
     """`module`, which `projects`, as ours, with its own weights where they lie as ours do."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    own: nn.Parameter = module.weight  # type: ignore[assignment]
     if isinstance(module, Conv1D):
-        weight = weight.T.contiguous()
-    outputs, inputs = weight.shape
-    own = nn.Parameter(weight.detach(), requires_grad=False)
+        own = nn.Parameter(own.detach().T.contiguous(), requires_grad=False)
+    outputs, inputs = own.shape
     bias = module.bias
-    linear = Linear(inputs, {name: outputs}, bias=bias is not None, dtype=weight.dtype, device=device, weight=own)
-    if isinstance(bias, Tensor):
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    linear = Linear(inputs, {name: outputs}, bias=bias is not None, dtype=own.dtype, device=device, weight=own)
+    if isinstance(bias, nn.Parameter):
+        linear.bias = bias
     return linear
 
 
 def embedding_of(name: str, module: nn.Embedding) -> Embedding:
     """`module` as ours, with its own weight."""
     embedding = Embedding(name, *module.weight.shape, dtype=module.weight.dtype, device="meta")
-    embedding.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
+    embedding.weight = module.weight  # type: ignore[assignment]  # a Parameter
     return embedding
 
 

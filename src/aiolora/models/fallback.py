@@ -65,7 +65,7 @@ class Fallback(nn.Module):
         scale = 1.0 if on_meta else scaled(embedding, embedding.weight.device)
         if scale is None:
             raise UnsupportedModelError(f"its embedding {type(embedding).__name__} does more than to look up vectors")
-        tied = head.weight is embedding.weight
+        tied, width = head.weight is embedding.weight, embedding.weight.shape[1]
         self.manner = rehearse(trunk, embedding, min(max_positions, MASKED))
         names = {module: name for name, module in causal.named_modules()}
         self.embed: Embedding = embedding_of(names[embedding], embedding)
@@ -74,6 +74,8 @@ class Fallback(nn.Module):
         self.head: Linear = linear_of(head_name, head, device)
         if tied:
             self.head.weight = self.embed.weight
+        if self.head.inputs != width:
+            raise UnsupportedModelError(f"its embedding is {width} wide and its head {self.head.inputs}")
         self._linears: list[tuple[int, Linear]] = []
         prefix = names[trunk]
         for name in self.manner.rows:
@@ -111,7 +113,9 @@ class Fallback(nn.Module):
         if adapters is None:
             return logits
         if adapters.own is not None or adapters.low_rank or adapters.widest > logits.shape[1]:
-            logits = self._scored(amended(self.head(hidden, None).y.float(), hidden, adapters, self.head.site))
+            product = self.head(hidden, None).y
+            product = product if product.is_cuda else product.float()
+            logits = self._scored(amended(product, hidden, adapters, self.head.site))
         return known(logits, adapters, self.config.vocab_size)
 
     def linears(self) -> Iterator[tuple[int, Linear]]:

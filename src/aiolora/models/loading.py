@@ -63,7 +63,8 @@ def _load_fallback(
         model = load_fallback(folder, hf, dtype=dtype, device=device, max_positions=max_positions, seed=seed)
     except UnsupportedModelError as error:
         raise replace(way, impl=None, reasons=(*way.reasons, str(error))).refusal from error
-    _log.info("%s runs transformers' code (%s): %.1f s", hf.model_type, way.reasons[0], time.monotonic() - started_s)
+    seconds, why = time.monotonic() - started_s, "; ".join(way.reasons)
+    _log.info("%s runs transformers' code, up to %d tokens, in %.1f s: %s", hf.model_type, max_positions, seconds, why)
     return model
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
 from aiolora.models.layers import Embedding, Linear, Norm
@@ -40,6 +41,10 @@ class Model(Protocol):
     def head(self) -> Linear: ...
     @property
     def capturable(self) -> bool: ...  # whether a step of it can be a CUDA graph
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Each once."""
+        ...
 
     def __call__(self, step: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
         """Hidden states [S, H] at `step.logits_at`, ready for the head; keys and values go into `kv`."""

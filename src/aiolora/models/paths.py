@@ -58,7 +58,10 @@ def context_of(hf: Any) -> int | None:
 
     With "longrope" a whole step is rotated otherwise as soon as one token is beyond the original context.
     """
-    longest: int | None = getattr(hf, "max_position_embeddings", None)
+    try:
+        longest: int | None = getattr(hf, "max_position_embeddings", None)
+    except NotImplementedError:  # of a config that knows of no end
+        longest = None
     original = [
         values["original_max_position_embeddings"]
         for values in _ropes(getattr(hf, "rope_parameters", None) or {})
