@@ -25,6 +25,7 @@ from aiolora.errors import (
     UnsupportedModelError,
     WeightsError,
 )
+from aiolora.lora.inspection import inspect_adapter
 from aiolora.models.building import load_fallback
 from aiolora.models.loading import load_decoder, read_config
 from aiolora.models.model import Model
@@ -329,6 +330,22 @@ def test_a_missing_or_unknown_tensor_is_refused_by_name(folder_of: FolderOf, tmp
     (folder / "model.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(WeightsError, match=re.escape(str(folder))):
         load(folder)
+
+
+def test_masks_and_frequencies_of_older_checkpoints_are_passed_over(folder_of: FolderOf, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folder_of("gptj"), tmp_path / "model"))
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4), "transformer.h.0.attn.masked_bias": torch.ones(())}
+    save_file(load_file(folder / "model.safetensors") | mask, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(folder).config.num_layers == 2
+
+
+def test_an_adapter_is_inspected_without_the_weights(folder_of: FolderOf, tmp_path: Path) -> None:
+    adapter = make_adapter(folder_of("gpt_neox"), tmp_path / "a", target_modules=["dense", "embed_in"])
+    config = write_config(tmp_path / "config", *SERVED["gpt_neox"])
+    report = inspect_adapter(str(adapter), model=str(config), max_rank=64)
+    assert report.version is not None
+    assert report.coverage is not None
+    assert (report.coverage.ignored, report.coverage.missing) == ((), ())
 
 
 def test_dummy_weights_need_no_checkpoint_and_follow_the_seed(tmp_path: Path) -> None:

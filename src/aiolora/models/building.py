@@ -1,5 +1,6 @@
 """Models that transformers builds and loads, made into a `Fallback`."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,6 +15,9 @@ from aiolora.errors import UnsupportedModelError, WeightsError
 from aiolora.models.fallback import MASKED, Fallback
 from aiolora.models.proof import Expected, prove
 from aiolora.models.weights import listed, shards
+
+# masks and frequencies that were once saved, and are computed now
+_BUFFER = re.compile(r"\.(self_)?(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 
 def load_fallback(
@@ -78,7 +82,7 @@ def _loaded(folder: Path, hf: PreTrainedConfig, dtype: torch.dtype) -> PreTraine
         ("tensors missing", "missing_keys"),
         ("tensors unknown to this architecture", "unexpected_keys"),
     ):
-        if names := sorted(map(str, loading[key])):
+        if names := sorted(name for name in map(str, loading[key]) if not _BUFFER.search(name)):
             raise WeightsError(f"{folder}: {listed(what, names)}")
     checked: PreTrainedModel = model
     return checked
