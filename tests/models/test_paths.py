@@ -1,12 +1,15 @@
 """Which way a config is served, decided without weights, and why."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import CONFIG_MAPPING
 
+from aiolora.errors import ModelError, ModelNotFoundError
+from aiolora.models.loading import look_up
 from aiolora.models.paths import context_of, way_of
-from tests.borrowed import ONE_BY_ONE, REFUSED, SERVED, SIZES
+from tests.borrowed import ONE_BY_ONE, REFUSED, SERVED, SIZES, write_config
 
 
 def config(kind: str, **changes: Any) -> Any:
@@ -56,6 +59,17 @@ def test_a_wish_is_kept_or_refused() -> None:
     refused = way_of(config("gpt2"), "aiolora")
     assert refused.impl is None
     assert "model_impl='aiolora' allows no other" in str(refused.refusal)
+
+
+def test_a_model_is_looked_up_by_its_folder_and_its_config_alone(tmp_path: Path) -> None:
+    way = look_up(str(write_config(tmp_path / "gpt2", *SERVED["gpt2"])))
+    assert (way.model_type, way.impl) == ("gpt2", "transformers")
+    assert look_up(str(write_config(tmp_path / "llama", "llama", {}))).impl == "aiolora"
+    with pytest.raises(ModelNotFoundError, match=r"holds no config\.json"):
+        look_up(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        look_up(str(tmp_path))
 
 
 def test_several_modalities_and_quantised_weights_are_refused_by_name() -> None:

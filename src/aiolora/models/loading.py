@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -14,7 +15,7 @@ from aiolora.models.decoder import Decoder
 from aiolora.models.families import decoder_config
 from aiolora.models.model import Model
 from aiolora.models.paths import Way, context_of, way_of
-from aiolora.models.weights import load_weights, random_weights
+from aiolora.models.weights import load_weights, locate, random_weights
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,14 @@ def _load_fallback(
     seconds, why = time.monotonic() - started_s, "; ".join(way.reasons)
     _log.info("%s runs transformers' code, up to %d tokens, in %.1f s: %s", hf.model_type, max_positions, seconds, why)
     return model
+
+
+def look_up(model: str, wished: Literal["auto", "aiolora", "transformers"] = "auto") -> Way:
+    """How `model` (a folder, a name, a repository) would be served, and why; of it the config alone is fetched.
+
+    Blocks. Raises `ModelNotFoundError`, or `ModelError` for a config that cannot be read.
+    """
+    return way_of(read_config(locate(model, only=("*.json",))), wished)
 
 
 def outline(folder: Path) -> Model:

@@ -16,7 +16,7 @@ _LENGTHS, _PAGES = (11, 6), ((5, 0, 3), (1, 4))  # of two sequences, and where t
 _STEPS = (((0, 0, 5), (1, 0, 4)), ((1, 4, 1), (0, 5, 5)), ((0, 10, 1), (1, 5, 1)))  # (sequence, start, tokens)
 # relative, in the 2-norm over all logits: rounding is below, another position, mask or neighbour far above
 _TOLERANCE = {torch.float32: 1e-3}
-_TOLERANCE_16 = 0.1
+_TOLERANCE_16 = 0.2  # a router may send a token elsewhere by rounding: 0.09 was seen
 
 
 @dataclass(frozen=True)
