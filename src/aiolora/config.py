@@ -32,6 +32,10 @@ class EngineArgs(Struct, kw_only=True, frozen=True):
     load_format: Annotated[
         Literal["auto", "safetensors", "dummy"], Meta(description="dummy: random weights, for measuring")
     ] = "auto"
+    model_impl: Annotated[
+        Literal["auto", "aiolora", "transformers"],
+        Meta(description="auto: our decoder where it has the family, else transformers' code with our attention in it"),
+    ] = "auto"
     max_model_len: Annotated[Positive | None, Meta(description="longest prompt plus answer, tokens")] = None
     max_num_seqs: Annotated[Annotated[int, Meta(ge=1, le=4096)] | None, Meta(description="sequences in one step")] = (
         None

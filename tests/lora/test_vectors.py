@@ -76,6 +76,7 @@ def trained(base: Path, folder: Path, **config: Any) -> Path:
 
 def decoder(base: Path, dtype: str = "float32") -> tuple[Decoder, Layout]:
     model = load_decoder(EngineArgs(model=str(base), dtype=dtype), base, device="cpu")
+    assert isinstance(model, Decoder)
     return model, layout_of(model, model.embed.weight.dtype)
 
 

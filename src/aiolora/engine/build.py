@@ -25,8 +25,8 @@ from aiolora.lora.paging import reserve_soon
 from aiolora.lora.pool import AdapterPool
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.residency import Residency
-from aiolora.models.decoder import Decoder
 from aiolora.models.loading import DTYPES, load_decoder
+from aiolora.models.model import Model
 from aiolora.models.weights import locate
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.pages import PagePool
@@ -67,7 +67,16 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
     bounds = step_bounds(args, model.config, device)
     activations = activation_nbytes(model, *bounds, page_size=PAGE_SIZE) if device == "cuda" else 0
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    plan = make_plan(args, model.config, layout, dtype, device, weights=weights, activations=activations)
+    plan = make_plan(
+        args,
+        model.config,
+        layout,
+        dtype,
+        device,
+        weights=weights,
+        activations=activations,
+        capturable=model.capturable,
+    )
     pinned = plan.device.startswith("cuda")
     if pinned and layout is not None:  # while the kernels are compiled: locking holds up whoever uses the GPU
         reserve_soon(layout, _pinned_pages(args, layout))
@@ -113,7 +122,7 @@ def _pinned_pages(args: EngineArgs, layout: Layout) -> dict[int, int]:
 
 def _engine(
     args: EngineArgs,
-    model: Decoder,
+    model: Model,
     layout: Layout | None,
     plan: Plan,
     tokenizer: Tokenizer,

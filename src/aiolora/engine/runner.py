@@ -15,8 +15,8 @@ from aiolora.engine.sampler import Chosen, Sampled, Sampler, read
 from aiolora.engine.scheduler import Batch
 from aiolora.engine.sequence import Sequence
 from aiolora.engine.warm_up import blank_head, blank_step
-from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
+from aiolora.models.model import Model
 from aiolora.ops.registration import rehearsal
 from aiolora.types import Report, Request, SamplingParams, unreported
 
@@ -81,7 +81,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         cache: KVCache,
         packer: Packer,
         sampler: Sampler,

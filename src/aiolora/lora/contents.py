@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from aiolora.errors import AdapterFormatError
 from aiolora.lora.adapter import PeftConfig
-from aiolora.lora.layout import EMBED_TOKENS, Layout
+from aiolora.lora.layout import Layout
 from aiolora.lora.tensorfile import Entry
 
 _PREFIX = r"(?:base_model\.model\.)?(?P<module>[\w.]+?)"
@@ -24,6 +24,8 @@ _WHOLE = re.compile(
 )
 _TOKENS = re.compile(_PREFIX + r"\.token_adapter\.trainable_tokens_delta")
 
+
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")  # what models call the one of their tokens
 
 A, B = "lora_A", "lora_B"
 VECTORS = MAGNITUDE, FACTOR_BIAS, BIAS = "lora_magnitude_vector", "lora_B.bias", "bias"  # beside them, [N] each
@@ -55,7 +57,7 @@ def trained_vectors(config: PeftConfig) -> list[str]:
 
 
 def stands_for_embedding(module: str) -> bool:
-    return module == EMBED_TOKENS or module.endswith("." + EMBED_TOKENS.rpartition(".")[2])
+    return module.rpartition(".")[2] in _EMBEDDINGS
 
 
 def module_of(key: str, layout: Layout) -> str | None:

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aiolora.models.head import amended, known
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
 from aiolora.models.layers import Embedding, LayerNorm, Linear, Mlp, Norm
 from aiolora.models.moe import ExpertLinear, MoE, MoEConfig
 from aiolora.ops.activation import gated, gelu, gelu_gated
 from aiolora.ops.attention import attention_op, stored
-from aiolora.ops.blocks import OwnNorms, own_logits_op
-from aiolora.ops.linear import Partial, complete_op, completed, shrink_op
+from aiolora.ops.blocks import OwnNorms
+from aiolora.ops.linear import Partial, completed
 
 CHECKPOINTED = (Linear, ExpertLinear, Embedding, Norm, LayerNorm)  # modules that own tensors of a checkpoint
 ACTIVATIONS = {"silu gated": gated, "gelu gated": gelu_gated, "gelu": gelu}
@@ -156,6 +156,7 @@ class Decoder(nn.Module):
 
     cos_sin: Tensor
     embedding_scale: Tensor | None
+    capturable = True
 
     def __init__(self, config: DecoderConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
@@ -221,23 +222,8 @@ class Decoder(nn.Module):
             return logits
         if self.config.logits_divisor != 1 or self.config.logits_cap:
             logits = self._product(hidden)  # adapters come before the end
-        routing, site = adapters.routing, self.head.site
-        vocabulary = logits.shape[1]
-        if adapters.widest > vocabulary:
-            logits = F.pad(logits, (0, adapters.widest - vocabulary))
-        if adapters.own is not None:
-            own_logits_op(logits, hidden, *adapters.own, routing.perm, routing.tiles, routing.tile)
-        if site is not None and adapters.low_rank:
-            tables = [routing.perm, routing.tiles, routing.items, routing.pages, routing.scales]
-            h = shrink_op(hidden, site.a, tables, [site.kind, routing.tile])
-            of_base = complete_op(*Partial(logits[:, :vocabulary].contiguous(), None, h, site, routing).flat)
-            logits = of_base if logits.shape[1] == vocabulary else torch.cat((of_base, logits[:, vocabulary:]), dim=1)
-        logits = self._finished(logits)
-        if adapters.vocabularies is None:
-            return logits
-        known = torch.where(adapters.vocabularies > 0, adapters.vocabularies, vocabulary)
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        return logits.masked_fill(ids >= known.unsqueeze(1), -torch.inf)
+        logits = self._finished(amended(logits, hidden, adapters, self.head.site))
+        return known(logits, adapters, self.config.vocab_size)
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a checkpoint, the view of a parameter that it fills) of every tensor."""

@@ -1,33 +1,45 @@
 """A model ready to run, from its folder."""
 
+import logging
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from aiolora.config import EngineArgs
-from aiolora.errors import ConfigError, ModelError
+from aiolora.errors import ConfigError, ModelError, UnsupportedModelError
 from aiolora.models.decoder import Decoder
 from aiolora.models.families import decoder_config
-from aiolora.models.weights import load_weights, random_weights
+from aiolora.models.model import Model
+from aiolora.models.paths import Way, context_of, way_of
+from aiolora.models.weights import load_weights, locate, random_weights
 from aiolora.types import Report, unreported
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_decoder(args: EngineArgs, folder: Path, *, device: str, report: Report = unreported) -> Decoder:
-    """Build the decoder that the config of `folder` describes and fill its weights.
+def load_decoder(args: EngineArgs, folder: Path, *, device: str, report: Report = unreported) -> Model:
+    """Build the model that the config of `folder` describes and fill its weights.
 
     Raises `UnsupportedModelError`, `WeightsError`, or `ConfigError` for a context longer than the model's.
     """
-    hf = _read_config(folder)
-    if args.max_model_len is not None and args.max_model_len > hf.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len={args.max_model_len} is over the model's context of {hf.max_position_embeddings} tokens"
-        )
-    config = decoder_config(hf, max_positions=args.max_model_len)
+    hf = read_config(folder)
+    way = way_of(hf, args.model_impl)
+    if way.impl is None:
+        raise way.refusal
+    longest = hf.max_position_embeddings if way.impl == "aiolora" else context_of(hf)
+    if longest is not None and args.max_model_len is not None and args.max_model_len > longest:
+        raise ConfigError(f"max_model_len={args.max_model_len} is over the model's context of {longest} tokens")
+    dtype = _dtype(args.dtype, hf.dtype, device)
+    if way.impl == "transformers":
+        return _load_fallback(args, folder, hf, way, dtype, device)
     with torch.no_grad():
-        model = Decoder(config, dtype=_dtype(args.dtype, hf.dtype, device), device=device)
+        model = Decoder(decoder_config(hf, max_positions=args.max_model_len), dtype=dtype, device=device)
         if args.load_format == "dummy":
             random_weights(model, args.seed)
         else:
@@ -35,16 +47,59 @@ def load_decoder(args: EngineArgs, folder: Path, *, device: str, report: Report 
     return model.eval()
 
 
-def outline(folder: Path) -> Decoder:
-    """The decoder that the config of `folder` describes, without weights, in the dtype they are stored in.
+def _load_fallback(
+    args: EngineArgs, folder: Path, hf: PreTrainedConfig, way: Way, dtype: torch.dtype, device: str
+) -> Model:
+    from aiolora.models.building import load_fallback  # transformers' models: 4 s to import
+
+    max_positions = args.max_model_len or context_of(hf)
+    if max_positions is None:
+        raise ConfigError("the model's config does not say how long its context is; give max_model_len")
+    if args.compile:
+        raise ConfigError(
+            f"compile=True, but model_type {hf.model_type!r} runs transformers' code, which is run as it is"
+        )
+    seed = args.seed if args.load_format == "dummy" else None
+    started_s = time.monotonic()
+    try:
+        model = load_fallback(folder, hf, dtype=dtype, device=device, max_positions=max_positions, seed=seed)
+    except UnsupportedModelError as error:
+        raise replace(way, impl=None, reasons=(*way.reasons, str(error))).refusal from error
+    seconds, why = time.monotonic() - started_s, "; ".join(way.reasons)
+    _log.info("%s runs transformers' code, up to %d tokens, in %.1f s: %s", hf.model_type, max_positions, seconds, why)
+    return model
+
+
+def look_up(model: str, wished: Literal["auto", "aiolora", "transformers"] = "auto") -> Way:
+    """How `model` (a folder, a name, a repository) would be served, and why; of it the config alone is fetched.
+
+    Blocks. Raises `ModelNotFoundError`, or `ModelError` for a config that cannot be read.
+    """
+    return way_of(read_config(locate(model, only=("*.json",))), wished)
+
+
+def outline(folder: Path) -> Model:
+    """The model that the config of `folder` describes, without weights, in the dtype they are stored in.
 
     Raises `ModelError` or `UnsupportedModelError`.
     """
-    hf = _read_config(folder)
-    return Decoder(decoder_config(hf, max_positions=None), dtype=hf.dtype or torch.float32, device="meta")
+    hf = read_config(folder)
+    way = way_of(hf)
+    if way.impl is None:
+        raise way.refusal
+    dtype = hf.dtype or torch.float32
+    if way.impl == "aiolora":
+        return Decoder(decoder_config(hf, max_positions=None), dtype=dtype, device="meta")
+    from aiolora.models.building import outlined
+
+    try:
+        return outlined(hf, dtype=dtype)
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"model_type {hf.model_type!r} cannot be judged without its weights") from error
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
+    """What transformers makes of config.json in `folder`. Raises `ModelError`."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what transformers raises of JSON

@@ -62,8 +62,8 @@ def load_weights(model: Decoder, folder: Path, report: Report = unreported) -> N
     missing = [name for name in wanted if name not in seen]
     if unknown or missing:
         raise WeightsError(
-            f"{folder}: {_listed('tensors unknown to this architecture', unknown)}"
-            f"{'; ' if unknown and missing else ''}{_listed('tensors missing', missing)}"
+            f"{folder}: {listed('tensors unknown to this architecture', unknown)}"
+            f"{'; ' if unknown and missing else ''}{listed('tensors missing', missing)}"
         )
 
 
@@ -78,7 +78,7 @@ def random_weights(model: Decoder, seed: int = 0) -> None:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in _shards(folder):
+    for file in shards(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a mapping)
@@ -93,7 +93,8 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]  # tensor -> file
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a model. Raises `WeightsError` for those that are not there."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -111,7 +112,8 @@ def _shards(folder: Path) -> list[Path]:
     return files
 
 
-def _listed(what: str, names: list[str]) -> str:
+def listed(what: str, names: list[str]) -> str:
+    """How many there are, and the first of them by name."""
     if not names:
         return ""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
