@@ -202,7 +202,7 @@ def test_an_index_that_points_outside_the_folder_is_refused(copied: Path) -> Non
 
 def test_an_unserved_family_is_refused_with_those_served(tmp_path: Path) -> None:
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not served; served are: llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not served; served are: .*llama, .*qwen3"):
         load(tmp_path)
 
 

@@ -34,9 +34,11 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: str | None = Non
         shown = f"{_help(field.name)} (default: {field.default})".strip()
         if kind is bool:
             group.add_argument(flag, default=field.default, action=argparse.BooleanOptionalAction, help=shown)
+        elif kind is dict:
+            group.add_argument(flag, default=field.default, type=_mapping, metavar="JSON", help=shown)
         elif several:
             several_of: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME"}
-            group.add_argument(flag, default=field.default, type=kind, help=shown, **several_of)
+            group.add_argument(flag, default=field.default and list(field.default), type=kind, help=shown, **several_of)
         else:
             metavar = None if choices else kind.__name__.upper()
             group.add_argument(flag, default=field.default, type=kind, choices=choices, metavar=metavar, help=shown)
@@ -54,8 +56,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: str | None = Non
 def engine_args(args: argparse.Namespace) -> EngineArgs:
     """What was said, checked. Raises `ConfigError`."""
     given = {field.name: getattr(args, field.name) for field in fields(EngineArgs)}
-    if isinstance(given["lora_target_modules"], list):
-        given["lora_target_modules"] = tuple(given["lora_target_modules"])
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     given["enable_lora"] = given["enable_lora"] or bool(args.lora_modules)
     return EngineArgs(**given)
 
@@ -97,6 +98,13 @@ def _module(item: str) -> _Module:
     return module
 
 
+def _mapping(said: str) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(said, type=dict[str, str])
+    except msgspec.MsgspecError as error:
+        raise argparse.ArgumentTypeError(f"{said!r} is no JSON object of strings: {error}") from None
+
+
 def _help(name: str) -> str:
     info = msgspec.json.schema(EngineArgs)["$defs"]["EngineArgs"]["properties"][name]
     return str(info.get("description", "")).replace("%", "%%")
@@ -109,6 +117,8 @@ def _shape(annotation: object) -> tuple[type, tuple[str, ...] | None, bool]:
     origin = get_origin(annotation)
     if origin is Literal:
         return str, get_args(annotation), False
+    if origin is dict:
+        return dict, None, False
     if origin is tuple:
         return _shape(get_args(annotation)[0])[0], None, True
     inner = [part for part in get_args(annotation) if part is not type(None)]

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
+import anyio
 import anyio.to_thread
 from msgspec import structs
 from torch import Tensor
@@ -39,6 +40,8 @@ from aiolora.types import (
     TokenOutput,
 )
 
+MEDIA_READERS = 8  # prompts whose images or recordings are fetched and decoded at a time
+
 
 class AsyncLLMEngine:
     """One base model and its adapters, for many concurrent streams of one asyncio loop.
@@ -61,6 +64,7 @@ class AsyncLLMEngine:
         self._tickets: dict[str, Request] = {}  # request id -> the request as the engine knows it: no id is used twice
         self._num_tickets = itertools.count()
         self._starting = asyncio.Lock()
+        self._media_readers = anyio.CapacityLimiter(MEDIA_READERS)  # slow hosts hold up no adapter's read
         self._snapshot: Snapshot | None = None
 
     @classmethod
@@ -182,6 +186,12 @@ class AsyncLLMEngine:
     ) -> Request:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here."""
         self._alive()
+        read = None
+        if self.intake.media.wanted(prompt):
+            read = await anyio.to_thread.run_sync(
+                self.intake.read, prompt, limiter=self._media_readers, abandon_on_cancel=True
+            )
+        lora = self.intake.default(lora, read)
         parts = self.intake.parts(lora)
         mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
         self.intake.policies.check(mix)
@@ -192,6 +202,7 @@ class AsyncLLMEngine:
             request_id=request_id,
             lora_request=lora if isinstance(lora, LoRARequest) else None,
             priority=priority,
+            read=read,
         )
         if mix is not None:  # removed or replaced from now on, it still serves this request, be it run soon or late
             self._across.post(lambda engine: engine.adapters.hold(mix))

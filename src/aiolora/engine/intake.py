@@ -11,6 +11,7 @@ from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestE
 from aiolora.lora.policies import Policies
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.tokenizers import Tokenizers
+from aiolora.media.reader import MediaReader, Read
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import NEVER, AdapterVersion, LoRARequest, Messages, Mix, Prompt, Request, SamplingParams
 
@@ -35,14 +36,25 @@ class Intake:
     """Everything that happens to a request before the engine sees it. Owned by the loop, or by a blocking caller."""
 
     def __init__(
-        self, tokenizer: Tokenizer, registry: AdapterRegistry, limits: Limits, *, model: str, lora_enabled: bool
+        self,
+        tokenizer: Tokenizer,
+        registry: AdapterRegistry,
+        limits: Limits,
+        media: MediaReader,
+        *,
+        model: str,
+        lora_enabled: bool,
+        default_mm_loras: Mapping[str, str] | None = None,
     ) -> None:
+        """`default_mm_loras`: modality -> name of the adapter that a request with it has where it names none."""
         self.tokenizers = Tokenizers(tokenizer)
         self.registry = registry
         self.policies = Policies()
         self.limits = limits
+        self.media = media
         self.model = model
         self._lora_enabled = lora_enabled
+        self._default_mm_loras = default_mm_loras or {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -58,14 +70,21 @@ class Intake:
         request_id: str | None = None,
         lora_request: LoRARequest | None = None,
         priority: int = 0,
+        read: Read | None = None,
     ) -> Request:
-        """Tokenise and check. Raises `RequestError` naming the field, the value and the limit."""
+        """Tokenise and check. Raises `RequestError` naming the field, the value and the limit.
+
+        `read`: what `read` made of the prompt.
+        """
         if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise RequestError(
                 f"priority={priority}: must be {-MAX_PRIORITY} to {MAX_PRIORITY}, lower is earlier", param="priority"
             )
         tokenizer = self.tokenizers.of(mix)
-        text, ids = self._tokens(prompt, tokenizer)
+        text, ids = self._tokens(read.prompt if read else self.media.worded(prompt, tokenizer), tokenizer)
+        placed = self.media.place(ids, read.items) if read else None
+        if placed is not None:
+            ids = placed.ids
         params = params or SamplingParams()
         self._check(ids, params, (mix and mix.vocabulary) or self.limits.vocab_size)
         request = Request(
@@ -78,6 +97,8 @@ class Intake:
             priority=priority,
             arrival_s=time.monotonic(),
             eos_token_ids=None if tokenizer is self.tokenizers.base else tokenizer.eos_token_ids,
+            media=placed.items if placed else (),
+            rotary=placed.rotary if placed else None,
         )
         if mix is not None and request.active_from == NEVER:
             version = mix.versions[0]
@@ -88,6 +109,20 @@ class Intake:
                 list(version.invocation),
             )
         return request
+
+    def read(self, prompt: Prompt | Messages) -> Read | None:
+        """The prompt's images and recordings, fetched and decoded; None: it has none. Blocks; any thread.
+
+        Raises `RequestError`.
+        """
+        return self.media.read(prompt, self.tokenizer) if self.media.wanted(prompt) else None
+
+    def default(self, lora: LoRA, read: Read | None) -> LoRA:
+        """`lora`, or where a request names none that of the one modality in it that has a default."""
+        if lora is not None or read is None:
+            return lora
+        found = [self._default_mm_loras[one] for one in read.modalities if one in self._default_mm_loras]
+        return found[0] if len(found) == 1 else None
 
     def parts(self, lora: LoRA) -> list[tuple[str | LoRARequest, float]]:
         """The adapters that `lora` names, each with its weight; empty for the base model."""
@@ -133,8 +168,6 @@ class Intake:
         raise RequestError("a prompt is a string, token ids, a mapping with either, or chat messages", param="prompt")
 
     def _tokens_of_mapping(self, prompt: Mapping[str, object], tokenizer: Tokenizer) -> tuple[str | None, list[int]]:
-        if prompt.get("multi_modal_data"):
-            raise RequestError(f"the model {self.model!r} takes text only, no multi_modal_data", param="prompt")
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if isinstance(ids, Sequence) and all(type(item) is int for item in ids):
             return text if isinstance(text, str) else None, list(ids)

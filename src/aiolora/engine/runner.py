@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aiolora.engine.batch import InFlight, Packer, Routes, num_prompt_logits
+from aiolora.engine.encoding import Encoding
 from aiolora.engine.graphs import StepGraphs
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.plan import Plan
@@ -87,6 +88,7 @@ class ModelRunner:
         sampler: Sampler,
         *,
         max_num_seqs: int,
+        encoding: Encoding | None = None,
         compiled: bool = False,
         overlaps: bool | None = None,
     ) -> None:
@@ -98,6 +100,7 @@ class ModelRunner:
         self._cache = cache
         self._packer = packer
         self._sampler = sampler
+        self._encoding = encoding
         self._graphs: StepGraphs | None = None
         self._in_flight = InFlight.none(max_num_seqs, str(self._device))
 
@@ -107,10 +110,12 @@ class ModelRunner:
             runs = [run for run in batch.runs if run.samples]
             seqs, rows = [run.seq for run in runs], [self._in_flight.row(run) for run in runs]
             routes = self._packer.routes(batch)
-            chosen = self._replay(batch, routes, seqs, rows)
+            media = self._encoding.rows(batch) if self._encoding is not None else None
+            chosen = self._replay(batch, routes, seqs, rows) if media is None else None
             prompt: list[tuple[Chosen, list[int | None]]] = []
             if chosen is None:
                 inputs = self._packer.pack(batch, routes, self._in_flight)
+                inputs = inputs if media is None else replace(inputs, media=media)
                 if self._compiled:
                     _leave_sizes_open(inputs)
                 hidden = self._forward(inputs, self._cache.layers)
@@ -255,6 +260,7 @@ def _leave_sizes_open(inputs: StepInputs) -> None:
 
     step = (inputs.tokens, inputs.positions, inputs.slots, inputs.block_tables, inputs.kv_lengths, inputs.query_starts)
     own = (*(inputs.own_embeddings or (None,))[1:], *(inputs.own_norms or (None,))[1:])  # without the pool's rows
-    for tensor in (*step, inputs.logits_at, *(inputs.routing or ()), *own):
+    media = (*(inputs.media or ()), inputs.axes)
+    for tensor in (*step, inputs.logits_at, *(inputs.routing or ()), *own, *media):
         if isinstance(tensor, Tensor):
             mark_unbacked(tensor, list(range(tensor.dim())))

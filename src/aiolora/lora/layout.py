@@ -3,7 +3,9 @@
 Rank and vector pages belong to a kind of site; pages of blocks are all of one shape, whichever weight's rows they hold.
 """
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,13 +14,14 @@ from torch import Tensor
 
 from aiolora.lora.kinds import PageKinds
 from aiolora.models.decoder import Decoder
+from aiolora.models.encoder import Encoder
 from aiolora.models.layers import Linear
+from aiolora.models.multimodal import current_name
 from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.linear import RANKS_PER_PAGE
 
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 EMBEDDING, HEAD, NORMS = range(3)  # indices of `Layout.weights`
-WEIGHTS = {EMBED_TOKENS: EMBEDDING, LM_HEAD: HEAD}
 
 
 @dataclass(frozen=True)
@@ -86,22 +89,28 @@ class Layout:
     dtype: torch.dtype
     weights: tuple[Weight, ...] = ()  # embedding, head, norms on the residual stream
     tied: bool = False  # the head is the embedding
+    towers: int = 0  # so many kinds, behind those of the decoder's layers, are an encoder's
 
     @property
     def page_kinds(self) -> PageKinds:
         def number(name: str) -> int:
             return next((i for i, kind in enumerate(self.kinds) if kind.name == name), -1)
 
-        return PageKinds(len(self.kinds), number(EMBED_TOKENS), number(LM_HEAD))
+        return PageKinds(len(self.kinds), number(self.embed_tokens), number(LM_HEAD), self.towers)
+
+    @property
+    def embed_tokens(self) -> str:
+        """What the embedding is called in the model."""
+        return next(iter(self.weights[EMBEDDING].rows)) if self.weights else EMBED_TOKENS
+
+    def named(self, module: str) -> str:
+        """The name that `module` has in the model, where an adapter calls it by one from earlier days."""
+        return current_name(module) if self.towers and module not in self.targets else module
 
     @property
     def most_blocks(self) -> int:
         """Pages of blocks of an adapter that brings every row that it may."""
         return sum(weight.blocks for weight in self.weights if weight.taken)
-
-    def kind_of(self, layer: int, linear: Linear) -> int:
-        """Index of the kind of a Linear in `layer`."""
-        return next(i for i, kind in enumerate(self.kinds) if kind.name == _kind_name(layer, linear))
 
     def page_nbytes(self, kind: int) -> int:
         """Bytes of a page of a kind of `page_kinds`."""
@@ -118,7 +127,29 @@ class Layout:
         return sum(count * self.page_nbytes(kind) for kind, count in pages.items() if count)
 
 
-def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | None = None) -> Layout:
+class Placed(NamedTuple):
+    """Where a Linear belongs among the pages."""
+
+    kind: str  # its name
+    layer: int
+    linear: Linear
+
+
+def places(model: Decoder, encoder: Encoder | None = None) -> Iterator[Placed]:
+    """Every Linear inside the decoder's layers, then those of the encoder."""
+    for layer, linear in model.linears():
+        yield Placed("+".join(part.partition(f".{layer}.")[2] for part in linear.parts), layer, linear)
+    seen: Counter[str] = Counter()
+    for path, linear in encoder.linears() if encoder else ():
+        shape = f"[{linear.weight.shape[0]}, {linear.inputs}]"  # layers of one name need not be of one size
+        kind = f"{re.sub(r'[.][0-9]+(?=[.])', '.*', path)} {shape}"
+        yield Placed(kind, seen[kind], linear)
+        seen[kind] += 1
+
+
+def layout_of(
+    model: Decoder, dtype: torch.dtype, *, encoder: Encoder | None = None, only: tuple[str, ...] | None = None
+) -> Layout:
     """Group the model's Linears into kinds; `only` (suffixes of module names) narrows what may be changed."""
 
     def taken(module: str) -> bool:
@@ -126,8 +157,8 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
 
     kinds: dict[str, Kind] = {}
     targets: dict[str, Target] = {}
-    for layer, linear in model.linears():
-        name = _kind_name(layer, linear)
+    of_decoder = {place.kind for place in places(model)}
+    for name, layer, linear in places(model, encoder):
         bounds = (0, *(high for _, _, high in linear.slices()))
         kinds[name] = Kind(name, layer + 1, linear.inputs, bounds)
         number = list(kinds).index(name)
@@ -135,7 +166,9 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
             if taken(part):
                 bias = None if linear.bias is None else linear.bias[low:high]
                 targets[part] = Target(number, layer, index, linear.weight[low:high], bias)
-    for name, base in ((EMBED_TOKENS, model.embed.weight.T), (LM_HEAD, model.head.weight)):
+    towers = len(kinds) - len(of_decoder)
+    embed_tokens = model.embed.name
+    for name, base in ((embed_tokens, model.embed.weight.T), (LM_HEAD, model.head.weight)):
         if taken(name):
             targets[name] = Target(len(kinds), 0, 0, base)
             kinds[name] = Kind(name, 1, base.shape[1], (0, base.shape[0]))
@@ -145,12 +178,8 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
 
     norms = list(model.norms())
     weights = (
-        weight({EMBED_TOKENS: 0}, model.embed.weight),
+        weight({embed_tokens: 0}, model.embed.weight),
         weight({LM_HEAD: 0}, model.head.weight),
         weight({norm.name: row for row, norm in enumerate(norms)}, torch.stack([norm.weight for norm in norms])),
     )
-    return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head)
-
-
-def _kind_name(layer: int, linear: Linear) -> str:
-    return "+".join(part.partition(f".{layer}.")[2] for part in linear.parts)
+    return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head, towers)

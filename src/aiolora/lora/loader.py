@@ -19,7 +19,7 @@ from torch import Tensor
 from aiolora.errors import AdapterFormatError, AdapterNotFoundError, AdapterUnsupportedError
 from aiolora.hub import fetch
 from aiolora.lora.adapter import PeftConfig, parse_config
-from aiolora.lora.layout import WEIGHTS, Layout
+from aiolora.lora.layout import EMBEDDING, HEAD, LM_HEAD, Layout
 from aiolora.lora.memory import HeldTensors, InMemory
 from aiolora.lora.outline import Limits, Outline, outline
 from aiolora.lora.paging import fill
@@ -137,7 +137,8 @@ def _check_blocks(name: str, plan: Outline, blocks: list[Block], layout: Layout)
             "alora_invocation_tokens with rows of its own, which in PEFT act on what is before the invocation, too; "
             "save it with save_embedding_layers=False",
         )
-    norms = [one.module for one in plan.vectors if one.magnitude is not None and WEIGHTS.get(one.module) in over]
+    ends = {layout.embed_tokens: EMBEDDING, LM_HEAD: HEAD}
+    norms = [one.module for one in plan.vectors if one.magnitude is not None and ends.get(one.module) in over]
     if norms:
         raise AdapterUnsupportedError(
             name,

@@ -13,7 +13,7 @@ from aiolora.errors import (
 )
 from aiolora.lora.adapter import PeftConfig, stands_for, weight_of
 from aiolora.lora.brought import Brought, brought
-from aiolora.lora.contents import BIAS, VECTORS, A, B, Contents, sort, trained_vectors
+from aiolora.lora.contents import BIAS, VECTORS, A, B, Contents, sort, stands_for_embedding, trained_vectors
 from aiolora.lora.kinds import Room
 from aiolora.lora.layout import EMBED_TOKENS, LM_HEAD, Layout, Target
 from aiolora.lora.paging import Module
@@ -57,7 +57,7 @@ def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: La
     vocabulary, rows = brought(name, config, found, layout)
     invocation = tuple(config.alora_invocation_tokens or ())
     if invocation:
-        _check_activated(name, config, found)
+        _check_activated(name, config, found, layout)
     ranks: dict[int, int] = {}
     scales: dict[str, float] = {}
     adapted = dict(sorted(found.adapted.items()))
@@ -144,9 +144,16 @@ def _check_parts(name: str, config: PeftConfig, contents: Contents, layout: Layo
         _check_vectors(name, config, module, own, layout.targets[module])
 
 
-def _check_activated(name: str, config: PeftConfig, contents: Contents) -> None:
+def _check_activated(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> None:
     """What an aLoRA may not have, for PEFT puts only low-rank factors of linear modules to sleep."""
-    awake = [module for module in contents.adapted if stands_for(EMBED_TOKENS, module)]
+    towers = layout.page_kinds.of_towers
+    if early := [module for module in contents.adapted if layout.targets[module].kind in towers]:
+        raise AdapterUnsupportedError(
+            name,
+            f"alora_invocation_tokens with factors of {early[0]}, which acts before there are tokens to invoke it; "
+            "retrain with target_modules of the language model only",
+        )
+    awake = [module for module in contents.adapted if stands_for_embedding(module)]
     awake += [f"{module}.bias" for module, own in contents.parts.items() if BIAS in own]
     awake += contents.tokens
     awake += [module for module in contents.trained if config.saves(module)]

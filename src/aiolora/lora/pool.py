@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from aiolora.lora.kinds import Room
-from aiolora.lora.layout import EMBEDDING, Layout
+from aiolora.lora.layout import EMBEDDING, Layout, places
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.rows import Block
 from aiolora.models.decoder import Decoder
+from aiolora.models.encoder import Encoder
 from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.linear import RANKS_PER_PAGE, Site
 
@@ -60,10 +61,11 @@ class AdapterPool:
         self.rows = base.new_empty((counts[page_kinds.blocks], ROWS_PER_BLOCK, base.shape[1]))
         self._copies = torch.cuda.Stream() if device.startswith("cuda") else None  # type: ignore[no-untyped-call]
 
-    def attach(self, model: Decoder) -> None:
-        """Give every Linear inside the layers, the embedding and the head their Sites."""
-        for layer, linear in model.linears():
-            linear.site = self._site(self.layout.kind_of(layer, linear), layer)
+    def attach(self, model: Decoder, encoder: Encoder | None = None) -> None:
+        """Give every Linear inside the layers and in the encoder, the embedding and the head their Sites."""
+        numbers = {kind.name: number for number, kind in enumerate(self.layout.kinds)}
+        for kind, layer, linear in places(model, encoder):
+            linear.site = self._site(numbers[kind], layer)
         kinds = self.layout.page_kinds
         model.embed.site = self._site(kinds.embedding, 0) if kinds.embedding >= 0 else None
         model.head.site = self._site(kinds.head, 0) if kinds.head >= 0 else None

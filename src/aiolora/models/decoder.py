@@ -1,7 +1,7 @@
 """The one decoder: attention and a gated MLP on a residual stream; how families differ is named as switches."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ class DecoderConfig:
     inv_freq: tuple[float, ...]  # head_dim / 2 rotary frequencies, radians a token
     rope_scale: float = 1.0  # on cos and sin (YaRN's attention factor)
     windows: tuple[int, ...]  # each layer's sliding window, tokens; 0: none
+    prefix: str = "model"  # of the names that modules have in a checkpoint, as transformers has them now
+    rope_sections: tuple[int, ...] = ()  # frequencies that turn with each axis in turn (M-RoPE); (): there is one axis
     tied_head: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -44,7 +46,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int, dtype: torch.dtype, device: str) -> None:
         super().__init__()
-        name, hidden, kv = f"model.layers.{index}", config.hidden_size, config.num_kv_heads * config.head_dim
+        name, hidden, kv = f"{config.prefix}.layers.{index}", config.hidden_size, config.num_kv_heads * config.head_dim
         self.index = index
         heads = config.num_heads * config.head_dim
         attn, mlp = f"{name}.self_attn", f"{name}.mlp"
@@ -103,11 +105,12 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.config = config
-        self.embed = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        prefix, hidden = config.prefix, config.hidden_size
+        self.embed = Embedding(f"{prefix}.embed_tokens", config.vocab_size, hidden, dtype=dtype, device=device)
         self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
-        self.norm = Norm("model.norm", config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+        self.norm = Norm(f"{prefix}.norm", hidden, config.norm_eps, dtype=dtype, device=device)
         self.head = Linear(
-            config.hidden_size,
+            hidden,
             {"lm_head": config.vocab_size},
             bias=False,
             dtype=dtype,
@@ -120,11 +123,17 @@ class Decoder(nn.Module):
         """Hidden states [S, H] at `step.logits_at`, behind the last norm; keys and values go into `kv`."""
         embeds = step.routing if step.embeds else None
         residual = self.embed(step.tokens, step.previous, embeds, step.own_embeddings)
+        if step.media is not None:
+            residual = residual.index_copy(0, step.media.at, step.media.rows)
+        cos_sin = self.cos_sin
+        if step.axes is not None:
+            cos_sin = turned(cos_sin, step.axes, self.config.rope_sections)
+            step = replace(step, positions=torch.arange(len(cos_sin), dtype=torch.int32, device=cos_sin.device))
         layers: Iterable[Layer] = self.layers  # type: ignore[assignment]
         norms = [layer.input_norm for layer in layers] + [self.norm]
         x: Tensor = own_norm(step.own_norms, norms[0](residual), residual, 0, norms[0])
         for layer, layer_kv, next_norm in zip(layers, kv, norms[1:]):
-            x, residual = layer(x, residual, step, layer_kv, self.cos_sin, next_norm)
+            x, residual = layer(x, residual, step, layer_kv, cos_sin, next_norm)
         return x if step.logits_at is None else x[step.logits_at]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -181,6 +190,17 @@ class Decoder(nn.Module):
 def own_norm(own: OwnNorms | None, x: Tensor, residual: Tensor, number: int, norm: Norm) -> Tensor:
     """`x` [T, H], which is `norm` of `residual`, by the norms of those adapters that have their own."""
     return x if own is None else own_norm_op(x, residual, norm.weight, *own, number, norm.eps)
+
+
+def turned(cos_sin: Tensor, axes: Tensor, sections: Sequence[int]) -> Tensor:
+    """A table [T, D] of each token's own, of `cos_sin` [positions, D] where it stands on three `axes` [3, T].
+
+    The first so many frequencies turn with the first axis, the next with the second, and on in turn (M-RoPE, Qwen2-VL,
+    arXiv 2409.12191).
+    """
+    cos, sin = cos_sin[axes].chunk(2, dim=-1)
+    parts = [torch.split(half, list(sections), dim=-1) for half in (cos, sin)]
+    return torch.cat([part[i % 3] for half in parts for i, part in enumerate(half)], dim=-1)
 
 
 def _cos_sin(config: DecoderConfig) -> Tensor:

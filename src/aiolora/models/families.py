@@ -1,12 +1,14 @@
 """Model families as data: what their Hugging Face config means for the one decoder."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from aiolora.errors import UnsupportedModelError
 from aiolora.models.decoder import DecoderConfig
+from aiolora.models.multimodal import MULTIMODAL, PREFIX
 
 Switches = Callable[[Any], dict[str, object]]
 
@@ -34,14 +36,19 @@ def _qwen3(hf: Any) -> dict[str, object]:
 
 FAMILIES: dict[str, Switches] = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
 
+_TEXT_OF_OTHERS = frozenset[str]()  # served within a multi-modal model only
+
 
 def decoder_config(hf: Any, *, max_positions: int | None = None) -> DecoderConfig:
     """The decoder of a transformers config; `max_positions` shortens the context.
 
     Raises `UnsupportedModelError` for a family, activation or rope type that is not served.
     """
+    if hf.model_type in MULTIMODAL:
+        config = decoder_config(hf.get_text_config(), max_positions=max_positions)
+        return replace(config, prefix=PREFIX, tied_head=bool(hf.to_dict().get("tie_word_embeddings")))
     if hf.model_type not in FAMILIES:
-        served = ", ".join(sorted(FAMILIES))
+        served = ", ".join(sorted(MULTIMODAL.keys() | (FAMILIES.keys() - _TEXT_OF_OTHERS)))
         raise UnsupportedModelError(f"model_type {hf.model_type!r} is not served; served are: {served}")
     if hf.hidden_act not in ("silu", "swish"):
         raise UnsupportedModelError(f"hidden_act {hf.hidden_act!r} is not served, only silu")

@@ -1,6 +1,7 @@
 """A model ready to run, from its folder."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -8,39 +9,58 @@ from transformers import AutoConfig, PreTrainedConfig
 from aiolora.config import EngineArgs
 from aiolora.errors import ConfigError, ModelError
 from aiolora.models.decoder import Decoder
+from aiolora.models.encoder import Encoder
 from aiolora.models.families import decoder_config
+from aiolora.models.multimodal import MULTIMODAL, current_name
 from aiolora.models.weights import load_weights, random_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class Networks(NamedTuple):
+    """What a model consists of."""
+
+    decoder: Decoder
+    encoder: Encoder | None  # of images or recordings; None: it takes text only
+
+
 def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Decoder:
-    """Build the decoder that the config of `folder` describes and fill its weights.
+    """`load_networks` of a model that takes text only, or the decoder of another."""
+    return load_networks(args, folder, device=device).decoder
+
+
+def load_networks(args: EngineArgs, folder: Path, *, device: str) -> Networks:
+    """Build the networks that the config of `folder` describes and fill their weights.
 
     Raises `UnsupportedModelError`, `WeightsError`, or `ConfigError` for a context longer than the model's.
     """
     hf = _read_config(folder)
-    if args.max_model_len is not None and args.max_model_len > hf.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len={args.max_model_len} is over the model's context of {hf.max_position_embeddings} tokens"
-        )
+    context = hf.get_text_config().max_position_embeddings
+    if args.max_model_len is not None and args.max_model_len > context:
+        raise ConfigError(f"max_model_len={args.max_model_len} is over the model's context of {context} tokens")
     config = decoder_config(hf, max_positions=args.max_model_len)
+    dtype = _dtype(args.dtype, hf.dtype or hf.get_text_config().dtype, device)
     with torch.no_grad():
-        model = Decoder(config, dtype=_dtype(args.dtype, hf.dtype, device), device=device)
+        model = Decoder(config, dtype=dtype, device=device)
+        encoder = Encoder(hf, dtype=dtype, device=device) if hf.model_type in MULTIMODAL else None
         if args.load_format == "dummy":
-            random_weights(model, args.seed)
-        else:
+            random_weights(model, args.seed)  # transformers has filled the encoder's
+        elif encoder is None:
             load_weights(model, folder)
-    return model.eval()
+        else:
+            load_weights(model, folder, more=encoder.checkpoint(), current_name=current_name)
+    return Networks(model.eval(), encoder)
 
 
-def outline(folder: Path) -> Decoder:
-    """The decoder that the config of `folder` describes, without weights, in the dtype they are stored in.
+def outline(folder: Path) -> Networks:
+    """The networks that the config of `folder` describes, without weights, in the dtype they are stored in.
 
     Raises `ModelError` or `UnsupportedModelError`.
     """
     hf = _read_config(folder)
-    return Decoder(decoder_config(hf, max_positions=None), dtype=hf.dtype or torch.float32, device="meta")
+    dtype = hf.dtype or hf.get_text_config().dtype or torch.float32
+    decoder = Decoder(decoder_config(hf, max_positions=None), dtype=dtype, device="meta")
+    return Networks(decoder, Encoder(hf, dtype=dtype, device="meta") if hf.model_type in MULTIMODAL else None)
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:

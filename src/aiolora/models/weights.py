@@ -1,7 +1,7 @@
 """Where a model lives, and its tensors streamed from safetensors into the parameters that take them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,6 +14,7 @@ from aiolora.hub import fetch
 from aiolora.models.decoder import Decoder
 from aiolora.models.embedded import EMBEDDED, pull
 
+_DERIVED = ("rotary_emb.inv_freq", ".position_ids")  # tensors that old checkpoints hold for no need
 _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt")
 
 
@@ -35,22 +36,30 @@ def locate(model: str, *, only: tuple[str, ...] = _FILES) -> Path:
     return folder
 
 
-def load_weights(model: Decoder, folder: Path) -> None:
-    """Fill every parameter from the safetensors of `folder`, one tensor at a time.
+def load_weights(
+    model: Decoder,
+    folder: Path,
+    *,
+    more: Iterable[tuple[str, Tensor]] = (),
+    current_name: Callable[[str], str] = str,
+) -> None:
+    """Fill every parameter from the safetensors of `folder`, one tensor at a time, and `more` (an encoder's).
 
+    `current_name`: of a tensor whose name in the checkpoint may be an older one.
     Raises `WeightsError` naming tensors that the model does not know, that it misses, or whose shape differs.
     """
-    wanted = dict(model.checkpoint())
+    wanted = dict(model.checkpoint()) | dict(more)
     tied = {"lm_head.weight"} if model.config.tied_head else set()
     unknown, seen = [], set()
-    for name, tensor in _tensors(folder):
+    for written, tensor in _tensors(folder):
+        name = current_name(written)
         if name in wanted:
             target = wanted[name]
             if tensor.shape != target.shape:
                 raise WeightsError(f"{name}: shape {list(tensor.shape)}, the config says {list(target.shape)}")
             target.copy_(tensor)
             seen.add(name)
-        elif name not in tied and not name.endswith("rotary_emb.inv_freq"):
+        elif name not in tied and not name.endswith(_DERIVED):
             unknown.append(name)
     missing = [name for name in wanted if name not in seen]
     if unknown or missing:
