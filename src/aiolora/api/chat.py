@@ -10,6 +10,7 @@ from msgspec import UNSET, structs
 
 from aiolora.api.decode import decode, sampling
 from aiolora.api.errors import HTTPRequest, naming
+from aiolora.api.media import MAX_BODY, check_size, content_of
 from aiolora.api.serving import Served
 from aiolora.api.wire import (
     ChatChoice,
@@ -32,10 +33,18 @@ from aiolora.types import Logprob, Messages, SamplingParams, TokenOutput
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-@post("/v1/chat/completions", status_code=200, operation_id="chat_completions", tags=["generation"])
+@post(
+    "/v1/chat/completions",
+    status_code=200,
+    operation_id="chat_completions",
+    tags=["generation"],
+    request_max_body_size=MAX_BODY,
+)
 async def chat_completions(request: HTTPRequest, serving: Served) -> Response[ChatCompletion]:
     """Answer a conversation, n times."""
-    said = decode(ChatRequest, await request.body())
+    body = await request.body()
+    check_size(body, serving.engine.intake.media.modalities)
+    said = decode(ChatRequest, body)
     limit: Literal["max_tokens", "max_completion_tokens"]
     limit = "max_tokens" if said.max_completion_tokens is None else "max_completion_tokens"
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -55,15 +64,11 @@ def _messages(said: ChatRequest) -> Messages:
 def _message(message: Message, place: str) -> dict[str, object]:
     if message.role not in _ROLES:
         raise RequestError(f"{place}: role {message.role!r} is none of {', '.join(_ROLES)}", param=f"{place}.role")
-    content = message.content
-    if not isinstance(content, str):
-        for part, item in enumerate(content):
-            if item.type != "text" or item.text is None:
-                raise RequestError(
-                    f"{place}: a content part of type {item.type!r} is not served, only 'text' with its text",
-                    param=f"{place}.content[{part}]",
-                )
-        content = "".join(item.text or "" for item in content)
+    content: str | list[dict[str, object]]
+    if isinstance(message.content, str):
+        content = message.content
+    else:
+        content = content_of(message.content, place)
     worded: dict[str, object] = {"role": _ROLES[message.role], "content": content}
     return worded if message.name is None else {**worded, "name": message.name}
 
