@@ -136,9 +136,8 @@ def answer_http_error(request: HTTPRequest, error: HTTPException) -> Response[Er
     if status >= 500:
         return answer_error(request, error)
     message = f"{request.method} {request.url.path}: {HTTPStatus(status).phrase}"
-    handler = request.route_handler
-    if isinstance(error, RequestEntityTooLarge) and isinstance(handler, HTTPRouteHandler):
-        message += f"; the limit is {handler.resolve_request_max_body_size()} bytes"
+    if isinstance(error, RequestEntityTooLarge) and isinstance(request.route_handler, HTTPRouteHandler):
+        message += f"; the limit is {request.route_handler.resolve_request_max_body_size()} bytes"
     elif error.detail != HTTPStatus(status).phrase:
         message += f"; {error.detail}"
     detail = ErrorDetail(message[:_MAX_MESSAGE], "invalid_request_error", None, _CODES.get(status, "invalid_request"))
