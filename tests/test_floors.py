@@ -9,7 +9,7 @@ import aiolora
 ROOT = Path(aiolora.__file__).parent
 FLOORS = {
     "errors": 0,
-    "types": 1,
+    "types": 1, "assets": 1,
     "config": 2, "pages": 2, "hub": 2,
     "ops": 3, "parallel": 3, "tokenizer": 3, "media": 3,
     "models": 4,

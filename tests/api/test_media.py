@@ -2,6 +2,7 @@
 
 import base64
 import io
+import wave
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from aiolora.api import create_app
 from aiolora.config import EngineArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.types import LoRARequest
-from tests.media.tiny import make_llava, make_mm_adapter, picture
+from tests.media.tiny import RATE, make_granite_speech, make_llava, make_mm_adapter, picture, sound
 
 BASE = "llava"
 
@@ -170,3 +171,34 @@ async def test_a_large_body_is_for_models_with_images_only(llava: Path, byte_mod
         refused = await chat(client, asked(image(data_url(1))))
         assert refused.status_code == 400
         assert "takes text, no image" in refused.json()["error"]["message"]
+
+
+async def test_a_recording_of_a_conversation_is_that_of_a_prompt(tmp_path: Path) -> None:
+    model = make_granite_speech(tmp_path / "granite", "llama")
+    heard = make_mm_adapter(model, tmp_path / "heard", strength=2.0)
+    file = io.BytesIO()
+    samples = (sound(1) * 32767).astype("<i2")
+    with wave.open(file, "wb") as out:
+        out.setparams((1, 2, RATE, 0, "NONE", ""))
+        out.writeframes(samples.tobytes())
+    encoded = base64.b64encode(file.getvalue()).decode()
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={95: -100})
+    prompt = {"prompt": "w5 w94 w6", "multi_modal_data": {"audio": (samples / 32768, RATE)}}
+    llm = LLM(str(model), dtype="float32", enable_lora=True)
+    (output,) = llm.generate(prompt, params, lora_request=LoRARequest("a", 1, str(heard)), use_tqdm=False)
+    expected = output.outputs[0].text
+    parts: tuple[dict[str, Any], ...] = (
+        {"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}},
+        {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{encoded}"}},
+    )
+    async with serving(model, {}, default_mm_loras={"audio": str(heard)}) as client:
+        for part in parts:
+            answer = await chat(client, asked(text("w5 "), part, text(" w6")))
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["choices"][0]["message"]["content"] == expected
+            assert answer.headers["x-aiolora-adapter"].startswith("audio@")
+        for data, says in (("aGVsbG8=", "no WAV file"), ("*", "no base64")):
+            part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+            refused = await chat(client, asked(part))
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages[0].content[0]")
+            assert says in refused.json()["error"]["message"]

@@ -8,7 +8,7 @@ from aiolora.errors import RequestError
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.media.content import has_media, parted
 from aiolora.media.fetch import Fetcher
-from aiolora.media.processing import item_of
+from aiolora.media.items import item_of
 from aiolora.media.reader import MediaReader, Read, rotary_of
 from aiolora.types import MediaItem
 

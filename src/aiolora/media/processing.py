@@ -1,33 +1,14 @@
-"""What transformers' processors make of one image or recording, and how many tokens stand for it."""
+"""Which processors a model has: transformers' own, from the files beside it."""
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from aiolora.errors import ModelError, RequestError
-from aiolora.media.content import IMAGE
-from aiolora.media.decode import image_of
-from aiolora.types import MediaItem
-
-Arrays: TypeAlias = Mapping[str, NDArray[Any]]
-
-
-class Processor(Protocol):
-    """One modality of one model. Any thread."""
-
-    @property
-    def token_id(self) -> int:
-        """The placeholder."""
-        ...
-
-    def item(self, source: object, param: str) -> MediaItem:
-        """`source` as its encoder takes it. Raises `RequestError`."""
-        ...
+from aiolora.errors import ModelError
+from aiolora.media.content import AUDIO, IMAGE
+from aiolora.media.images import LlavaImages, QwenImages
+from aiolora.media.items import Processor
+from aiolora.media.recordings import GraniteRecordings, QwenRecordings
 
 
 def processors_of(folder: Path, *, max_pixels: int) -> dict[str, Processor]:
@@ -38,40 +19,15 @@ def processors_of(folder: Path, *, max_pixels: int) -> dict[str, Processor]:
         hf = AutoConfig.from_pretrained(folder)
         if hf.model_type == "llava":
             return {IMAGE: LlavaImages(hf, _image_processor(folder), max_pixels)}
-    except (OSError, ValueError, AttributeError) as error:
+        if hf.model_type in ("qwen2_vl", "qwen2_5_vl"):
+            return {IMAGE: QwenImages(hf, _image_processor(folder), max_pixels)}
+        if hf.model_type == "granite_speech":
+            return {AUDIO: GraniteRecordings.of(hf, _said(folder))}
+        if hf.model_type == "qwen2_audio":
+            return {AUDIO: QwenRecordings(hf, _feature_extractor(folder))}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{folder} holds no processor that can be read: {error}") from error
     return {}
-
-
-@dataclass(frozen=True)
-class LlavaImages:
-    """A tower of patches, and a token for each of them (and for the class, where that is not left out)."""
-
-    hf: Any
-    processor: Any
-    max_pixels: int
-
-    @property
-    def token_id(self) -> int:
-        return int(self.hf.image_token_id)
-
-    def item(self, source: object, param: str) -> MediaItem:
-        pixels = _processed(self.processor, source, self.max_pixels, param)["pixel_values"]
-        height, width = pixels.shape[-2:]
-        patch = self.hf.vision_config.patch_size
-        count = (height // patch) * (width // patch)
-        count += self.hf.vision_config.model_type == "clip_vision_model"
-        count -= self.hf.vision_feature_select_strategy == "default"
-        return item_of(IMAGE, {"pixel_values": pixels}, count)
-
-
-def item_of(modality: str, features: Arrays, count: int, grid: tuple[int, int, int] | None = None) -> MediaItem:
-    """With the digest of what the encoder is given: equal ones have equal rows."""
-    digest = hashlib.sha256(modality.encode())
-    for name, array in sorted(features.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return MediaItem(modality=modality, digest=digest.digest(), features=features, count=int(count), grid=grid)
 
 
 def _image_processor(folder: Path) -> Any:
@@ -80,9 +36,21 @@ def _image_processor(folder: Path) -> Any:
     return AutoImageProcessor.from_pretrained(folder)
 
 
-def _processed(processor: Any, source: object, max_pixels: int, param: str) -> Arrays:
-    image = image_of(source, max_pixels=max_pixels, param=param)
-    try:
-        return dict(processor(images=[image], input_data_format="channels_last", return_tensors="np"))
-    except ValueError as error:
-        raise RequestError(f"the image cannot be processed: {error}", param=param) from None
+def _feature_extractor(folder: Path) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    return AutoFeatureExtractor.from_pretrained(folder)
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    """The config of a processor of recordings, under any of the names that it is saved under."""
+    for name, keys in (
+        ("processor_config.json", ("audio_processor", "feature_extractor")),
+        ("preprocessor_config.json", ()),
+    ):
+        if (folder / name).is_file():
+            said: dict[str, Any] = json.loads((folder / name).read_text())
+            inner = [said[key] for key in keys if key in said]
+            if inner or not keys:
+                return inner[0] if inner else said
+    return {}

@@ -10,7 +10,8 @@ from msgspec import Struct, structs
 from aiolora.errors import RequestError
 from aiolora.media.content import Given, has_media, parted
 from aiolora.media.fetch import Fetcher
-from aiolora.media.processing import Processor, processors_of
+from aiolora.media.items import Processor
+from aiolora.media.processing import processors_of
 from aiolora.types import MediaItem, Messages, Prompt, Rotary
 
 MAX_ITEMS = 32  # of a request

@@ -82,10 +82,7 @@ class Encoder(nn.Module):
             for name, value in features.items()
         }
         with self._adapted(rows):
-            found = self._ways[modality](self.model, given).pooler_output
-        # a list or a batch, of the one item
-        out: Tensor = found[0]
-        return out
+            return self._ways[modality](self.model, given)
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """(path in transformers' model, projection) of everything that takes adapters, in order."""

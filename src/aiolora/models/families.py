@@ -29,14 +29,19 @@ def _qwen2(hf: Any) -> dict[str, object]:
     return {"qkv_bias": True, "windows": _typed_windows(hf)}
 
 
+def _qwen2_vl(hf: Any) -> dict[str, object]:
+    return _qwen2(hf) | {"rope_sections": tuple(hf.rope_parameters["mrope_section"])}
+
+
 def _qwen3(hf: Any) -> dict[str, object]:
     bias = bool(hf.attention_bias)
     return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "windows": _typed_windows(hf)}
 
 
-FAMILIES: dict[str, Switches] = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+_TEXT_OF_OTHERS = {"qwen2_vl_text": _qwen2_vl, "qwen2_5_vl_text": _qwen2_vl}  # within multi-modal models only
 
-_TEXT_OF_OTHERS = frozenset[str]()  # served within a multi-modal model only
+FAMILIES: dict[str, Switches] = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+FAMILIES |= _TEXT_OF_OTHERS
 
 
 def decoder_config(hf: Any, *, max_positions: int | None = None) -> DecoderConfig:
@@ -46,9 +51,9 @@ def decoder_config(hf: Any, *, max_positions: int | None = None) -> DecoderConfi
     """
     if hf.model_type in MULTIMODAL:
         config = decoder_config(hf.get_text_config(), max_positions=max_positions)
-        return replace(config, prefix=PREFIX, tied_head=bool(hf.to_dict().get("tie_word_embeddings")))
+        return replace(config, prefix=PREFIX, tied_head=bool(getattr(hf, "tie_word_embeddings", False)))
     if hf.model_type not in FAMILIES:
-        served = ", ".join(sorted(MULTIMODAL.keys() | (FAMILIES.keys() - _TEXT_OF_OTHERS)))
+        served = ", ".join(sorted(MULTIMODAL.keys() | (FAMILIES.keys() - _TEXT_OF_OTHERS.keys())))
         raise UnsupportedModelError(f"model_type {hf.model_type!r} is not served; served are: {served}")
     if hf.hidden_act not in ("silu", "swish"):
         raise UnsupportedModelError(f"hidden_act {hf.hidden_act!r} is not served, only silu")
@@ -67,7 +72,7 @@ def decoder_config(hf: Any, *, max_positions: int | None = None) -> DecoderConfi
         "inv_freq": inv_freq,
         "rope_scale": rope_scale,
         "windows": (0,) * hf.num_hidden_layers,
-        "tied_head": bool(hf.tie_word_embeddings),
+        "tied_head": bool(getattr(hf, "tie_word_embeddings", False)),
     }
     return DecoderConfig(**(common | FAMILIES[hf.model_type](hf)))
 
