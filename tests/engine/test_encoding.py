@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from aiolora import LLM, SamplingParams
+from aiolora import LLM, EngineArgs, LLMEngine, SamplingParams
 from aiolora.engine.encoding import KeptRows, _Key
-from aiolora.errors import ConfigError
+from aiolora.errors import ConfigError, NonFiniteLogitsError
+from aiolora.media.reader import MediaReader
 from aiolora.models.encoder import Encoder
 from aiolora.types import LoRARequest
 from tests.media.tiny import IMAGE, make_llava, make_mm_adapter, picture
@@ -81,6 +82,42 @@ def test_without_room_an_image_is_encoded_for_each_step_that_has_some_of_it(llav
     (output,) = cramped.generate(about(1), PARAMS, use_tqdm=False)
     assert output.outputs[0].token_ids == expected.outputs[0].token_ids
     assert len(encoded) == 1 + 2  # 16 rows behind 4 tokens, 10 tokens a step
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), None])
+def test_an_image_that_cannot_be_encoded_ends_its_own_request_and_no_other(
+    llava: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception | None
+) -> None:
+    forward, bad = Encoder.forward, MediaReader.of(llava, "m", domains=(), max_pixels=1 << 20).read(about(2), Words())
+
+    def failing(self: Encoder, modality: str, features: Any, rows: Any) -> Any:
+        made = forward(self, modality, features, rows)
+        if not torch.equal(features["pixel_values"], torch.from_numpy(bad.items[0].features["pixel_values"])):
+            return made
+        if failure is not None:
+            raise failure
+        return made[:3]
+
+    monkeypatch.setattr(Encoder, "forward", failing)
+    engine = LLMEngine.from_engine_args(EngineArgs(model=str(llava), dtype="float32"))
+    for name, seed in (("good", 1), ("bad", 2), ("also good", 3)):
+        engine.add_request(name, about(seed), PARAMS)
+    finished, failed = [], []
+    while engine.has_unfinished_requests():
+        try:
+            finished += [output.request_id for output in engine.step() if output.finished]
+        except NonFiniteLogitsError as error:
+            failed.append(str(error))
+    assert sorted(finished) == ["also good", "good"]
+    assert len(failed) == 1
+    assert "'bad'" in failed[0]
+
+
+class Words:
+    chat_template: object = None
+
+    def decode(self, ids: Any) -> str:
+        return "w"
 
 
 def test_what_is_kept_never_exceeds_the_limit_and_what_was_used_last_stays() -> None:

@@ -153,7 +153,8 @@ def _engine(
     sampler = Sampler(tokenizer.eos_token_ids)
     encoding = None
     if encoder is not None:
-        encoding = Encoding(encoder, packer, kinds, limit=args.media_memory, device=plan.device)
+        sizes = {"hidden_size": model.config.hidden_size, "limit": args.media_memory}
+        encoding = Encoding(encoder, packer, kinds, device=plan.device, **sizes)
     runner = ModelRunner(
         model,
         cache,

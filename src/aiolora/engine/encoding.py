@@ -1,5 +1,6 @@
 """Encoding: the rows that stand for images and recordings in a step, made when first needed and kept for a while."""
 
+import logging
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from aiolora.lora.kinds import PageKinds
 from aiolora.models.encoder import Encoder
 from aiolora.models.inputs import MediaRows
 from aiolora.types import MediaItem, Mix
+
+logger = logging.getLogger(__name__)
 
 
 class _Key(NamedTuple):
@@ -50,25 +53,29 @@ class Encoding:
     """Runs the encoder for what a step needs of it. Engine thread only.
 
     An item is encoded alone, with the pages of the mix that its sequence runs with, so its rows are those of exactly
-    that mix. A prompt that is cut within an item, or computed again, takes them from what is kept, or anew.
+    that mix. A prompt that is cut within an item, or computed again, takes them from what is kept, or anew. An item
+    that the encoder fails on has rows of NaN, which end its own request (`NonFiniteLogitsError`) and no other.
     """
 
-    def __init__(self, encoder: Encoder, packer: Packer, kinds: PageKinds, *, limit: int, device: str) -> None:
+    def __init__(
+        self, encoder: Encoder, packer: Packer, kinds: PageKinds, *, hidden_size: int, limit: int, device: str
+    ) -> None:
         """`limit`: bytes of rows that are kept."""
+        self._hidden_size = hidden_size
         self._encoder = encoder
         self._packer = packer
         towers = kinds.of_towers
         self._towers = frozenset([*towers, *map(kinds.vectors_of, towers)])
         self._device = device
         self.kept = KeptRows(limit)
-        self.num_encoded = 0
 
     def rows(self, batch: Batch) -> MediaRows | None:
         """What stands in the place of tokens of `batch`; None: nothing does."""
         spans = list(media_spans(batch))
         if not spans:
             return None
-        rows = torch.cat([self._of(span.item, span.mix)[span.low : span.high] for span in spans])
+        parts = [self._of(span.item, span.mix)[span.low : span.high] for span in spans]
+        rows = torch.cat([part.to(self._encoder.dtype) for part in parts])
         at = torch.cat([_places(span) for span in spans])
         return MediaRows(rows, at.to(self._device))
 
@@ -80,10 +87,19 @@ class Encoding:
         if rows is None:
             features = {name: torch.from_numpy(array) for name, array in item.features.items()}
             routing = None if acting is None else self._packer.rows_of(acting)
-            rows = self._encoder(item.modality, features, routing)[: item.count]
-            self.num_encoded += 1
+            try:
+                rows = self._encoder(item.modality, features, routing)
+                self._check(rows, item)
+            except Exception:
+                logger.exception("%s %s cannot be encoded: its request ends", item.modality, item.digest.hex()[:12])
+                return torch.full((item.count, self._hidden_size), torch.nan, device=self._device)
             self.kept.keep(key, rows)
         return rows
+
+    def _check(self, rows: Tensor, item: MediaItem) -> None:
+        expected = (item.count, self._hidden_size)
+        if rows.shape != expected:
+            raise ValueError(f"the encoder made rows {list(rows.shape)}, the prompt has room for {list(expected)}")
 
     def _acts(self, mix: Mix) -> bool:
         """Whether an adapter of `mix` has anything in a tower or a connector."""

@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         super().__init__()
         kind = MULTIMODAL[hf.model_type]
         self._ways = kind.ways
-        self._dtype, self._device = dtype, device
+        self.dtype, self._device = dtype, device
         self._item = _Item()
         with torch.device(device):
             self.model = AutoModel.from_config(_without_text(hf), dtype=dtype)
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
     def forward(self, modality: str, features: Mapping[str, Tensor], rows: Rows | None) -> Tensor:
         """Rows [n, H] of one item in the encoder's dtype; `rows`: None where no adapter has a share in them."""
         given = {
-            name: value.to(self._device, self._dtype if value.is_floating_point() else None)
+            name: value.to(self._device, self.dtype if value.is_floating_point() else None)
             for name, value in features.items()
         }
         with self._adapted(rows):
