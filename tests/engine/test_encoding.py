@@ -1,14 +1,15 @@
 """What encoders made of images is kept by what it depends on, and never more of it than there is room for."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from aiolora import LLM, EngineArgs, LLMEngine, SamplingParams
+from aiolora import LLM, AsyncLLMEngine, EngineArgs, LLMEngine, SamplingParams
 from aiolora.engine.encoding import KeptRows, _Key
-from aiolora.errors import ConfigError, NonFiniteLogitsError
+from aiolora.errors import ConfigError, NonFiniteLogitsError, RequestError
 from aiolora.media.reader import MediaReader
 from aiolora.models.encoder import Encoder
 from aiolora.types import LoRARequest
@@ -149,3 +150,33 @@ def test_a_default_adapter_is_that_of_requests_with_its_modality_only(llava: Pat
     assert [output.adapter and output.adapter.partition("@")[0] for output in outputs] == ["image", None, "image"]
     (named,) = llm.generate(about(1), PARAMS, lora_request=str(llava), use_tqdm=False)
     assert named.adapter is None
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def test_a_conversation_with_an_image_is_the_prompt_that_its_template_makes(llava: Path) -> None:
+    llm = LLM(str(llava), dtype="float32")
+    content: Any = [
+        {"type": "text", "text": "w5"},
+        {"type": "image", "image": picture(1)},
+        {"type": "text", "text": "w6"},
+    ]
+    (chatted,) = llm.chat([{"role": "user", "content": content}], PARAMS, use_tqdm=False)
+    (prompted,) = llm.generate(
+        {"prompt": "w5 w95 w6", "multi_modal_data": {"image": picture(1)}}, PARAMS, use_tqdm=False
+    )
+    assert chatted.prompt_token_ids == prompted.prompt_token_ids
+    assert chatted.outputs[0].token_ids == prompted.outputs[0].token_ids
+
+
+async def test_streams_about_images_run_beside_each_other_and_many_wait_for_their_images_in_threads(
+    llava: Path,
+) -> None:
+    async with AsyncLLMEngine.from_engine_args(EngineArgs(model=str(llava), dtype="float32")) as engine:
+        outputs = await asyncio.gather(*(engine.generate(about(seed % 3), PARAMS) for seed in range(20)))
+        first = {output.outputs[0].text for output in outputs[::3]}
+        assert len(first) == 1
+        with pytest.raises(RequestError, match="0 placeholders of image for 1 given"):
+            await engine.generate({"prompt": "w5", "multi_modal_data": {"image": picture(1)}}, PARAMS)

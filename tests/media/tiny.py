@@ -244,7 +244,11 @@ def sound(seed: int, seconds: float = 0.7) -> NDArray[np.float32]:
 
 
 def mm_logprobs(model: nn.Module, tokens: Sequence[int], **features: Tensor) -> Tensor:
-    """[T - 1, V]: of what transformers predicts after each token but the last."""
+    """[T - 1, V]: of what transformers predicts after each token but the last.
+
+    A Granite divides its logits by `logits_scaling`, which transformers 5.23 forgets where it is part of another model.
+    """
     with torch.inference_mode():
         logits: Tensor = model(torch.tensor([list(tokens)]), **features).logits[0]
-    return logits.log_softmax(-1)[:-1]
+    text = model.config.get_text_config().to_dict()  # type: ignore[union-attr]
+    return (logits / text.get("logits_scaling", 1.0)).log_softmax(-1)[:-1]

@@ -14,6 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from aiolora import LLM, SamplingParams
+from aiolora.engine.runner import ModelRunner
 from aiolora.errors import AdapterUnsupportedError
 from aiolora.media.recordings import GraniteRecordings
 from aiolora.models.families import FAMILIES
@@ -231,6 +232,33 @@ def test_two_items_under_equal_tokens_share_no_page_and_one_shares_all(made: Mad
     for seed, ours in ((1, first), (21, second)):
         assert_same(ours, made.expected(hf, [*ids, 0], seed)[-1])
     assert (first - second).abs().max() > 0.01
+
+
+def test_one_compiled_graph_serves_steps_with_media_and_without(made: Made, adapters: dict[str, Path]) -> None:
+    if made.model not in (MODELS["llava clip"], MODELS["qwen2-vl"]):
+        pytest.skip("to the compiler it is as one of those that are compiled here")
+    lora = [None, LoRARequest("all", 1, str(adapters["all"])), None]
+    prompts: list[Any] = [
+        {"prompt_token_ids": made.ids((1, 4), (2, 9)), "multi_modal_data": made.model.data(1)},
+        {"prompt_token_ids": made.ids((3, 6), (4, 3)), "multi_modal_data": made.model.data(2)},
+        made.ids((5, 20)),
+    ]
+
+    def answer(*, compiled: bool) -> list[Tensor]:
+        llm = LLM(str(made.folder), dtype="float32", enable_lora=True, max_num_batched_tokens=17, max_num_seqs=4)
+        runner = llm.engine._built.engine._runner
+        assert isinstance(runner, ModelRunner)
+        if compiled:
+            runner._compiled = True
+            runner._forward = torch.compile(runner._model, fullgraph=True, dynamic=True, backend="eager")
+        return [reported(out)[1] for out in llm.generate(prompts, WORDS, lora_request=lora, use_tqdm=False)]
+
+    torch.compiler.reset()
+    try:
+        for ours, theirs in zip(answer(compiled=True), answer(compiled=False)):
+            assert_same(ours, theirs)
+    finally:
+        torch.compiler.reset()
 
 
 def test_an_adapter_under_the_names_of_earlier_days_is_the_same(made: Made, adapters: dict[str, Path]) -> None:

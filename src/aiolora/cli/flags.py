@@ -38,7 +38,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: str | None = Non
             group.add_argument(flag, default=field.default, type=_mapping, metavar="JSON", help=shown)
         elif several:
             several_of: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME"}
-            group.add_argument(flag, default=field.default and list(field.default), type=kind, help=shown, **several_of)
+            default = None if field.default is None else list(field.default)
+            group.add_argument(flag, default=default, type=kind, help=shown, **several_of)
         else:
             metavar = None if choices else kind.__name__.upper()
             group.add_argument(flag, default=field.default, type=kind, choices=choices, metavar=metavar, help=shown)

@@ -118,11 +118,13 @@ class Packer:
         device: str,
         lora_pages: int = 0,
         rows: Tensor | None = None,
+        turns_apart: bool = False,
     ) -> None:
         """`lora_pages`: least width of the page tables, so that steps of many ranks are one shape to the kernels.
 
-        `rows`: the pool's blocks.
+        `rows`: the pool's blocks. `turns_apart`: on this model tokens may turn on several axes (`Rotary`).
         """
+        self._turns_apart = turns_apart
         self._page_size = page_size
         self._kinds = kinds
         self._residency = residency
@@ -268,7 +270,7 @@ class Packer:
         run_of_token = np.repeat(np.arange(len(counts)), count_B)
         positions = np.arange(len(tokens)) + (first - query_starts[: len(counts)])[run_of_token]
         page, offset = np.divmod(positions, self._page_size)
-        turned = rotary_numbers(batch, positions)
+        turned = rotary_numbers(batch, positions) if self._turns_apart else {}
         numbers: dict[str, NDArray[Any]] = {
             "tokens": _padded(_int32(tokens), size, 0),
             "positions": _padded(turned.pop("positions", positions), size, 0),

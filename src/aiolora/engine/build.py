@@ -57,9 +57,9 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
     device = pick_device(args.device)
     folder = locate(args.model)
     tokenizer = Tokenizer(locate(args.tokenizer) if args.tokenizer else folder)
+    networks = load_networks(args, folder, device=device)
     media = MediaReader.of(folder, args.model, domains=args.allowed_media_domains, max_pixels=args.max_image_pixels)
     defaults = default_mm_loras(args, media)
-    networks = load_networks(args, folder, device=device)
     model = networks.decoder
     dtype = model.embed.weight.dtype
     layout = None
@@ -149,6 +149,7 @@ def _engine(
         device=plan.device,
         lora_pages=plan.lora_pages,
         rows=pool.rows if pool else None,
+        turns_apart=bool(model.config.rope_sections),
     )
     sampler = Sampler(tokenizer.eos_token_ids)
     encoding = None

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aiolora.errors import ModelError
+from aiolora.errors import MissingExtraError, ModelError
 from aiolora.media.content import AUDIO, IMAGE
 from aiolora.media.images import LlavaImages, QwenImages
 from aiolora.media.items import Processor
@@ -12,7 +12,7 @@ from aiolora.media.recordings import GraniteRecordings, QwenRecordings
 
 
 def processors_of(folder: Path, *, max_pixels: int) -> dict[str, Processor]:
-    """By modality; none for a model that takes text only. Raises `ModelError`."""
+    """By modality; none for a model that takes text only. Raises `ModelError`, or `MissingExtraError` for Pillow."""
     from transformers import AutoConfig
 
     try:
@@ -25,6 +25,8 @@ def processors_of(folder: Path, *, max_pixels: int) -> dict[str, Processor]:
             return {AUDIO: GraniteRecordings.of(hf, _said(folder))}
         if hf.model_type == "qwen2_audio":
             return {AUDIO: QwenRecordings(hf, _feature_extractor(folder))}
+    except ImportError as error:
+        raise MissingExtraError(f"the model in {folder}", "media") from error
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{folder} holds no processor that can be read: {error}") from error
     return {}

@@ -87,4 +87,4 @@ class QwenRecordings:
         )
         mask = np.asarray(made["attention_mask"])
         features = {"input_features": np.asarray(made["input_features"]), "feature_attention_mask": mask}
-        return item_of(AUDIO, features, ((int(mask.sum()) - 1) // 2 + 1 - 2) // 2 + 1)
+        return item_of(AUDIO, features, ((int(mask.sum()) - 1) // 2 - 1) // 2 + 1)

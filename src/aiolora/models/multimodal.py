@@ -38,14 +38,14 @@ def _granite_speech(model: Any, item: Mapping[str, Tensor]) -> Tensor:
 
 
 def _qwen2_audio(model: Any, item: Mapping[str, Tensor]) -> Tensor:
-    """Frames behind the recording's end are padding that nobody looks at."""
+    """Frames behind the recording's end are padding that nobody looks at, and have no rows."""
     features, frames = item["input_features"], int(item["feature_attention_mask"].sum())
     length = (features.shape[-1] - 2) // 2 + 1
     seen = torch.arange(length, device=features.device) < (frames - 1) // 2 + 1
     mask = torch.where(seen, 0.0, torch.finfo(model.audio_tower.dtype).min).to(model.audio_tower.dtype)
     hidden = model.audio_tower(features, attention_mask=mask.expand(1, 1, length, length)).last_hidden_state
     rows: Tensor = model.multi_modal_projector(hidden)[0]
-    return rows
+    return rows[: ((frames - 1) // 2 - 1) // 2 + 1]
 
 
 MULTIMODAL: dict[str, Multimodal] = {  # by model_type
