@@ -112,6 +112,33 @@ def test_a_name_that_is_resolved_to_an_address_within_is_refused(monkeypatch: py
     refused(Fetcher((ANY,)), f"http://images.example.com:{port}/a", "not public")
 
 
+def test_a_redirect_to_a_public_address_is_followed_and_not_for_ever(
+    site: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiolora.media.fetch._is_public", lambda address: True)
+    fetcher = Fetcher(("127.0.0.1",))
+    assert fetcher.bytes_of(f"http://{site}/to//to/http://{site}/a", "p") == FILE
+    refused(fetcher, f"http://{site}/to//to//to//to//to//a", "redirects more than 3 times")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "::ffff:127.0.0.1",
+        "::ffff:10.1.2.3",
+        "64:ff9b::a9fe:a9fe",
+        "2002:7f00:1::",
+        "fe80::1",
+        "fd00::1",
+        "::",
+        "224.0.0.1",
+    ],
+)
+def test_an_address_within_is_known_in_every_spelling(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 80))])
+    refused(Fetcher((ANY,)), "http://images.example.com/a", "not public")
+
+
 def test_size_time_and_status_are_bounded(site: str) -> None:
     refused(Fetcher(("127.0.0.1",), max_nbytes=5), f"http://{site}/a", "over 5 bytes")
     refused(Fetcher(("127.0.0.1",), timeout_s=0.2), f"http://{site}/slow", "took over 0.2 s")

@@ -6,6 +6,7 @@ import ipaddress
 import re
 import socket
 import time
+from typing import NamedTuple
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 from msgspec import Struct
@@ -16,7 +17,16 @@ MAX_NBYTES = 20 << 20  # of a file
 _MAX_REDIRECTS = 3
 _TIMEOUT_S = 10.0  # for the whole of it
 _DATA_URL = re.compile(r"data:(?P<type>[^,;]*)(?P<parameters>(;[^,;]*)*),", re.IGNORECASE)
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 ANY = "*"  # every host with a public address
+
+
+class _Target(NamedTuple):
+    """A host, and the URL with the address that was checked in its stead: nobody resolves it a second time."""
+
+    host: str
+    netloc: str  # with the port, as the URL has it
+    url: str
 
 
 class Fetcher(Struct, frozen=True):
@@ -53,12 +63,15 @@ class Fetcher(Struct, frozen=True):
             raise MissingExtraError("fetching a URL", "media") from error
         deadline = time.monotonic() + self.timeout_s
         for hop in range(_MAX_REDIRECTS + 1):
-            host, target = self._target(url, param, first=hop == 0)
+            target = self._target(url, param, first=hop == 0)
             try:
                 with (
                     httpx.Client(timeout=self.timeout_s, trust_env=False) as client,
                     client.stream(
-                        "GET", target, headers={"Host": host}, extensions={"sni_hostname": host.partition(":")[0]}
+                        "GET",
+                        target.url,
+                        headers={"Host": target.netloc, "Accept-Encoding": "identity"},
+                        extensions={"sni_hostname": target.host},
                     ) as response,
                 ):
                     if response.is_redirect:
@@ -67,7 +80,7 @@ class Fetcher(Struct, frozen=True):
                     if response.status_code != 200:
                         raise RequestError(f"{_shown(url)} answers {response.status_code}", param=param)
                     body = bytearray()
-                    for chunk in response.iter_bytes():
+                    for chunk in response.iter_raw():  # nothing is unpacked, so nothing bursts
                         body += chunk
                         if len(body) > self.max_nbytes:
                             raise self._too_large(param)
@@ -80,8 +93,8 @@ class Fetcher(Struct, frozen=True):
                 raise RequestError(f"{_shown(url)} cannot be fetched: {type(error).__name__}", param=param) from None
         raise RequestError(f"{_shown(url)} redirects more than {_MAX_REDIRECTS} times", param=param)
 
-    def _target(self, url: str, param: str, *, first: bool) -> tuple[str, str]:
-        """(host, the URL with the address that was checked in its stead): nobody resolves it a second time."""
+    def _target(self, url: str, param: str, *, first: bool) -> "_Target":
+        """What `url` comes to. Raises `RequestError` where nobody may fetch from."""
         try:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").rstrip("."), parts.port
@@ -97,11 +110,11 @@ class Fetcher(Struct, frozen=True):
                 param=param,
             )
         address = self._address(host, port or (443 if parts.scheme == "https" else 80), param)
-        if not ipaddress.ip_address(address).is_global and not (first and named):
+        if not _is_public(address) and not (first and named):
             raise RequestError(f"{host[:200]!r} has an address that is not public", param=param)
         shown = f"[{address}]" if ":" in address else address
         netloc = shown if port is None else f"{shown}:{port}"
-        return parts.netloc, parts._replace(netloc=netloc, fragment="").geturl()
+        return _Target(host, parts.netloc, parts._replace(netloc=netloc, fragment="").geturl())
 
     def _address(self, host: str, port: int, param: str) -> str:
         try:
@@ -112,6 +125,18 @@ class Fetcher(Struct, frozen=True):
 
     def _too_large(self, param: str) -> RequestError:
         return RequestError(f"the file is over {self.max_nbytes} bytes; send a smaller one", param=param)
+
+
+def _is_public(address: str) -> bool:
+    """Not of the own machine or network, however it is written (an IPv6 address may carry one of IPv4)."""
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        embedded = [parsed.ipv4_mapped, parsed.sixtofour, *(parsed.teredo or ())]
+        if parsed in _NAT64:
+            embedded.append(ipaddress.IPv4Address(parsed.packed[-4:]))
+        if any(one is not None and not one.is_global for one in embedded):
+            return False
+    return parsed.is_global and not parsed.is_multicast
 
 
 def _shown(url: str) -> str:
