@@ -14,7 +14,7 @@ from aiolora.errors import AdapterChangedError, AdapterError, AdapterMemoryError
 from aiolora.lora.kinds import Room
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.residency import Residency
-from aiolora.types import AdapterVersion, Mix, Request, SamplingParams, SitePages, TokenDelta
+from aiolora.types import AdapterVersion, MediaItem, Mix, Request, SamplingParams, SitePages, TokenDelta
 from tests.engine.device import (
     EOS,
     KINDS,
@@ -216,6 +216,7 @@ class World:
         *,
         id: str | None = None,  # noqa: A002
         priority: int = 0,
+        media: tuple[MediaItem, ...] = (),
         **params: Any,
     ) -> Ticket:
         self._num_requests += 1
@@ -227,6 +228,7 @@ class World:
             mix=mix,
             priority=priority,
             arrival_s=self.now_s,
+            media=media,
         )
         ticket = self.tickets[request.id] = Ticket(request, self.shape.max_model_len)
         needs: Counter[int] = Counter()
