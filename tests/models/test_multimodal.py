@@ -1,6 +1,7 @@
 """Multi-modal models against transformers and PEFT: the same float32 logits, whoever else is in the batch."""
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -152,6 +154,7 @@ def adapters(made: Made) -> dict[str, Path]:
         "language": {"target_modules": r".*language_model.*(q_proj|v_proj|down_proj)", "r": 5},
         "tower": {"target_modules": f".*({made.model.tower})", "r": 4, "lora_alpha": 24},
         "connector": {"target_modules": f".*({made.model.connector})", "r": 12, "use_rslora": True},
+        "ends": {"target_modules": ["embed_tokens", "lm_head"], "r": 3},
         "dora": {"target_modules": f".*({made.model.tower}|{made.model.connector}|o_proj)", "use_dora": True},
     }
     return {
@@ -274,11 +277,27 @@ def test_an_adapter_under_the_names_of_earlier_days_is_the_same(made: Made, adap
     assert torch.equal(reported(new)[1], reported(same)[1])
 
 
+def test_a_checkpoint_under_the_names_of_earlier_days_is_the_same_model(made: Made, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(made.folder, tmp_path / "old", ignore=shutil.ignore_patterns("adapters")))
+    prefix = "base_model.model."
+    tensors = load_file(old / "model.safetensors")
+    renamed = {earlier(prefix + name).removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    tower = "vision_tower.vision_model.embeddings"
+    if any(name.startswith(tower) for name in renamed):
+        renamed[f"{tower}.position_ids"] = torch.arange(17)
+    save_file(renamed, old / "model.safetensors", metadata={"format": "pt"})
+    prompt: Any = {"prompt_token_ids": made.ids((1, 4), (2, 9)), "multi_modal_data": made.model.data(1)}
+    new, same = (
+        LLM(str(folder), dtype="float32").generate(prompt, WORDS, use_tqdm=False)[0] for folder in (made.folder, old)
+    )
+    assert torch.equal(reported(new)[1], reported(same)[1])
+
+
 def earlier(name: str) -> str:
     """What transformers called the modules of composite models before version 4.52."""
     for now, before in (
         (r"model\.language_model\.", "language_model.model."),
-        (r"model\.vision_tower\.", "model.vision_tower.vision_model."),
+        (r"(?:model\.)?vision_tower\.", "model.vision_tower.vision_model."),
         (r"model\.(\w+_tower|multi_modal_projector|visual|encoder|projector)\.", r"\1."),
     ):
         name = re.sub(rf"^base_model\.model\.{now}", f"base_model.model.{before}", name)
