@@ -9,6 +9,7 @@ import torch
 
 from aiolora import LLM, AsyncLLMEngine, EngineArgs, LLMEngine, SamplingParams
 from aiolora.engine.encoding import KeptRows, _Key
+from aiolora.engine.runner import ModelRunner
 from aiolora.errors import ConfigError, NonFiniteLogitsError, RequestError
 from aiolora.media.reader import MediaReader
 from aiolora.models.encoder import Encoder
@@ -119,6 +120,20 @@ class Words:
 
     def decode(self, ids: Any) -> str:
         return "w"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_warm_up_encodes_a_small_and_a_large_one_as_with_adapters_and_without(
+    llava: Path, encoded: list[bool], lora: bool
+) -> None:
+    llm = LLM(str(llava), dtype="float32", enable_lora=lora)
+    runner = llm.engine._built.engine._runner
+    assert isinstance(runner, ModelRunner)
+    assert runner._encoding is not None
+    with torch.inference_mode():
+        runner._encoding.warm_up(llm.engine._built.intake.media.samples())
+    assert encoded == ([False, True] * 2 if lora else [False] * 2)
+    assert runner._encoding.kept.nbytes == 0
 
 
 def test_what_is_kept_never_exceeds_the_limit_and_what_was_used_last_stays() -> None:

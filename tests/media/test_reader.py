@@ -26,6 +26,10 @@ class Fixed:
     def token_id(self) -> int:
         return self._token_id
 
+    @property
+    def blanks(self) -> list[int]:
+        return [1, 9]
+
     def item(self, source: object, param: str) -> MediaItem:
         assert isinstance(source, int)
         return item_of(self._modality, {"values": np.full(3, source)}, source)

@@ -199,13 +199,15 @@ class Packer:
             self._add(routes, mix)
         return routes
 
-    def rows_of(self, mix: Mix) -> Callable[[int], Routing]:
+    def rows_of(self, mix: Mix | None) -> Callable[[int], Routing]:
         """The routing of so many rows that are all of `mix`, whose adapters are on the device."""
         routes = Routes([], [], [], [], {}, [], [])
-        self._add(routes, mix)
+        if mix is not None:
+            self._add(routes, mix)
+        number = 0 if mix is not None else -1
 
         def rows(count: int) -> Routing:
-            numbers = self._route(routes, np.zeros(count, dtype=np.int32), count, None)
+            numbers = self._route(routes, np.full(count, number, dtype=np.int32), count, None)
             return routing_of(self._staging.send(numbers), self._device)
 
         return functools.cache(rows)

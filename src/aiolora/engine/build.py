@@ -73,7 +73,7 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None]) -> Bui
     pinned = plan.device.startswith("cuda")
     if pinned and layout is not None:  # while the kernels are compiled: locking holds up whoever uses the GPU
         reserve_soon(layout, dict.fromkeys(range(layout.page_kinds.layers), _pinned_pages(args, layout)))
-    engine = _engine(args, networks, layout, plan, tokenizer, read_again)
+    engine = _engine(args, networks, layout, plan, tokenizer, media, read_again)
     intake = Intake(
         tokenizer,
         AdapterRegistry(args.model),
@@ -131,6 +131,7 @@ def _engine(
     layout: Layout | None,
     plan: Plan,
     tokenizer: Tokenizer,
+    media: MediaReader,
     read_again: Callable[[AdapterVersion], None],
 ) -> Engine:
     model, encoder = networks
@@ -166,7 +167,7 @@ def _engine(
         compiled=args.compile,
     )
     if plan.device == "cuda":
-        runner.warm_up(plan, kinds=kinds.sites)
+        runner.warm_up(plan, kinds=kinds.sites, media=media.samples())
     limits = SchedulerLimits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,

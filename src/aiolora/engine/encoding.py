@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -79,16 +80,22 @@ class Encoding:
         at = torch.cat([_places(span) for span in spans])
         return MediaRows(rows, at.to(self._device))
 
+    def warm_up(self, items: Iterable[MediaItem]) -> None:
+        """Encode `items` without adapters and as with some, and keep nothing: kernels are compiled for sizes."""
+        for item in items:
+            self._encoder(item.modality, _tensors(item), None)
+            if self._towers:
+                self._encoder(item.modality, _tensors(item), self._packer.rows_of(None))
+
     def _of(self, item: MediaItem, mix: Mix | None) -> Tensor:
         """The rows [count, H] of `item` under `mix`, whose adapters are on the device."""
         acting = mix if mix is not None and self._acts(mix) else None
         key = _Key(item.digest, None if acting is None else acting.key)
         rows = self.kept.find(key)
         if rows is None:
-            features = {name: torch.from_numpy(array) for name, array in item.features.items()}
             routing = None if acting is None else self._packer.rows_of(acting)
             try:
-                rows = self._encoder(item.modality, features, routing)
+                rows = self._encoder(item.modality, _tensors(item), routing)
                 self._check(rows, item)
             except Exception:
                 logger.exception("%s %s cannot be encoded: its request ends", item.modality, item.digest.hex()[:12])
@@ -104,6 +111,10 @@ class Encoding:
     def _acts(self, mix: Mix) -> bool:
         """Whether an adapter of `mix` has anything in a tower or a connector."""
         return any(site.kind in self._towers for version in mix.versions for site in version.pages)
+
+
+def _tensors(item: MediaItem) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in item.features.items()}
 
 
 def _places(span: Span) -> Tensor:

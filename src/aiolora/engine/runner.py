@@ -1,5 +1,6 @@
 """ModelRunner: launches a step on the device. A Flight is a step that was launched and has not landed."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
@@ -19,7 +20,7 @@ from aiolora.engine.warm_up import blank_head, blank_step
 from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
 from aiolora.ops.registration import rehearsal
-from aiolora.types import Request, SamplingParams
+from aiolora.types import MediaItem, Request, SamplingParams
 
 _ROWS_OF_LOGITS = 256  # of prompt positions at a time: 131 MB of float32 for a vocabulary of 128k
 _WARM_UP = ((1, 1), (1, 15), (1, 100), (1, 250), (1, 300))  # tokens of each sequence: the sizes that kernels tell apart
@@ -126,11 +127,12 @@ class ModelRunner:
             self._in_flight.rows = {seq: row for row, seq in enumerate(seqs)}
             return self._flight(batch, chosen, prompt)
 
-    def warm_up(self, plan: Plan, *, kinds: int) -> None:
+    def warm_up(self, plan: Plan, *, kinds: int, media: Iterable[MediaItem] = ()) -> None:
         """Compile the kernels that serving needs and capture the graphs of `plan` (GPU). Before the first launch only.
 
-        `kinds`: of sites that take adapters.
+        `kinds`: of sites that take adapters. `media`: some for the encoder.
         """
+        media = tuple(media)
         graphs = None
         if plan.graph_buckets:
             max_pages = -(-plan.max_model_len // plan.page_size)
@@ -139,12 +141,18 @@ class ModelRunner:
         with torch.inference_mode():
             with rehearsal():  # compiles all side by side
                 self._walk_through(plan, kinds)
+                self._encode(media)
                 if graphs is not None:
                     graphs.walk_through()
             self._walk_through(plan, kinds)
+            self._encode(media)
             if graphs is not None:
                 graphs.capture()
         self._graphs = graphs
+
+    def _encode(self, media: Iterable[MediaItem]) -> None:
+        if self._encoding is not None:
+            self._encoding.warm_up(media)
 
     def _walk_through(self, plan: Plan, kinds: int) -> None:
         """A step of each size that kernels tell apart, without adapters, with, and with many."""

@@ -1,5 +1,6 @@
 """Images, by transformers' own image processors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from aiolora.media.content import IMAGE
 from aiolora.media.decode import image_of
 from aiolora.media.items import Arrays, item_of
 from aiolora.types import MediaItem
+
+_BLANKS = [np.zeros((side, side, 3), dtype=np.uint8) for side in (64, 768)]
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class LlavaImages:
     @property
     def token_id(self) -> int:
         return int(self.hf.image_token_id)
+
+    @property
+    def blanks(self) -> Sequence[object]:
+        return _BLANKS
 
     def item(self, source: object, param: str) -> MediaItem:
         pixels = _processed(self.processor, source, self.max_pixels, param)["pixel_values"]
@@ -45,6 +52,10 @@ class QwenImages:
     @property
     def token_id(self) -> int:
         return int(self.hf.image_token_id)
+
+    @property
+    def blanks(self) -> Sequence[object]:
+        return _BLANKS
 
     def item(self, source: object, param: str) -> MediaItem:
         features = _processed(self.processor, source, self.max_pixels, param)

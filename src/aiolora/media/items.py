@@ -1,7 +1,7 @@
 """What every processor makes: items with the digest of what their encoder is given."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -18,6 +18,11 @@ class Processor(Protocol):
     @property
     def token_id(self) -> int:
         """The placeholder."""
+        ...
+
+    @property
+    def blanks(self) -> Sequence[object]:
+        """Two sources without content, a small one and a large one."""
         ...
 
     def item(self, source: object, param: str) -> MediaItem:

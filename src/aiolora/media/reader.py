@@ -63,6 +63,10 @@ class MediaReader:
         """What the model takes besides text."""
         return frozenset(self._processors)
 
+    def samples(self) -> list[MediaItem]:
+        """A small one and a large one of each modality, to warm an encoder up with."""
+        return [processor.item(source, "") for processor in self._processors.values() for source in processor.blanks]
+
     def wanted(self, prompt: Prompt | Messages) -> bool:
         """Whether `prompt` brings media, which `read` is for; the others are only `worded`."""
         return has_media(prompt)

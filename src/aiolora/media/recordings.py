@@ -1,6 +1,7 @@
 """Recordings: transformers' feature extractors, and the one of them that would need torchaudio in NumPy."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from aiolora.media.content import AUDIO
 from aiolora.media.decode import Samples, audio_of
 from aiolora.media.items import item_of
 from aiolora.types import MediaItem
+
+_BLANKS = [(np.zeros(seconds * 16_000, dtype=np.float32), 16_000) for seconds in (1, 10)]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class GraniteRecordings:
     def token_id(self) -> int:
         return int(self.hf.audio_token_id)
 
+    @property
+    def blanks(self) -> Sequence[object]:
+        return _BLANKS
+
     def item(self, source: object, param: str) -> MediaItem:
         frames = self.frames(audio_of(source, self.rate, param=param))
         windows = math.ceil(len(frames) / self.hf.window_size)
@@ -78,6 +85,10 @@ class QwenRecordings:
     @property
     def token_id(self) -> int:
         return int(self.hf.audio_token_id)
+
+    @property
+    def blanks(self) -> Sequence[object]:
+        return _BLANKS
 
     def item(self, source: object, param: str) -> MediaItem:
         rate = int(self.processor.sampling_rate)

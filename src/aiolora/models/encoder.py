@@ -41,7 +41,7 @@ class TowerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., K] -> [..., N]."""
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         routing = self._item.rows(len(flat)) if self._item.rows is not None else None
         y: Tensor = complete_op(*self.inner(flat, routing).flat)
         return y.view(*x.shape[:-1], -1)
