@@ -75,7 +75,7 @@ async def chat(client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Respons
 def offline(llava: Path, image: Any, adapter: Path | None) -> str:
     llm = LLM(str(llava), dtype="float32", enable_lora=True)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={95: -100})
-    prompt = {"prompt": " w5 w6  w95 w7 ", "multi_modal_data": {"image": image}}
+    prompt = {"prompt": " w5 w6  <image> w7 ", "multi_modal_data": {"image": image}}
     lora = adapter and LoRARequest("a", 1, str(adapter))
     return llm.generate(prompt, params, lora_request=lora, use_tqdm=False)[0].outputs[0].text
 
@@ -145,7 +145,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "takes text, image, no audio",
     ),
     "too many pixels": (image(data_url(1, size=80)), "messages[0].content[0]", "--max-image-pixels"),
-    "a placeholder too many": (text("w95"), "messages", "2 placeholders of image for 1 given"),
+    "a placeholder too many": (text("<image>"), "messages", "2 placeholders of image for 1 given"),
 }
 
 
@@ -183,7 +183,7 @@ async def test_a_recording_of_a_conversation_is_that_of_a_prompt(tmp_path: Path)
         out.writeframes(samples.tobytes())
     encoded = base64.b64encode(file.getvalue()).decode()
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={95: -100})
-    prompt = {"prompt": "w5 w94 w6", "multi_modal_data": {"audio": (samples / 32768, RATE)}}
+    prompt = {"prompt": "w5 <|audio|> w6", "multi_modal_data": {"audio": (samples / 32768, RATE)}}
     llm = LLM(str(model), dtype="float32", enable_lora=True)
     (output,) = llm.generate(prompt, params, lora_request=LoRARequest("a", 1, str(heard)), use_tqdm=False)
     expected = output.outputs[0].text

@@ -180,7 +180,7 @@ def test_a_conversation_with_an_image_is_the_prompt_that_its_template_makes(llav
     ]
     (chatted,) = llm.chat([{"role": "user", "content": content}], PARAMS, use_tqdm=False)
     (prompted,) = llm.generate(
-        {"prompt": "w5 w95 w6", "multi_modal_data": {"image": picture(1)}}, PARAMS, use_tqdm=False
+        {"prompt": "w5 <image> w6", "multi_modal_data": {"image": picture(1)}}, PARAMS, use_tqdm=False
     )
     assert chatted.prompt_token_ids == prompted.prompt_token_ids
     assert chatted.outputs[0].token_ids == prompted.outputs[0].token_ids

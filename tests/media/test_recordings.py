@@ -59,7 +59,7 @@ def test_the_models_own_adapter_answers_about_recordings_and_nobody_else(tmp_pat
     llm = LLM(model=model, dtype="float32", enable_lora=True, max_lora_rank=64, default_mm_loras={"audio": model})
     audio = AudioAsset("mary_had_lamb").audio_and_sample_rate
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
-    prompt: Any = {"prompt": "w94 w5 w6", "multi_modal_data": {"audio": audio}}
+    prompt: Any = {"prompt": "<|audio|> w5 w6", "multi_modal_data": {"audio": audio}}
     spoken, written, base = llm.generate(
         [prompt, "w5 w6", prompt], sampling_params=params, lora_request=[None, None, model], use_tqdm=False
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -39,9 +41,10 @@ from tests.tiny import EOS, VOCAB, fill, word_tokenizer
 IMAGE = VOCAB - 1  # the placeholder: a word of the tokenizer
 AUDIO = VOCAB - 2
 RATE = 16000
+PLACEHOLDERS = {"<image>": IMAGE, "<|audio|>": AUDIO}
 TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %} w95 "
-    "{% elif part['type'] == 'audio' %} w94 {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% elif part['type'] == 'audio' %}<|audio|>{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
 )
 _TEXT = {
     "vocab_size": VOCAB,
@@ -162,12 +165,22 @@ def save(model: nn.Module, folder: Path, seed: int) -> None:
         model.save_pretrained(folder)
     GenerationConfig(bos_token_id=1, eos_token_id=EOS).save_pretrained(folder)
     PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer(),
+        tokenizer_object=_tokenizer(),
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
+
+
+def _tokenizer() -> Tokenizer:
+    """Words, and the placeholders as models spell them."""
+    spelled = json.loads(word_tokenizer().to_str())
+    ids = spelled["model"]["vocab"]
+    del ids[f"w{IMAGE}"], ids[f"w{AUDIO}"]
+    tokenizer = Tokenizer.from_str(json.dumps(spelled | {"model": spelled["model"] | {"vocab": ids | PLACEHOLDERS}}))
+    tokenizer.add_special_tokens(list(PLACEHOLDERS))
+    return tokenizer
 
 
 def fill_all(model: nn.Module, seed: int) -> None:
