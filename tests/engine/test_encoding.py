@@ -195,3 +195,9 @@ async def test_streams_about_images_run_beside_each_other_and_many_wait_for_thei
         assert len(first) == 1
         with pytest.raises(RequestError, match="0 placeholders of image for 1 given"):
             await engine.generate({"prompt": "w5", "multi_modal_data": {"image": picture(1)}}, PARAMS)
+
+
+def test_dummy_weights_are_finite_in_the_encoder_too(llava: Path) -> None:
+    llm = LLM(str(llava), dtype="float32", load_format="dummy")
+    (output,) = llm.generate(about(1), PARAMS, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 3

@@ -42,9 +42,10 @@ def load_networks(args: EngineArgs, folder: Path, *, device: str) -> Networks:
     dtype = _dtype(args.dtype, hf.dtype or hf.get_text_config().dtype, device)
     with torch.no_grad():
         model = Decoder(config, dtype=dtype, device=device)
-        encoder = Encoder(hf, dtype=dtype, device=device) if hf.model_type in MULTIMODAL else None
-        if args.load_format == "dummy":
-            random_weights(model, args.seed)  # transformers has filled the encoder's
+        dummy = args.load_format == "dummy"
+        encoder = Encoder(hf, dtype=dtype, device=device, filled=dummy) if hf.model_type in MULTIMODAL else None
+        if dummy:
+            random_weights(model, args.seed)
         elif encoder is None:
             load_weights(model, folder)
         else:
