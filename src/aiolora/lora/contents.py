@@ -64,8 +64,9 @@ def module_of(key: str, layout: Layout) -> str | None:
     """The module of the base that the tensor `key` belongs to, if it is one that an adapter may bring."""
     part = part_of(key)
     if part is not None:
-        known = part.module in layout.targets or part.module.removesuffix(".base_layer") in layout.fused
-        return part.module if known else None
+        module = layout.named(part.module)
+        known = module in layout.targets or module.removesuffix(".base_layer") in layout.fused
+        return module if known else None
     match = _TOKENS.fullmatch(key) or _WHOLE.fullmatch(key)
     if match is None or not any(match["module"] in weight.rows for weight in layout.weights):
         return None
@@ -97,6 +98,8 @@ def sort(adapter: str, config: PeftConfig, entries: Iterable[Entry], layout: Lay
     contents = Contents()
     for entry in entries:
         part, tokens, whole = part_of(entry.name), _TOKENS.fullmatch(entry.name), _WHOLE.fullmatch(entry.name)
+        if part is not None:
+            part = part._replace(module=layout.named(part.module))
         if part is not None and part.name in known:
             place, key, what, module = contents.parts.setdefault(part.module, {}), part.name, part.name, part.module
         elif tokens is not None and module_of(entry.name, layout):

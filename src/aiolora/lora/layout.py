@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from aiolora.lora.kinds import PageKinds
+from aiolora.models.encoder import Encoder
 from aiolora.models.layers import Linear
 from aiolora.models.model import Model
 from aiolora.models.moe import ExpertLinear
+from aiolora.models.multimodal import current_name
 from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.linear import RANKS_PER_PAGE
 
@@ -105,6 +107,7 @@ class Layout:
     weights: tuple[Weight, ...] = ()  # embedding, head, norms on the residual stream
     tied: bool = False  # the head is the embedding
     fused: Mapping[str, Mapping[str, Fused]] = field(default_factory=dict)  # module -> parameters, in order
+    towers: int = 0  # so many kinds, behind those of the decoder's layers, are an encoder's
 
     @property
     def page_kinds(self) -> PageKinds:
@@ -112,7 +115,8 @@ class Layout:
             return next((i for i, kind in enumerate(self.kinds) if kind.name == name), -1)
 
         experts = tuple(i for i, kind in enumerate(self.kinds) if kind.experts)
-        return PageKinds(len(self.kinds), number(self.embed_tokens), number(self.lm_head), experts)
+        ends = number(self.embed_tokens), number(self.lm_head)
+        return PageKinds(len(self.kinds), *ends, experts, self.towers)
 
     @property
     def embed_tokens(self) -> str:
@@ -123,6 +127,10 @@ class Layout:
     def lm_head(self) -> str:
         """What the head is called in the model."""
         return next(iter(self.weights[HEAD].rows))
+
+    def named(self, module: str) -> str:
+        """The name that `module` has in the model, where an adapter calls it by one from earlier days."""
+        return current_name(module) if self.towers and module not in self.targets else module
 
     @property
     def most_blocks(self) -> int:
@@ -149,7 +157,9 @@ class Layout:
         return sum(count * self.page_nbytes(kind) for kind, count in pages.items() if count)
 
 
-def layout_of(model: Model, dtype: torch.dtype, *, only: tuple[str, ...] | None = None) -> Layout:
+def layout_of(
+    model: Model, dtype: torch.dtype, *, encoder: Encoder | None = None, only: tuple[str, ...] | None = None
+) -> Layout:
     """Group the model's Linears into kinds; `only` (suffixes of module names) narrows what may be changed."""
 
     def taken(module: str) -> bool:
@@ -157,7 +167,8 @@ def layout_of(model: Model, dtype: torch.dtype, *, only: tuple[str, ...] | None 
 
     kinds: dict[Key, Kind] = {}
     targets: dict[str, Target] = {}
-    for layer, linear in model.linears():
+
+    def add(layer: int, linear: Linear) -> None:
         name, inputs, bounds = key = _key(layer, linear)
         kinds[key] = Kind(name, layer + 1, inputs, bounds)
         number = list(kinds).index(key)
@@ -165,7 +176,14 @@ def layout_of(model: Model, dtype: torch.dtype, *, only: tuple[str, ...] | None 
             if taken(part):
                 bias = None if linear.bias is None else linear.bias[low:high]
                 targets[part] = Target(number, layer, index, linear.weight[low:high], bias)
+
+    for layer, linear in model.linears():
+        add(layer, linear)
     fused = _experts(model, taken, kinds, targets)
+    of_decoder = len(kinds)
+    for layer, linear in encoder.linears() if encoder else ():
+        add(layer, linear)
+    towers = len(kinds) - of_decoder
     targets |= {other: targets[name] for name in targets for other in model.spellings(name)}
     embed_tokens, (lm_head,) = model.embed.name, model.head.parts
     for name, base in ((embed_tokens, model.embed.weight.T), (lm_head, model.head.weight)):
@@ -184,7 +202,7 @@ def layout_of(model: Model, dtype: torch.dtype, *, only: tuple[str, ...] | None 
         weight({lm_head: 0}, model.head.weight),
         weight({norm.name: row for row, norm in enumerate(norms)}, stacked),
     )
-    return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head, fused)
+    return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head, fused, towers)
 
 
 def _experts(

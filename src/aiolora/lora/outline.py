@@ -60,7 +60,7 @@ def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: La
     vocabulary, rows = brought(name, config, found, layout)
     invocation = tuple(config.alora_invocation_tokens or ())
     if invocation:
-        _check_activated(name, config, found)
+        _check_activated(name, config, found, layout)
     ranks: dict[int, int] = {}
     scales: dict[str, float] = {}
     adapted = dict(sorted(found.adapted.items()))
@@ -179,8 +179,15 @@ def _check_once(name: str, contents: Contents, fused: Mapping[str, AllExperts], 
     return served
 
 
-def _check_activated(name: str, config: PeftConfig, contents: Contents) -> None:
+def _check_activated(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> None:
     """What an aLoRA may not have, for PEFT puts only low-rank factors of linear modules to sleep."""
+    towers = layout.page_kinds.of_towers
+    if early := [module for module in contents.adapted if layout.targets[module].kind in towers]:
+        raise AdapterUnsupportedError(
+            name,
+            f"alora_invocation_tokens with factors of {early[0]}, which acts before there are tokens to invoke it; "
+            "retrain with target_modules of the language model only",
+        )
     awake = [module for module in contents.adapted if stands_for_embedding(module)]
     awake += [f"{module}.bias" for module, own in contents.parts.items() if BIAS in own]
     awake += contents.tokens

@@ -8,35 +8,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from aiolora.models.attends import Turn
 from aiolora.models.layers import Embedding, Linear
-from aiolora.ops.linear import completed
 
 PROBE = 7  # tokens of a rehearsal: a Linear that sees another number of rows has no token a row
-
-
-class Completed(nn.Module):
-    """A Linear of ours where transformers has one of torch's: what it owes is paid before anybody reads it."""
-
-    def __init__(self, linear: Linear, turn: Turn) -> None:
-        super().__init__()
-        self.linear = linear
-        self.turn = turn
-        self.in_features, self.out_features = linear.inputs, sum(linear.parts.values())
-
-    @property
-    def weight(self) -> Tensor:
-        return self.linear.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., K], a row a token of the step -> [..., N]."""
-        rows, routing = x.reshape(-1, x.shape[-1]), self.turn.routing
-        assert routing is None or len(rows) == len(routing.owners), "a projection of other rows than the step's tokens"
-        return completed(self.linear(rows, routing)).view(*x.shape[:-1], -1)
 
 
 class Given(nn.Module):
@@ -85,12 +59,6 @@ def embedding_of(name: str, module: nn.Embedding) -> Embedding:
     embedding = Embedding(name, *module.weight.shape, dtype=module.weight.dtype, device="meta")
     embedding.weight = module.weight  # type: ignore[assignment]  # a Parameter
     return embedding
-
-
-def layer_of(name: str) -> int:
-    """The number of the layer that the module `name` is in; 0 for those outside of all."""
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else 0
 
 
 class Rows:

@@ -78,6 +78,12 @@ class Turn:
     kv: Sequence[LayerKV] = ()
     still: Tensor = field(default_factory=lambda: torch.empty(0))  # [T] int32 zeros: where nothing is rotated
 
+    def of_rows(self, count: int) -> Routing | None:
+        """The routing of the rows that a projection of the model sees, which are the tokens under way."""
+        routing = self.routing
+        assert routing is None or count == len(routing.owners), "a projection of other rows than the step's tokens"
+        return routing
+
     @contextmanager
     def of(self, step: StepInputs, kv: Sequence[LayerKV]) -> Iterator[None]:
         """Let it be `step`, as long as this lasts."""

@@ -1,7 +1,7 @@
 """The one decoder: attention and an MLP on a residual stream; how families differ is named as switches."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,8 @@ class DecoderConfig:
     max_positions: int
     ropes: tuple[Rope, ...]  # each layer's
     windows: tuple[int, ...]  # each layer's sliding window, tokens; 0: none
+    prefix: str = "model"  # of the names that modules have in a checkpoint, as transformers has them now
+    rope_sections: tuple[int, ...] = ()  # frequencies that turn with each axis in turn (M-RoPE); (): there is one axis
     tied_head: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -82,7 +84,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int, dtype: torch.dtype, device: str) -> None:
         super().__init__()
-        name, hidden, inner = f"model.layers.{index}", config.hidden_size, config.intermediate_size
+        name, hidden, inner = f"{config.prefix}.layers.{index}", config.hidden_size, config.intermediate_size
         heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         offset = config.norm_offset
 
@@ -161,11 +163,12 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.config = config
-        self.embed = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        prefix, hidden = config.prefix, config.hidden_size
+        self.embed = Embedding(f"{prefix}.embed_tokens", config.vocab_size, hidden, dtype=dtype, device=device)
         self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
-        self.norm = norm_of(config, "model.norm", dtype, device)
+        self.norm = norm_of(config, f"{prefix}.norm", dtype, device)
         self.head = Linear(
-            config.hidden_size,
+            hidden,
             {"lm_head": config.vocab_size},
             bias=False,
             dtype=dtype,
@@ -184,18 +187,23 @@ class Decoder(nn.Module):
     def forward(self, step: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
         """Hidden states [S, H] at `step.logits_at`, behind the last norm; keys and values go into `kv`."""
         residual = self.embedded(step)
+        tables = self.cos_sin.unbind()
+        if step.axes is not None:
+            tables = tuple(turned(table, step.axes, self.config.rope_sections) for table in tables)
+            step = replace(step, positions=torch.arange(len(step.tokens), dtype=torch.int32, device=step.tokens.device))
         layers: Iterable[Layer] = self.layers  # type: ignore[assignment]
         norms = [layer.input_norm for layer in layers] + [self.norm]
         x: Tensor = residual if norms[0] is None else norms[0](residual, step.own_norms)
-        tables = self.cos_sin.unbind()
         for layer, layer_kv, next_norm in zip(layers, kv, norms[1:]):
             x, residual = layer(x, residual, step, layer_kv, tables[layer.rope], next_norm)
         return x if step.logits_at is None else x[step.logits_at]
 
     def embedded(self, step: StepInputs) -> Tensor:
-        """The residual stream [T, H] as it begins: the vectors of the step's tokens."""
+        """The residual stream [T, H] as it begins: the vectors of the step's tokens, or of what they stand for."""
         embeds = step.routing if step.embeds else None
         x: Tensor = self.embed(step.tokens, step.previous, embeds, step.own_embeddings)
+        if step.media is not None:
+            x = x.index_copy(0, step.media.at, step.media.rows)
         return x if self.embedding_scale is None else x * self.embedding_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -281,6 +289,17 @@ def norm_of(config: DecoderConfig, name: str, dtype: torch.dtype, device: str) -
     if config.layer_norm:
         return LayerNorm(name, config.hidden_size, config.norm_eps, dtype=dtype, device=device)
     return Norm(name, config.hidden_size, config.norm_eps, offset=config.norm_offset, dtype=dtype, device=device)
+
+
+def turned(cos_sin: Tensor, axes: Tensor, sections: Sequence[int]) -> Tensor:
+    """A table [T, R] of each token's own, of `cos_sin` [positions, R] where it stands on three `axes` [3, T].
+
+    The first so many frequencies turn with the first axis, the next with the second, and on in turn (M-RoPE, Qwen2-VL,
+    arXiv 2409.12191).
+    """
+    cos, sin = cos_sin[axes].chunk(2, dim=-1)
+    parts = [torch.split(half, list(sections), dim=-1) for half in (cos, sin)]
+    return torch.cat([part[i % 3] for half in parts for i, part in enumerate(half)], dim=-1)
 
 
 def _cos_sin(rope: Rope, max_positions: int) -> Tensor:

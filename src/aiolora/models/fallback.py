@@ -13,11 +13,9 @@ from transformers import PreTrainedModel
 
 from aiolora.errors import UnsupportedModelError
 from aiolora.models.adopted import (
-    Completed,
     Given,
     Through,
     embedding_of,
-    layer_of,
     linear_of,
     projects,
     replace,
@@ -26,7 +24,7 @@ from aiolora.models.adopted import (
 from aiolora.models.attends import Holds, Turn, answer_by
 from aiolora.models.head import amended, known
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
-from aiolora.models.layers import Embedding, Linear, Norm
+from aiolora.models.layers import Completed, Embedding, Linear, Norm, layer_of
 from aiolora.models.moe import ExpertLinear
 from aiolora.models.one_by_one import OneByOne
 from aiolora.models.together import Together
@@ -44,6 +42,7 @@ class Sizes:
     head_dim: int
     max_positions: int
     tied_head: bool
+    rope_sections: tuple[int, ...] = ()  # each of its tokens stands at one number
 
 
 class Fallback(nn.Module):
@@ -83,7 +82,7 @@ class Fallback(nn.Module):
             module = trunk.get_submodule(name)
             full = f"{prefix}.{name}"
             linear = linear_of(full, module, device)
-            replace(trunk, name, Completed(linear, self.turn))
+            replace(trunk, name, Completed(linear, self.turn.of_rows))
             self._linears.append((layer_of(full), linear))
         self.manner.begin(trunk, self.turn, device)
         self.trunk = trunk

@@ -1,5 +1,6 @@
 """The pieces a network is made of. Each knows the names its tensors have in a checkpoint."""
 
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -55,6 +56,30 @@ class Linear(nn.Module):
         for name, outputs in self.parts.items():
             yield name, low, low + outputs
             low += outputs
+
+
+class Completed(nn.Module):
+    """A Linear of ours where transformers has one of torch's: what it owes is paid before anybody reads it."""
+
+    def __init__(self, linear: Linear, routing: Callable[[int], Routing | None]) -> None:
+        """`routing`: of so many rows of what is under way. Modules of transformers pass no such thing on."""
+        super().__init__()
+        self.linear = linear
+        self._routing = routing
+        self.in_features, self.out_features = linear.inputs, sum(linear.parts.values())
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., K] -> [..., N]."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return completed(self.linear(rows, self._routing(len(rows)))).view(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):
@@ -151,6 +176,12 @@ class Mlp(nn.Module):
         """`x` [T, H] -> the Partial of [T, H]."""
         partial: Partial = self.down(self._activate(self.gate_up(x, routing)), routing)
         return partial
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that the module `name` is in; 0 for those outside of all."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else 0
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> nn.Parameter:

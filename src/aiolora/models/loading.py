@@ -4,7 +4,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -12,8 +12,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from aiolora.config import EngineArgs
 from aiolora.errors import ConfigError, ModelError, UnsupportedModelError
 from aiolora.models.decoder import Decoder
+from aiolora.models.encoder import Encoder
 from aiolora.models.families import decoder_config
 from aiolora.models.model import Model
+from aiolora.models.multimodal import MULTIMODAL, current_name
 from aiolora.models.paths import Way, context_of, way_of
 from aiolora.models.weights import load_weights, locate, random_weights
 from aiolora.types import Report, unreported
@@ -23,28 +25,49 @@ _log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_decoder(args: EngineArgs, folder: Path, *, device: str, report: Report = unreported) -> Model:
-    """Build the model that the config of `folder` describes and fill its weights.
+class Networks(NamedTuple):
+    """What a model consists of."""
+
+    decoder: Model
+    encoder: Encoder | None = None  # of images or recordings; None: it takes text only
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(weight.nbytes for network in self if network is not None for weight in network.parameters())
+
+
+def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Model:
+    """`load_networks` of a model that takes text only, or the decoder of another."""
+    return load_networks(args, folder, device=device).decoder
+
+
+def load_networks(args: EngineArgs, folder: Path, *, device: str, report: Report = unreported) -> Networks:
+    """Build the networks that the config of `folder` describes and fill their weights.
 
     Raises `UnsupportedModelError`, `WeightsError`, or `ConfigError` for a context longer than the model's.
     """
     hf = read_config(folder)
-    way = way_of(hf, args.model_impl)
+    way, text = way_of(hf, args.model_impl), hf.get_text_config()
     if way.impl is None:
         raise way.refusal
-    longest = hf.max_position_embeddings if way.impl == "aiolora" else context_of(hf)
+    longest = text.max_position_embeddings if way.impl == "aiolora" else context_of(hf)
     if longest is not None and args.max_model_len is not None and args.max_model_len > longest:
         raise ConfigError(f"max_model_len={args.max_model_len} is over the model's context of {longest} tokens")
-    dtype = _dtype(args.dtype, hf.dtype, device)
+    dtype = _dtype(args.dtype, hf.dtype or text.dtype, device)
     if way.impl == "transformers":
-        return _load_fallback(args, folder, hf, way, dtype, device)
+        return Networks(_load_fallback(args, folder, hf, way, dtype, device))
     with torch.no_grad():
         model = Decoder(decoder_config(hf, max_positions=args.max_model_len), dtype=dtype, device=device)
-        if args.load_format == "dummy":
+        dummy = args.load_format == "dummy"
+        encoder = Encoder(hf, dtype=dtype, device=device, filled=dummy) if hf.model_type in MULTIMODAL else None
+        if dummy:
             random_weights(model, args.seed)
+        elif encoder is None:
+            load_weights(model, folder, report=report)
         else:
-            load_weights(model, folder, report)
-    return model.eval()
+            load_weights(model, folder, more=encoder.checkpoint(), current_name=current_name, report=report)
+    return Networks(model.eval(), encoder)
 
 
 def _load_fallback(
@@ -78,8 +101,8 @@ def look_up(model: str, wished: Literal["auto", "aiolora", "transformers"] = "au
     return way_of(read_config(locate(model, only=("*.json",))), wished)
 
 
-def outline(folder: Path) -> Model:
-    """The model that the config of `folder` describes, without weights, in the dtype they are stored in.
+def outline(folder: Path) -> Networks:
+    """The networks that the config of `folder` describes, without weights, in the dtype they are stored in.
 
     Raises `ModelError` or `UnsupportedModelError`.
     """
@@ -87,13 +110,14 @@ def outline(folder: Path) -> Model:
     way = way_of(hf)
     if way.impl is None:
         raise way.refusal
-    dtype = hf.dtype or torch.float32
+    dtype = hf.dtype or hf.get_text_config().dtype or torch.float32
     if way.impl == "aiolora":
-        return Decoder(decoder_config(hf, max_positions=None), dtype=dtype, device="meta")
+        decoder = Decoder(decoder_config(hf, max_positions=None), dtype=dtype, device="meta")
+        return Networks(decoder, Encoder(hf, dtype=dtype, device="meta") if hf.model_type in MULTIMODAL else None)
     from aiolora.models.building import outlined
 
     try:
-        return outlined(hf, dtype=dtype)
+        return Networks(outlined(hf, dtype=dtype))
     except NotImplementedError as error:
         raise UnsupportedModelError(f"model_type {hf.model_type!r} cannot be judged without its weights") from error
 

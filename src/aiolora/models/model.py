@@ -26,6 +26,8 @@ class ModelConfig(Protocol):
     def max_positions(self) -> int: ...
     @property
     def tied_head(self) -> bool: ...
+    @property
+    def rope_sections(self) -> tuple[int, ...]: ...  # see `DecoderConfig`
 
 
 class Model(Protocol):

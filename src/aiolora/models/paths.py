@@ -8,6 +8,7 @@ import torch
 
 from aiolora.errors import ModelError, UnsupportedModelError
 from aiolora.models.families import FAMILIES, decoder_config
+from aiolora.models.multimodal import MULTIMODAL
 
 Impl: TypeAlias = Literal["aiolora", "transformers"]
 _SEEN = ("full_attention", "sliding_attention", "chunked_attention")  # layers that keep keys and values alone
@@ -34,8 +35,8 @@ def way_of(hf: Any, wished: Literal["auto", "aiolora", "transformers"] = "auto")
     reasons: list[str] = []
     if wished == "transformers":
         reasons.append("model_impl='transformers'")
-    elif hf.model_type not in FAMILIES:
-        reasons.append(f"our decoder has the families {', '.join(sorted(FAMILIES))}")
+    elif hf.model_type not in FAMILIES and hf.model_type not in MULTIMODAL:
+        reasons.append(f"our decoder has the families {', '.join(sorted(FAMILIES.keys() | MULTIMODAL.keys()))}")
     else:
         try:
             decoder_config(hf)
