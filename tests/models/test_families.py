@@ -26,7 +26,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "biases": {"target_modules": "all-linear", "r": 3, "lora_alpha": 3, "lora_bias": True, "use_rslora": True},
     "the base's biases": {"target_modules": "all-linear", "r": 4, "lora_alpha": 4, "bias": "all"},
     "one of a layer": {"target_modules": r".*\.1\.self_attn\.(q|qkv)_proj", "r": 24},
-    "MLP": {"target_modules": r".*\.mlp\.\w*(proj|fc)", "r": 8},
+    "MLP": {"target_modules": r".*mlp\.\w*(proj|fc|linear)", "r": 8},
     "both ends": {"target_modules": ["embed_tokens", "lm_head"], "r": 9},
     "tokens": {"target_modules": "all-linear", "r": 2, "lora_alpha": 2, "trainable_token_indices": [3, 40]},
     "head": {"target_modules": "all-linear", "r": 2, "lora_alpha": 2, "modules_to_save": ["lm_head"]},
@@ -43,7 +43,8 @@ KNOWN_AS = {
     "gemma": "Gemma, CodeGemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text: 270M, 1B)",
-    "granite": "Granite 3 and 4, dense",
+    "granite": "Granite 3, dense",
+    "granitemoehybrid": "Granite 4, dense with attention in all layers (350M, 1B, Micro)",
     "llama": "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM 1 and 2, and all that share the architecture",
     "ministral": "Ministral (8B, 2410)",
     "mistral": "Mistral",
@@ -129,7 +130,11 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
             if lora is not None and (expected - plain.log_softmax(-1)[:-1]).abs().max() < 100 * TOLERANCE:
                 alike.append(lora.lora_name)
     modules = sorted(
-        {name.rpartition(".")[2] for name, _ in base.named_modules() if re.search(r"\.layers\..*proj|c_fc", name)}
+        {
+            name.rpartition(".")[2]
+            for name, _ in base.named_modules()
+            if re.search(r"\.layers\..*(proj|c_fc|linear)$", name)
+        }
     )
     return Outcome(shape, tuple(modules), max(errors), refused, alike)
 

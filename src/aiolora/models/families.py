@@ -72,11 +72,30 @@ def _granite(hf: Any) -> dict[str, object]:
 
     Here the stream is divided by it instead, which no norm notices whose epsilon is divided by its square.
     """
-    return _llama(hf) | {
+    return _biases(hf) | {
+        "mlp_bias": bool(getattr(hf, "mlp_bias", False)),
         "embedding_scale": hf.embedding_multiplier / hf.residual_multiplier,
         "norm_eps": hf.rms_norm_eps / hf.residual_multiplier**2,
         "attention_scale": hf.attention_multiplier,
         "logits_divisor": hf.logits_scaling,
+    }
+
+
+def _granite_hybrid(hf: Any) -> dict[str, object]:
+    """Granite 4 where it is dense and attends in all layers: its MLP is what others have beside experts."""
+    kinds = set(hf.layers_block_type)
+    if hf.num_local_experts or kinds & {"linear_attention", "mamba"}:
+        raise UnsupportedModelError(
+            f"granitemoehybrid with num_local_experts={hf.num_local_experts} and layers of {', '.join(sorted(kinds))} "
+            "is not served, only without experts and with attention in every layer"
+        )
+    turning = [hf.position_embedding_type == "rope"] * hf.num_hidden_layers
+    return _granite(hf) | {
+        "ropes": _some_ropes(hf, turning),
+        "intermediate_size": hf.shared_intermediate_size,
+        "mlp": "shared_mlp",
+        "gate_up": ("input_linear",),
+        "down": "output_linear",
     }
 
 
@@ -130,6 +149,7 @@ FAMILIES: dict[str, Switches] = {
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
     "granite": _granite,
+    "granitemoehybrid": _granite_hybrid,
     "llama": _llama,
     "ministral": _ministral,
     "mistral": _mistral,
