@@ -15,7 +15,7 @@ from aiolora.models.families import FAMILIES as SERVED
 from aiolora.types import Prompt
 from tests.conftest import ModelOf
 from tests.lora.fidelity import peft_logits, train
-from tests.tiny import FAMILIES, everything, hf_logits, load_hf, prompt_ids, reported
+from tests.tiny import FAMILIES, everything, hf_logits, kernels, load_hf, prompt_ids, reported
 
 TOLERANCE = 1e-4
 NEW = 5  # tokens of an answer
@@ -142,6 +142,12 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
 def test_the_base_and_every_adapter_have_their_own_numbers_in_one_batch(outcomes: list[Outcome]) -> None:
     assert [(one.shape, one.error) for one in outcomes if not one.error < TOLERANCE] == []
     assert [(one.shape, one.alike) for one in outcomes if one.alike] == [], "adapters that change nothing"
+
+
+@pytest.mark.parametrize("shape", ["gemma2", "phi3 partly rotated, tied", "olmo2", "starcoder2"])
+def test_so_they_have_without_compiled_kernels(shape: str, model_of: ModelOf, tmp_path: Path) -> None:
+    with kernels(compiled=False):
+        assert measure(shape, model_of(shape), tmp_path).error < TOLERANCE
 
 
 def test_refused_is_only_what_is_no_norm_of_the_residual_stream(outcomes: list[Outcome]) -> None:
