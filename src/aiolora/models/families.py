@@ -68,12 +68,15 @@ def _phi3(hf: Any) -> dict[str, object]:
 
 
 def _granite(hf: Any) -> dict[str, object]:
+    return _llama(hf) | _granite_scales(hf)
+
+
+def _granite_scales(hf: Any) -> dict[str, object]:
     """Its layers add `residual_multiplier` of what they compute.
 
     Here the stream is divided by it instead, which no norm notices whose epsilon is divided by its square.
     """
-    return _biases(hf) | {
-        "mlp_bias": bool(getattr(hf, "mlp_bias", False)),
+    return {
         "embedding_scale": hf.embedding_multiplier / hf.residual_multiplier,
         "norm_eps": hf.rms_norm_eps / hf.residual_multiplier**2,
         "attention_scale": hf.attention_multiplier,
@@ -90,13 +93,9 @@ def _granite_hybrid(hf: Any) -> dict[str, object]:
             "is not served, only without experts and with attention in every layer"
         )
     turning = [hf.position_embedding_type == "rope"] * hf.num_hidden_layers
-    return _granite(hf) | {
-        "ropes": _some_ropes(hf, turning),
-        "intermediate_size": hf.shared_intermediate_size,
-        "mlp": "shared_mlp",
-        "gate_up": ("input_linear",),
-        "down": "output_linear",
-    }
+    mlp = {"mlp": "shared_mlp", "gate_up": ("input_linear",), "down": "output_linear"}
+    sizes = {"intermediate_size": hf.shared_intermediate_size, "ropes": _some_ropes(hf, turning)}
+    return _biases(hf) | _granite_scales(hf) | mlp | sizes
 
 
 def _olmo2(hf: Any) -> dict[str, object]:
