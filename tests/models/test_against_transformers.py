@@ -114,6 +114,19 @@ def test_bfloat16_stays_near_float32(model_of: ModelOf, hf_of: HF) -> None:
         torch.testing.assert_close(logits, hf_logits(hf_of("qwen3"), prompt), rtol=0, atol=0.15)
 
 
+@pytest.mark.parametrize("family", DENSE)
+def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(family: str, model_of: ModelOf, hf_of: HF) -> None:
+    prompt = prompt_ids(3, 50)
+    exact = hf_logits(hf_of(family), prompt)
+    theirs = hf_logits(load_hf(model_of(family)).bfloat16(), prompt)
+    for compiled in (False, True):
+        with kernels(compiled=compiled):
+            loaded = Loaded.of(model_of(family), dtype="bfloat16")
+            (seq,) = loaded.sequences([prompt])
+            ours = torch.cat([*loaded.step((seq, 0, 44)), *loaded.step((seq, 44, 5)), *loaded.step((seq, 49, 1))])
+        assert (ours - exact).std() < 1.25 * (theirs - exact).std()
+
+
 def load(folder: Path, **args: Any) -> Model:
     return load_decoder(EngineArgs(model=str(folder), dtype="float32", **args), folder, device="cpu")
 
@@ -223,6 +236,25 @@ def test_an_unserved_activation_is_refused(copied: Path) -> None:
     reconfigure(copied, hidden_act="gelu")
     with pytest.raises(UnsupportedModelError, match=r"hidden_act 'gelu' is not served; served are: silu"):
         load(copied, model_impl="aiolora")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not served"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not served"),
+        ("starcoder2", {"hidden_act": "relu"}, "hidden_act 'relu' without a gate is not served"),
+        ("granite 4", {"num_local_experts": 2}, "num_local_experts=2"),
+        ("granite 4", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention is not served"),
+    ],
+)
+def test_what_a_config_asks_for_in_vain_is_refused_by_name(
+    family: str, changes: dict[str, object], said: str, model_of: ModelOf, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_of(family), tmp_path / "model"))
+    reconfigure(folder, **changes)
+    with pytest.raises(UnsupportedModelError, match=said):
+        load(folder, model_impl="aiolora")
 
 
 def test_an_unserved_rope_type_is_refused_with_those_served(copied: Path) -> None:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from aiolora.models.head import amended, known
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
-from aiolora.models.layers import Embedding, LayerNorm, Linear, Mlp, Norm
+from aiolora.models.layers import Embedding, LayerNorm, Linear, Mlp, Norm, added
 from aiolora.models.moe import ExpertLinear, MoE, MoEConfig
 from aiolora.ops.activation import gated, gelu, gelu_gated
 from aiolora.ops.attention import attention_op, stored
 from aiolora.ops.blocks import OwnNorms
-from aiolora.ops.linear import Partial, completed
+from aiolora.ops.linear import Partial
 
 CHECKPOINTED = (Linear, ExpertLinear, Embedding, Norm, LayerNorm)  # modules that own tensors of a checkpoint
 ACTIVATIONS = {"silu gated": gated, "gelu gated": gelu_gated, "gelu": gelu}
@@ -33,7 +33,7 @@ class LayerNorms(NamedTuple):
     """What the norms of a layer are called; None: there is none."""
 
     before_attention: str | None = "input_layernorm"
-    after_attention: str | None = None  # of what attention adds to the stream
+    after_attention: str | None = None  # RMSNorm of what attention adds to the stream
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
 
@@ -73,7 +73,8 @@ class DecoderConfig:
     logits_divisor: float = 1.0
     logits_cap: float = 0.0
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # one name: they are one projection in the checkpoint
-    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # the same
+    mlp: str = "mlp"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # one name: as above
     down: str = "down_proj"
     moe: MoEConfig | None = None  # experts in the place of the MLP, in some layers or all
     spellings: tuple[tuple[str, str], ...] = ()  # other checkpoints have the second part of a name for the first
@@ -99,6 +100,9 @@ class Layer(nn.Module):
         def norm(path: str | None) -> Norm | LayerNorm | None:
             return None if path is None else norm_of(config, f"{name}.{path}", dtype, device)
 
+        def inner_norm(path: str | None) -> Norm | None:
+            return None if path is None else rms_norm(path, hidden)
+
         self.num_heads = config.num_heads
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.cap = config.attention_cap
@@ -112,15 +116,15 @@ class Layer(nn.Module):
         self.q_norm = rms_norm("self_attn.q_norm", heads if whole else config.head_dim) if config.qk_norm else None
         self.k_norm = rms_norm("self_attn.k_norm", kv if whole else config.head_dim) if config.qk_norm else None
         self.o = linear(heads, "self_attn", ("o_proj",), (hidden,), config.o_bias)
-        self.attention_norm = norm(config.norms.after_attention)
+        self.attention_norm = inner_norm(config.norms.after_attention)
         self.post_norm = norm(config.norms.before_mlp)
-        self.mlp_norm = norm(config.norms.after_mlp)
+        self.mlp_norm = inner_norm(config.norms.after_mlp)
         if config.moe is not None and index in config.moe.layers:
             self.mlp: MoE | Mlp = MoE(name, hidden, config.moe, dtype, device)
             return
         inners = (inner, inner) if config.activation.endswith("gated") else (inner,)
-        gate_up = linear(hidden, "mlp", config.gate_up, inners, config.mlp_bias)
-        down = linear(inner, "mlp", (config.down,), (hidden,), config.mlp_bias)
+        gate_up = linear(hidden, config.mlp, config.gate_up, inners, config.mlp_bias)
+        down = linear(inner, config.mlp, (config.down,), (hidden,), config.mlp_bias)
         self.mlp = Mlp(gate_up, down, ACTIVATIONS[config.activation])
 
     def forward(
@@ -271,16 +275,14 @@ class Decoder(nn.Module):
 def joined(
     partial: Partial,
     residual: Tensor,
-    own: Norm | LayerNorm | None,
+    inner: Norm | None,
     following: Norm | LayerNorm | None,
-    adapters: OwnNorms | None,
+    own: OwnNorms | None,
 ) -> tuple[Tensor, Tensor]:
-    """Add what `partial` comes to, under its `own` norm, to `residual` [T, H]: (the `following` norm of it, it)."""
-    if own is not None:
-        partial = Partial(own(completed(partial)))
+    """Add what `partial` comes to, under the norm `inner`, to `residual` [T, H]: (the `following` norm of it, it)."""
     if following is not None:
-        return following.joined(partial, residual, adapters)
-    residual = residual + completed(partial)
+        return following.joined(partial, residual, own, inner)
+    residual = added(partial, residual, inner)
     return residual, residual
 
 

@@ -91,6 +91,20 @@ def _granite_scales(hf: Any) -> dict[str, object]:
     }
 
 
+def _granite_hybrid(hf: Any) -> dict[str, object]:
+    """Granite 4 where it is dense and attends in all layers: its MLP is what others have beside experts."""
+    kinds = set(hf.layers_block_type)
+    if hf.num_local_experts or kinds & {"linear_attention", "mamba"}:
+        raise UnsupportedModelError(
+            f"granitemoehybrid with num_local_experts={hf.num_local_experts} and layers of {', '.join(sorted(kinds))} "
+            "is not served, only without experts and with attention in every layer"
+        )
+    turning = [hf.position_embedding_type == "rope"] * hf.num_hidden_layers
+    mlp = {"mlp": "shared_mlp", "gate_up": ("input_linear",), "down": "output_linear"}
+    sizes = {"intermediate_size": hf.shared_intermediate_size, "ropes": _some_ropes(hf, turning)}
+    return _biases(hf) | _granite_scales(hf) | mlp | sizes
+
+
 def _olmo2(hf: Any) -> dict[str, object]:
     return _biases(hf) | {"qk_norm": "all", "norms": _OUTPUTS_ONLY}
 
@@ -191,6 +205,7 @@ FAMILIES: dict[str, Switches] = {
     "gemma3_text": _gemma3,
     "granite": _granite,
     "granitemoe": _granitemoe,
+    "granitemoehybrid": _granite_hybrid,
     "llama": _llama,
     "ministral": _ministral,
     "mistral": _mistral,

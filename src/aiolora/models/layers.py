@@ -127,9 +127,12 @@ class Norm(nn.Module):
         """The norm of `x` [T, H], for some tokens with an adapter's weight."""
         return self._owned(rms_norm_op(x, self.weight, self.eps, self.offset), x, own)
 
-    def joined(self, partial: Partial, residual: Tensor, own: OwnNorms | None) -> tuple[Tensor, Tensor]:
-        """(its norm, the sum) of `residual` [T, H] and what `partial` comes to."""
-        x, residual = norm_after(partial, residual, self.weight, self.eps, self.offset)
+    def joined(
+        self, partial: Partial, residual: Tensor, own: OwnNorms | None, inner: "Norm | None" = None
+    ) -> tuple[Tensor, Tensor]:
+        """(its norm, the sum) of `residual` [T, H] and what `partial` comes to, that under the norm `inner`."""
+        weight = None if inner is None else inner.weight
+        x, residual = norm_after(partial, residual, self.weight, self.eps, self.offset, weight)
         return self._owned(x, residual, own), residual
 
     def _owned(self, x: Tensor, residual: Tensor, own: OwnNorms | None) -> Tensor:
@@ -154,13 +157,21 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, own: OwnNorms | None = None) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
-    def joined(self, partial: Partial, residual: Tensor, own: OwnNorms | None) -> tuple[Tensor, Tensor]:
-        residual = residual + completed(partial)
+    def joined(
+        self, partial: Partial, residual: Tensor, own: OwnNorms | None, inner: Norm | None = None
+    ) -> tuple[Tensor, Tensor]:
+        residual = added(partial, residual, inner)
         return self(residual), residual
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         yield f"{self.name}.weight", self.weight
         yield f"{self.name}.bias", self.bias
+
+
+def added(partial: Partial, residual: Tensor, inner: Norm | None) -> Tensor:
+    """`residual` [T, H] and what `partial` comes to, that under the norm `inner`."""
+    value = completed(partial)
+    return residual + (value if inner is None else inner(value))
 
 
 class Mlp(nn.Module):
