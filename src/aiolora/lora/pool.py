@@ -68,7 +68,7 @@ class AdapterPool:
             linear.site = None if kind is None else self._site(kind, layer)
         for layer, experts in model.experts():
             kind, count = self.layout.kind_of(layer, experts), experts.experts
-            if kind is not None:
+            if kind is not None and len(self._a[kind]):  # else there is no room for any
                 own = slice(layer * count, (layer + 1) * count)
                 experts.site = ExpertSite(kind, self._a[kind][:, own], self._b[kind][:, own])
         kinds = self.layout.page_kinds
