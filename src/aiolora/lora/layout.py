@@ -95,12 +95,12 @@ class Layout:
     @property
     def embed_tokens(self) -> str:
         """What the embedding is called in the model."""
-        return next(iter(self.weights[EMBEDDING].rows))
+        return next(iter(self.weights[EMBEDDING].rows)) if self.weights else ""
 
     @property
     def lm_head(self) -> str:
         """What the head is called in the model."""
-        return next(iter(self.weights[HEAD].rows))
+        return next(iter(self.weights[HEAD].rows)) if self.weights else ""
 
     @property
     def most_blocks(self) -> int:
