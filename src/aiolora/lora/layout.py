@@ -121,12 +121,12 @@ class Layout:
     @property
     def embed_tokens(self) -> str:
         """What the embedding is called in the model."""
-        return next(iter(self.weights[EMBEDDING].rows))
+        return next(iter(self.weights[EMBEDDING].rows)) if self.weights else ""
 
     @property
     def lm_head(self) -> str:
         """What the head is called in the model."""
-        return next(iter(self.weights[HEAD].rows))
+        return next(iter(self.weights[HEAD].rows)) if self.weights else ""
 
     def named(self, module: str) -> str:
         """The name that `module` has in the model, where an adapter calls it by one from earlier days."""
