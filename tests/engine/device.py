@@ -286,6 +286,10 @@ class FakeRunner:
         require(len(set(map(id, seqs))) == len(seqs) <= limits.max_num_seqs, "each sequence once, not too many")
         mixes = {seq.mix for seq in seqs} - {None}
         require(len(mixes) <= limits.max_loras, "max_loras in a batch", len(mixes))
+        begun = sum(
+            run.start <= one.start < run.start + run.count for run in batch.runs for one in run.seq.request.media
+        )
+        require(begun <= limits.media_items or not limits.chunked_prefill, "items that begin in a step", begun)
         counts = [run.count for run in batch.runs]
         require(sorted(counts, key=lambda count: count > 1) == counts, "single tokens first", counts)
         flight = FakeFlight(batch, [self._pack(run) for run in batch.runs], self)

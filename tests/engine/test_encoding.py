@@ -53,6 +53,22 @@ def test_an_image_is_encoded_once_however_often_it_is_asked_about_and_however_it
     assert encoded == [False, False]
 
 
+def test_a_step_encodes_few_so_that_those_who_run_wait_for_few(llava: Path, encoded: list[bool]) -> None:
+    engine = LLMEngine.from_engine_args(EngineArgs(model=str(llava), dtype="float32", max_num_batched_tokens=1024))
+    engine.add_request("text", prompt_ids(1, 5, IMAGE), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    for seed in range(4):
+        engine.add_request(str(seed), about(seed), PARAMS)
+    images = [picture(seed) for seed in (5, 6)]
+    two: Any = {"prompt_token_ids": [5, IMAGE, 6, IMAGE, 7], "multi_modal_data": {"image": images}}
+    engine.add_request("two", two, PARAMS)
+    seen = 0
+    while engine.has_unfinished_requests():
+        engine.step()
+        assert len(encoded) - seen <= 1
+        seen = len(encoded)
+    assert seen == 6
+
+
 def test_adapters_of_the_language_model_share_rows_and_those_of_a_tower_have_their_own(
     llava: Path, encoded: list[bool]
 ) -> None:

@@ -31,6 +31,7 @@ def shape_of(rng: random.Random) -> Shape:
         prefix_caching=rng.random() < 0.9,
         chunked_prefill=chunked,
         patience_s=3.0,
+        media_items=1 + max_num_seqs % 2,
     )
     return Shape(
         limits=limits,

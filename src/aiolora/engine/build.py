@@ -193,6 +193,7 @@ def _engine(
         page_size=plan.page_size,
         prefix_caching=args.enable_prefix_caching,
         chunked_prefill=args.enable_chunked_prefill,
+        media_items=4 if plan.device == "cuda" else 1,  # 10 ms each, or hundreds
     )
     scheduler = Scheduler(limits, PagePool(plan.num_pages), residency)
     until = Ends(eos_token_ids=tokenizer.eos_token_ids, max_model_len=plan.max_model_len)
