@@ -47,6 +47,8 @@ SPARSE_ADAPTERS = ADAPTERS | {  # in PEFT, all linears have the experts among th
     "biases": ADAPTERS["biases"] | {"target_modules": _ATTENTION},
     "MLP": {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "r": 4},
 }
+# Llama's ropes and heads tell adapters nothing: tests/models/test_against_transformers.py has those
+SHAPES = [shape for shape in FAMILIES if not shape.startswith("llama ") or shape in ("llama tied", "llama biased")]
 KNOWN_AS = {
     "exaone4": "EXAONE 4",
     "gemma": "Gemma, CodeGemma",
@@ -78,8 +80,12 @@ Written by `tests/models/test_families.py`. For every family some tiny random mo
 The base and all of them are served in one batch, in float32 on a CPU, their prompts cut into steps of 37 tokens, then
 once more on top of the prefix cache. The error is the largest difference of a log-probability from that of the model in
 memory, rounded up to a power of ten, 1e-5 at the least; the limit is 1e-4. The base's logits are held against those of
-transformers in `tests/models/test_against_transformers.py`. How a family is added:
+transformers in `tests/models/test_against_transformers.py`, in more shapes. How a family is added:
 [adding-a-model.md](adding-a-model.md).
+
+Images and recordings go through the models of [multimodal.md](multimodal.md), over these. Any other decoder that
+transformers can build runs by its own code: [models-fallback.md](models-fallback.md). `aiolora doctor MODEL` says which
+way a model goes, and why.
 
 Adapters name modules as PEFT finds them in transformers' model: where a checkpoint has q, k and v, or gate and up, in
 one projection, so have they. All experts of a layer are parameters, which "MLP" names; an expert may also be a module,
@@ -105,7 +111,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    return [measure(shape, model_of(shape), tmp_path_factory.mktemp("families")) for shape in FAMILIES]
+    return [measure(shape, model_of(shape), tmp_path_factory.mktemp("families")) for shape in SHAPES]
 
 
 def measure(shape: str, model: Path, folder: Path) -> Outcome:
