@@ -15,7 +15,7 @@ from PIL import Image
 
 from aiolora import LLM, SamplingParams
 from aiolora.api import create_app
-from aiolora.config import EngineArgs
+from aiolora.config import EngineArgs, ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.types import LoRARequest
 from tests.media.tiny import RATE, make_granite_speech, make_llava, make_mm_adapter, picture, sound
@@ -39,12 +39,14 @@ def other(llava: Path) -> Path:
 
 
 @asynccontextmanager
-async def serving(llava: Path, modules: dict[str, Path], **args: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def serving(
+    llava: Path, modules: dict[str, Path], keys: ServerArgs | None = None, **args: Any
+) -> AsyncIterator[httpx.AsyncClient]:
     engine = AsyncLLMEngine.from_engine_args(
         EngineArgs(model=str(llava), dtype="float32", device="cpu", enable_lora=True, **args)
     )
     named = [LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(modules.items(), 1)]
-    app = create_app(engine, lora_modules=named, served_model_name=BASE)
+    app = create_app(engine, lora_modules=named, served_model_name=BASE, args=keys or ServerArgs())
     async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
         yield client
 
@@ -128,6 +130,36 @@ async def test_the_default_adapter_answers_whoever_sends_an_image_and_names_none
     assert by_default.json()["choices"] == by_name.json()["choices"] != explicit.json()["choices"]
     assert by_default.json()["choices"][0]["message"]["content"] == offline(llava, picture(1), seeing)
     assert [card["id"] for card in cards] == [BASE, "image", "other"]
+
+
+async def test_a_default_adapter_is_not_there_for_a_key_that_may_not_use_it(llava: Path, seeing: Path) -> None:
+    keys = ServerArgs(api_key=("all", '{"key": "some", "name": "some", "adapters": ["other"]}'))
+    body = asked(text("w5 w6"), image(data_url(1)), text("w7"))
+    async with serving(llava, {}, keys, default_mm_loras={"image": str(seeing)}) as client:
+        allowed, forbidden = [
+            await client.post("/v1/chat/completions", json=body, headers={"authorization": f"Bearer {key}"})
+            for key in ("all", "some")
+        ]
+        named = await client.post(
+            "/v1/chat/completions", json=body | {"model": "image"}, headers={"authorization": "Bearer some"}
+        )
+    assert allowed.headers["x-aiolora-adapter"].startswith("image@")
+    assert "x-aiolora-adapter" not in forbidden.headers
+    assert forbidden.json()["choices"][0]["message"]["content"] == offline(llava, picture(1), None)
+    assert named.status_code == 404
+    assert "does not exist" in named.json()["error"]["message"]
+
+
+async def test_an_image_is_a_users_and_no_tokens_to_count(llava: Path) -> None:
+    async with serving(llava, {}) as client:
+        body = asked(image(data_url(1)))
+        said = await client.post("/v1/chat/completions", json=body | {"messages": body["messages"] * 2})
+        assert said.status_code == 200
+        body["messages"][0]["role"] = "system"
+        refused = await client.post("/v1/chat/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages[0].content")
+        counted = await client.post("/tokenize", json={"messages": asked(image(data_url(1)))["messages"]})
+        assert (counted.status_code, counted.json()["error"]["param"]) == (400, "messages")
 
 
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {

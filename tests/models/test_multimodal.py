@@ -19,7 +19,6 @@ from aiolora import LLM, SamplingParams
 from aiolora.engine.runner import ModelRunner
 from aiolora.errors import AdapterUnsupportedError
 from aiolora.media.recordings import GraniteRecordings
-from aiolora.models.families import FAMILIES
 from aiolora.types import LoRARequest, Prompt
 from tests.media.tiny import (
     AUDIO,
@@ -141,8 +140,6 @@ class Made:
 @pytest.fixture(scope="module", params=MODELS)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     model = MODELS[request.param]
-    if model.family not in FAMILIES:
-        pytest.skip(f"{model.family} is not served yet")
     return Made(model, model.make(tmp_path_factory.mktemp("model")))
 
 

@@ -24,7 +24,7 @@ class _Module(Struct, forbid_unknown_fields=True):
 
 # the fields of `EngineArgs` as --help shows them; those named nowhere come last, with the machine
 _GROUPS = {
-    "model": ("model", "tokenizer", "dtype", "load_format", "max_model_len", "seed"),
+    "model": ("model", "tokenizer", "dtype", "load_format", "model_impl", "max_model_len", "seed"),
     "adapters": (
         "enable_lora",
         "max_loras",
@@ -35,6 +35,7 @@ _GROUPS = {
         "lora_ends_memory",
         "lora_target_modules",
     ),
+    "images and recordings": ("default_mm_loras", "allowed_media_domains", "max_image_pixels", "media_memory"),
 }
 
 

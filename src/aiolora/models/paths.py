@@ -21,6 +21,7 @@ class Way:
     model_type: str
     impl: Impl | None  # None: not served
     reasons: tuple[str, ...] = ()  # why not a better one
+    modalities: tuple[str, ...] = ()  # what it takes besides text
 
     @property
     def refusal(self) -> UnsupportedModelError:
@@ -43,7 +44,8 @@ def way_of(hf: Any, wished: Literal["auto", "aiolora", "transformers"] = "auto")
         except UnsupportedModelError as error:
             reasons.append(f"our decoder: {error}")
         else:
-            return Way(hf.model_type, "aiolora")
+            kind = MULTIMODAL.get(hf.model_type)
+            return Way(hf.model_type, "aiolora", modalities=() if kind is None else tuple(sorted(kind.ways)))
     if wished == "aiolora":
         return Way(hf.model_type, None, (*reasons, "model_impl='aiolora' allows no other"))
     try:
