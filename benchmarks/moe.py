@@ -198,7 +198,7 @@ class MoESession(Session):
     def __init__(self, folder: Path, adapters: Adapters, args: argparse.Namespace) -> None:
         shape, element = adapters.shape, 4 if args.dtype == "float32" else 2
         kv_nbytes = 2 * adapters.layers * shape.kv_heads * shape.head_dim * element  # of a token
-        layout = layout_of(outline(folder), DTYPES[args.dtype])
+        layout = layout_of(outline(folder).decoder, DTYPES[args.dtype])
         page = sum(map(layout.page_nbytes, range(layout.page_kinds.layers)))
         self.llm = LLM(
             str(folder),

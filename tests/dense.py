@@ -6,6 +6,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MinistralConfig,
     Olmo2Config,
@@ -71,6 +72,27 @@ DENSE: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     ),
     "granite": (GraniteConfig, _GRANITE | {"tie_word_embeddings": True}),
     "granite biased": (GraniteConfig, _GRANITE | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    "granite 4": (
+        GraniteMoeHybridConfig,
+        _GRANITE
+        | {
+            "num_local_experts": 0,
+            "layer_types": ["full_attention"] * 2,
+            "position_embedding_type": "rope",
+            "shared_intermediate_size": 72,
+            "mamba_n_heads": 4,
+        },
+    ),
+    "granite 4 without positions": (
+        GraniteMoeHybridConfig,
+        _GRANITE
+        | {
+            "num_local_experts": 0,
+            "layer_types": ["full_attention"] * 2,
+            "mamba_n_heads": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
     "olmo2": (Olmo2Config, {}),
     "olmo2 biased, every head its own": (Olmo2Config, {"attention_bias": True, "num_key_value_heads": 4}),
     "olmo3": (

@@ -55,6 +55,17 @@ def test_flags_give_the_same_engine_args_as_keywords() -> None:
     assert parsed("m") == EngineArgs(model="m")
 
 
+def test_a_default_adapter_a_modality_is_json() -> None:
+    default = ("--enable-lora", "--default-mm-loras", '{"audio": "org/repo"}')
+    args = parsed("m", *default, "--allowed-media-domains", "a.com", "b.com")
+    assert args.default_mm_loras == {"audio": "org/repo"}
+    assert args.allowed_media_domains == ("a.com", "b.com")
+    assert parsed("m").allowed_media_domains == ()
+    for said in ("audio=x", '["a"]', '{"audio": 3}'):
+        with pytest.raises(SystemExit):
+            parsed("m", "--default-mm-loras", said)
+
+
 def test_lora_modules_take_both_forms_and_turn_lora_on() -> None:
     modules = ["sql=/a/b=c", '{"name": "x", "path": "org/repo", "base_model_name": "base"}']
     assert lora_modules(modules) == [LoRARequest("sql", 1, "/a/b=c"), LoRARequest("x", 2, "org/repo", "base")]

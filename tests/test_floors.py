@@ -9,9 +9,9 @@ import aiolora
 ROOT = Path(aiolora.__file__).parent
 FLOORS = {
     "errors": 0,
-    "types": 1,
+    "types": 1, "assets": 1,
     "config": 2, "pages": 2, "hub": 2,
-    "ops": 3, "parallel": 3, "tokenizer": 3,
+    "ops": 3, "parallel": 3, "tokenizer": 3, "media": 3,
     "models": 4,
     "lora": 5,
     "engine": 6,
@@ -29,7 +29,10 @@ HOMES = {
     "yaml": {"cli/sources"},
     "shtab": {"cli/completion"},
     "matplotlib": {"cli/bench/plots"},
-    "transformers": {"tokenizer", "models"},
+    "transformers": {"tokenizer", "models", "media"},
+    "PIL": {"media"},
+    "httpx": {"media"},
+    "socket": {"media/fetch", "cli/server"},
     "tokenizers": {"tokenizer"},
     "huggingface_hub": {"hub"},
     "llguidance": {"engine/grammar"},

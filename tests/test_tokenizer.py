@@ -74,3 +74,11 @@ def test_a_tokenizer_of_words_streams_by_its_own_decoder(tmp_path: Path) -> None
     stream = tokenizer.stream(ids[:1])
     assert isinstance(stream, WindowStream)
     assert tokenizer.decode(ids[:1]) + whole(stream, ids[1:]) == tokenizer.decode(ids)
+
+
+def test_a_template_beside_the_processor_is_the_models_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    file = tmp_path / "chat_template.json"
+    for content, template in (('{"chat_template": "{{ messages }}"}', "{{ messages }}"), ("[", None), ("[]", None)):
+        file.write_text(content)
+        assert Tokenizer(tmp_path).chat_template == template

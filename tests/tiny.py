@@ -33,8 +33,8 @@ from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence as Answer
 from aiolora.lora.kinds import PageKinds, Room
 from aiolora.lora.residency import Residency
-from aiolora.models.decoder import Decoder
 from aiolora.models.loading import load_decoder
+from aiolora.models.model import Model
 from aiolora.ops import native
 from aiolora.types import LoRARequest, Request, RequestOutput, SamplingParams
 from tests.dense import DENSE
@@ -230,6 +230,7 @@ def _deprecations_of_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)  # of what it thinks of a test's config
+        warnings.filterwarnings("ignore", r"The following \w+ keys", RuntimeWarning)  # its own
         yield
 
 
@@ -270,7 +271,7 @@ def reported(output: RequestOutput) -> tuple[list[int], Tensor]:
 class Loaded:
     """A decoder with a cache of small pages, run by the engine's Packer on steps that the test lays out."""
 
-    model: Decoder
+    model: Model
     cache: KVCache
     packer: Packer
 

@@ -32,6 +32,10 @@ class EngineArgs(Struct, kw_only=True, frozen=True):
     load_format: Annotated[
         Literal["auto", "safetensors", "dummy"], Meta(description="dummy: random weights, for measuring")
     ] = "auto"
+    model_impl: Annotated[
+        Literal["auto", "aiolora", "transformers"],
+        Meta(description="auto: our decoder where it has the family, else transformers' code with our attention in it"),
+    ] = "auto"
     max_model_len: Annotated[Positive | None, Meta(description="longest prompt plus answer, tokens")] = None
     max_num_seqs: Annotated[Annotated[int, Meta(ge=1, le=4096)] | None, Meta(description="sequences in one step")] = (
         None
@@ -60,8 +64,22 @@ class EngineArgs(Struct, kw_only=True, frozen=True):
         tuple[str, ...] | None, Meta(description="only these modules (suffixes) take adapters")
     ] = None
 
+    default_mm_loras: Annotated[
+        dict[str, str] | None,
+        Meta(description='adapter of requests with that in them that name none: {"audio": folder or repository}'),
+    ] = None
+    allowed_media_domains: Annotated[
+        tuple[str, ...], Meta(description="hosts that images and recordings are fetched from; *: all that are public")
+    ] = ()
+    max_image_pixels: Annotated[Positive, Meta(description="of one image, width times height")] = 1 << 24
+    media_memory: Annotated[
+        int, Meta(ge=0, description="bytes on the device for what encoders made of images and recordings")
+    ] = 256 << 20
+
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.default_mm_loras and not self.enable_lora:
+            raise ConfigError(f"default_mm_loras={self.default_mm_loras!r} needs enable_lora=True (--enable-lora)")
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise ConfigError(
                 f"max_cpu_loras={self.max_cpu_loras} is under max_loras={self.max_loras}: "

@@ -74,6 +74,8 @@ class LLMEngine:
         """
         if request_id in self._assemblers:
             raise RequestError(f"request_id {request_id!r} is in use; give each request its own", param="request_id")
+        read = self._intake.read(prompt)
+        lora_request = self._intake.default(lora_request, read)
         mix = self._mix(lora_request)
         self._intake.policies.check(mix)
         request = self._intake.request(
@@ -84,6 +86,7 @@ class LLMEngine:
             request_id=request_id,
             lora_request=lora_request if isinstance(lora_request, LoRARequest) else None,
             priority=priority,
+            read=read,
         )
         self._assemblers[request_id] = Assembler(request, self._intake.tokenizers.of(request.mix))
         self._engine.add(request)

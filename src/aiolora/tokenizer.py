@@ -41,6 +41,8 @@ class Tokenizer:
             self.eos_token_ids = _eos_ids(folder, self._hf.eos_token_id)
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ModelError(f"{folder}/generation_config.json cannot be read: {error}") from error
+        if not self._hf.chat_template:
+            self._hf.chat_template = _template_beside(folder)
         if like is not None:
             self._hf.chat_template = self._hf.chat_template or like.chat_template
             self.eos_token_ids |= like.eos_token_ids
@@ -242,6 +244,16 @@ def _byte_of() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_of()
+
+
+def _template_beside(folder: Path) -> str | None:
+    """Of the processor, where older multi-modal models have it."""
+    try:
+        said = json.loads((folder / "chat_template.json").read_text())
+    except (OSError, ValueError):
+        return None
+    template = said.get("chat_template") if isinstance(said, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def _eos_ids(folder: Path, own: int | None) -> frozenset[int]:

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
-from typing import Annotated, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 
 from msgspec import Meta, Struct, convert
 from msgspec.structs import fields, force_setattr
 
 from aiolora.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:  # it has more modules than all that is imported with `aiolora`
+    from numpy.typing import NDArray
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Messages: TypeAlias = list[dict[str, object]]
@@ -307,6 +310,24 @@ class Grammar(Protocol):
         ...
 
 
+class MediaItem(Struct, frozen=True, kw_only=True, eq=False):
+    """An image or a recording of a prompt, as the encoder will be given it."""
+
+    modality: str
+    digest: bytes  # of the modality and `features`: who has it has the same rows before the decoder
+    features: "Mapping[str, NDArray[Any]]"  # what transformers' processor made of it, a batch of one
+    count: int  # placeholder tokens that stand for it, one after the other
+    start: int = 0  # where in the prompt
+    grid: tuple[int, int, int] | None = None  # of its tokens in time, height and width, on a model with three axes
+
+
+class Rotary(Struct, frozen=True, eq=False):
+    """Where the tokens of one request stand on three rotary axes (M-RoPE)."""
+
+    axes: "NDArray[Any]"  # [3, tokens of the prompt] int32
+    shift: int  # from the number of a token behind the prompt to its position on all three
+
+
 class Request(Struct, frozen=True, kw_only=True, weakref=True, dict=True):
     """What was asked, tokenised and checked; crosses from the loop to the engine thread."""
 
@@ -320,6 +341,8 @@ class Request(Struct, frozen=True, kw_only=True, weakref=True, dict=True):
     arrival_s: float = 0.0  # time.monotonic()
     eos_token_ids: frozenset[int] | None = None  # None: those of the base's tokenizer
     grammar: Grammar | None = None  # what `params.structured_outputs` became
+    media: tuple[MediaItem, ...] = ()  # by where they are in the prompt
+    rotary: Rotary | None = None  # None: every token stands at its number
 
     @cached_property
     def active_from(self) -> int:

@@ -5,9 +5,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from aiolora.cli import main
-from aiolora.cli.doctor import of_machine
+from aiolora.cli.doctor import of_machine, of_model
 from aiolora.ops.machine import GPU, Machine
 
 LAPTOP = {
@@ -55,6 +56,32 @@ def test_doctor_runs_here_and_names_what_is_missing(
     printed = capsys.readouterr().out
     assert "aiolora bench --plot: without matplotlib" in printed
     assert "pip install 'aiolora[plots]'" in printed
+
+
+WAYS = {
+    "llama": ("ok", "llama by our decoder"),
+    "qwen2_audio": ("ok", "qwen2_audio by our decoder, audio by transformers' tower"),
+    "gpt2": ("slow", "gpt2 by transformers' code .*: our decoder has the families .*llama"),
+    "bloom": ("slow", "bloom by transformers' code .*one sequence of a step after the other"),
+    "mamba": ("bad", "'mamba' is not served: our decoder has .*; transformers' code .* linear_attention keep a state"),
+}
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_the_way_of_a_model_is_told_with_its_reasons(kind: str, tmp_path: Path) -> None:
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    found = of_model(str(tmp_path))
+    state, says = WAYS[kind]
+    assert found.state == state
+    assert re.fullmatch(f".*{says}.*", found.says)
+
+
+def test_doctor_says_of_a_model_that_is_not_there_that_it_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    assert main(["doctor", str(tmp_path)]) == 1
+    assert "holds no config.json" in capsys.readouterr().out
 
 
 def test_a_cache_that_cannot_be_written_is_bad(

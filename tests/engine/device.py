@@ -74,8 +74,17 @@ def tags_of(request: Request, tokens: Items[int], known: list[int] | None = None
     parts = [] if request.mix is None else [(version.digest, weight) for version, weight in request.mix.parts]
     for position in range(len(tags), len(tokens)):
         mix = mix_tag(parts if awake(request, position) else [])
-        tags.append(next_tag(tags[-1] if tags else 0, tokens[position], position, mix))
+        seen = seen_at(request, position, tokens[position])
+        tags.append(next_tag(tags[-1] if tags else 0, seen, position, mix))
     return tags
+
+
+def seen_at(request: Request, position: int, token: int) -> int:
+    """What the model is given there: the token, or some of the image that it stands for."""
+    for item in request.media:
+        if item.start <= position < item.start + item.count:
+            return hash((int.from_bytes(item.digest), position - item.start))
+    return token
 
 
 def awake(request: Request, position: int) -> bool:
@@ -278,6 +287,10 @@ class FakeRunner:
         require(len(set(map(id, seqs))) == len(seqs) <= limits.max_num_seqs, "each sequence once, not too many")
         mixes = {seq.mix for seq in seqs} - {None}
         require(len(mixes) <= limits.max_loras, "max_loras in a batch", len(mixes))
+        begun = sum(
+            run.start <= one.start < run.start + run.count for run in batch.runs for one in run.seq.request.media
+        )
+        require(begun <= limits.media_items or not limits.chunked_prefill, "items that begin in a step", begun)
         counts = [run.count for run in batch.runs]
         require(sorted(counts, key=lambda count: count > 1) == counts, "single tokens first", counts)
         flight = FakeFlight(batch, [self._pack(run) for run in batch.runs], self)
@@ -383,7 +396,8 @@ class FakeRunner:
             before = tags[-1] if tags else 0
             bad = POISON in tags or fault == "kv"
             used = mix if offset >= work.bare else mix_tag([])
-            tags.append(POISON if bad else next_tag(cast("int", before), token, position, used))
+            seen = seen_at(seq.request, position, token)
+            tags.append(POISON if bad else next_tag(cast("int", before), seen, position, used))
             slot = self.slot(work.table, position)
             require(not self._pool.keyed(slot // self._limits.page_size), "a page that can be found is written")
             self.kv[slot] = tags[-1]

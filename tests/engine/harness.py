@@ -14,7 +14,7 @@ from aiolora.errors import AdapterChangedError, AdapterError, AdapterMemoryError
 from aiolora.lora.kinds import Room
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.residency import Residency
-from aiolora.types import AdapterVersion, Mix, Request, SamplingParams, SitePages, TokenDelta
+from aiolora.types import AdapterVersion, MediaItem, Mix, Request, SamplingParams, SitePages, TokenDelta
 from tests.engine.device import (
     EOS,
     KINDS,
@@ -226,6 +226,7 @@ class World:
         id: str | None = None,  # noqa: A002
         priority: int = 0,
         constrained: bool = False,
+        media: tuple[MediaItem, ...] = (),
         **params: Any,
     ) -> Ticket:
         self._num_requests += 1
@@ -238,6 +239,7 @@ class World:
             priority=priority,
             arrival_s=self.now_s,
             grammar=FakeGrammar() if constrained else None,
+            media=media,
         )
         ticket = self.tickets[request.id] = Ticket(request, self.shape.max_model_len)
         needs: Counter[int] = Counter()

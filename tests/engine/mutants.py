@@ -6,6 +6,7 @@ from hashlib import blake2b, sha256
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from aiolora.engine.adapters import Adapters
 from aiolora.engine.core import Engine
@@ -168,6 +169,30 @@ def prefix_key_has_the_page_of_the_invocation_alone(patch: pytest.MonkeyPatch) -
         patch,
         lambda seq, mix, index, size: (seq.active_from // size, mix.key) if index >= seq.active_from // size else None,
     )
+
+
+@mutant
+def prefix_key_has_no_images(patch: pytest.MonkeyPatch) -> None:
+    _page_key(
+        patch,
+        lambda seq, mix, index, size: (seq.active_from, mix.key) if (index + 1) * size > seq.active_from else None,
+    )
+
+
+@mutant
+def prefix_key_has_an_image_where_it_ends(patch: pytest.MonkeyPatch) -> None:
+    original = Sequence.page_key
+
+    def page_key(self: Sequence, page_index: int, page_size: int) -> bytes:
+        whole, end = self.request, (page_index + 1) * page_size
+        self._keys.clear()
+        self.request = structs.replace(whole, media=tuple(one for one in whole.media if one.start + one.count <= end))
+        try:
+            return original(self, page_index, page_size)
+        finally:
+            self.request = whole
+
+    patch.setattr(Sequence, "page_key", page_key)
 
 
 @mutant

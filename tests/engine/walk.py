@@ -7,7 +7,7 @@ from functools import partial
 
 from aiolora.engine.scheduler import SchedulerLimits
 from aiolora.errors import AdapterMemoryError
-from aiolora.types import AdapterPolicy, AdapterVersion, Mix
+from aiolora.types import AdapterPolicy, AdapterVersion, MediaItem, Mix
 from tests.engine.device import EOS, KINDS, VOCAB, InvariantError, require
 from tests.engine.harness import Shape, Ticket, World
 
@@ -31,6 +31,7 @@ def shape_of(rng: random.Random) -> Shape:
         prefix_caching=rng.random() < 0.9,
         chunked_prefill=chunked,
         patience_s=3.0,
+        media_items=1 + max_num_seqs % 2,
     )
     return Shape(
         limits=limits,
@@ -48,6 +49,7 @@ class Swarm:
         self.rng = rng = random.Random(seed)
         lags, self.beside = random.Random(seed), random.Random(~seed)
         self.ranks = random.Random(seed)
+        self.pictures = random.Random(seed)
         delays = lags.choice(((0,), (0, 1, 2), (1, 3, 8)))  # in steps; the first: a device that copies at once
         thinking = random.Random(seed)
         self.constrained = thinking.choice((0.0, 0.4))  # share of requests with a grammar
@@ -103,9 +105,11 @@ class Swarm:
             if self.news.random() < 0.7 and set(versions) <= set(self.current.values()):
                 mix = ticket.request.mix
         closed = [name for name, ticket in world.tickets.items() if not ticket.open]
+        prompt = prompt[:longest]
         world.submit(
-            prompt[:longest],
+            prompt,
             mix,
+            media=self._pictures_in(prompt),
             id=rng.choice(closed) if closed and rng.random() < 0.2 else None,
             priority=self.ranks.choice((0, 0, 0, -1, 2)),
             constrained=self.thinking.random() < self.constrained,
@@ -115,6 +119,16 @@ class Swarm:
             stop_token_ids=(EOS - 1,) if rng.random() < 0.2 else (),
             prompt_logprobs=1 if rng.random() < 0.15 else None,
         )
+
+    def _pictures_in(self, prompt: list[int]) -> tuple[MediaItem, ...]:
+        """Sometimes one of few pictures, which all stand under one token in `prompt`, often at one place."""
+        if self.pictures.random() > 0.3:
+            return ()
+        start = min(self.pictures.choice((0, 1, 2, 2, 2, 5)), len(prompt) - 1)
+        count = min(self.pictures.choice((1, 3, 6)), len(prompt) - start)
+        prompt[start : start + count] = [0] * count
+        digest = self.pictures.choice((b"cat", b"dog")) + bytes([count])  # its content says how large it is
+        return (MediaItem(modality="image", digest=digest, features={}, count=count, start=start),)
 
     def step(self) -> None:
         for _ in range(self.rng.choice((1, 1, 2, 5))):

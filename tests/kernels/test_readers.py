@@ -49,9 +49,19 @@ def test_add_norm(routed: Routing, biased: bool, owing: bool, dtype: torch.dtype
     given = bias if biased else None
     owed, where = (owed, where) if owing else ([], [])
     wide_bias = bias.double() if biased else None
-    for offset in (0.0, 1.0):
-        normed, total = norm_kernels.add_norm(y, given, owed, where, residual, weight, 1e-5, offset)
-        exact = norm.add_norm(y.double(), wide_bias, wide(*owed), where, *wide(residual, weight), 1e-5, offset)
+    inner = torch.randn(96, device=device).to(dtype)
+    for offset, within in ((0.0, None), (1.0, None), (0.0, inner), (1.0, inner)):
+        normed, total = norm_kernels.add_norm(y, given, owed, where, residual, weight, 1e-5, offset, within)
+        exact = norm.add_norm(
+            y.double(),
+            wide_bias,
+            wide(*owed),
+            where,
+            *wide(residual, weight),
+            1e-5,
+            offset,
+            None if within is None else within.double(),
+        )
         assert_near(total, exact[1])
         assert_near(normed, exact[0])
 

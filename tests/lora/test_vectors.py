@@ -76,6 +76,7 @@ def trained(base: Path, folder: Path, **config: Any) -> Path:
 
 def decoder(base: Path, dtype: str = "float32") -> tuple[Decoder, Layout]:
     model = load_decoder(EngineArgs(model=str(base), dtype=dtype), base, device="cpu")
+    assert isinstance(model, Decoder)
     return model, layout_of(model, model.embed.weight.dtype)
 
 
@@ -152,7 +153,7 @@ def test_a_shift_is_what_the_bias_has_more_than_the_bases(base: Path, adapters: 
 def test_without_the_bases_weights_the_verdict_and_the_digest_are_the_same(
     base: Path, adapters: dict[str, Path]
 ) -> None:
-    drawn = outline(base)
+    drawn = outline(base).decoder
     for folder in adapters.values():
         version = loaded(folder, layout_of(drawn, torch.float32)).version
         served = loaded(folder, decoder(base)[1]).version

@@ -17,8 +17,8 @@ from aiolora import LLM, SamplingParams
 from aiolora.config import EngineArgs
 from aiolora.engine.sequence import Sequence
 from aiolora.errors import ConfigError, ModelError, ModelNotFoundError, UnsupportedModelError, WeightsError
-from aiolora.models.decoder import Decoder
 from aiolora.models.loading import load_decoder
+from aiolora.models.model import Model
 from aiolora.types import Prompt
 from tests.conftest import ModelOf
 from tests.dense import DENSE, longrope
@@ -114,7 +114,20 @@ def test_bfloat16_stays_near_float32(model_of: ModelOf, hf_of: HF) -> None:
         torch.testing.assert_close(logits, hf_logits(hf_of("qwen3"), prompt), rtol=0, atol=0.15)
 
 
-def load(folder: Path, **args: Any) -> Decoder:
+@pytest.mark.parametrize("family", DENSE)
+def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(family: str, model_of: ModelOf, hf_of: HF) -> None:
+    prompt = prompt_ids(3, 50)
+    exact = hf_logits(hf_of(family), prompt)
+    theirs = hf_logits(load_hf(model_of(family)).bfloat16(), prompt)
+    for compiled in (False, True):
+        with kernels(compiled=compiled):
+            loaded = Loaded.of(model_of(family), dtype="bfloat16")
+            (seq,) = loaded.sequences([prompt])
+            ours = torch.cat([*loaded.step((seq, 0, 44)), *loaded.step((seq, 44, 5)), *loaded.step((seq, 49, 1))])
+        assert (ours - exact).std() < 1.25 * (theirs - exact).std()
+
+
+def load(folder: Path, **args: Any) -> Model:
     return load_decoder(EngineArgs(model=str(folder), dtype="float32", **args), folder, device="cpu")
 
 
@@ -215,14 +228,33 @@ def test_an_index_that_points_outside_the_folder_is_refused(copied: Path) -> Non
 
 def test_an_unserved_family_is_refused_with_those_served(tmp_path: Path) -> None:
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not served; served are: .*, llama, .*, qwen2"):
-        load(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not served: .* llama, ministral, mistral, .*qwen2"):
+        load(tmp_path, model_impl="aiolora")
 
 
 def test_an_unserved_activation_is_refused(copied: Path) -> None:
     reconfigure(copied, hidden_act="gelu")
     with pytest.raises(UnsupportedModelError, match=r"hidden_act 'gelu' is not served; served are: silu"):
-        load(copied)
+        load(copied, model_impl="aiolora")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not served"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not served"),
+        ("starcoder2", {"hidden_act": "relu"}, "hidden_act 'relu' without a gate is not served"),
+        ("granite 4", {"num_local_experts": 2}, "num_local_experts=2"),
+        ("granite 4", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention is not served"),
+    ],
+)
+def test_what_a_config_asks_for_in_vain_is_refused_by_name(
+    family: str, changes: dict[str, object], said: str, model_of: ModelOf, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_of(family), tmp_path / "model"))
+    reconfigure(folder, **changes)
+    with pytest.raises(UnsupportedModelError, match=said):
+        load(folder, model_impl="aiolora")
 
 
 def test_an_unserved_rope_type_is_refused_with_those_served(copied: Path) -> None:
@@ -230,7 +262,7 @@ def test_an_unserved_rope_type_is_refused_with_those_served(copied: Path) -> Non
     with pytest.raises(
         UnsupportedModelError, match="'proportional' is not served; served are: default, linear, dynamic, llama3, yarn"
     ):
-        load(copied)
+        load(copied, model_impl="aiolora")
 
 
 @pytest.mark.parametrize(("longest", "length"), [(64, 64), (256, 65), (256, 200)])
@@ -265,5 +297,5 @@ def test_a_context_longer_than_the_models_is_refused_and_a_shorter_one_kept(copi
 def test_dummy_weights_need_no_checkpoint_and_follow_the_seed(copied: Path) -> None:
     (copied / "model.safetensors").unlink()
     first, same, other = (load(copied, load_format="dummy", seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.layers[0].qkv.weight, same.layers[0].qkv.weight)
-    assert not torch.equal(first.layers[0].qkv.weight, other.layers[0].qkv.weight)
+    assert torch.equal(first.head.weight, same.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)

@@ -49,7 +49,15 @@ def answer(llm: LLM) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("family", "backend"), [("llama biased", "aot_eager"), ("mistral", "eager"), ("qwen3", "aot_eager")]
+    ("family", "backend"),
+    [
+        ("llama biased", "aot_eager"),
+        ("mistral", "eager"),
+        ("qwen3", "aot_eager"),
+        ("gemma3 capped, every head its own", "aot_eager"),
+        ("olmo2", "eager"),
+        ("starcoder2", "aot_eager"),
+    ],
 )
 def test_one_graph_serves_prefill_and_decode_with_the_same_result(
     family: str, backend: str, model_of: ModelOf, tmp_path: Path

@@ -18,7 +18,7 @@ from aiolora.types import Prompt
 from tests.conftest import ModelOf
 from tests.lora.fidelity import peft_logits, train
 from tests.sparse import SPARSE
-from tests.tiny import FAMILIES, everything, hf_logits, load_hf, prompt_ids, reported
+from tests.tiny import FAMILIES, everything, hf_logits, kernels, load_hf, prompt_ids, reported
 
 TOLERANCE = 1e-4
 NEW = 5  # tokens of an answer
@@ -29,7 +29,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "biases": {"target_modules": "all-linear", "r": 3, "lora_alpha": 3, "lora_bias": True, "use_rslora": True},
     "the base's biases": {"target_modules": "all-linear", "r": 4, "lora_alpha": 4, "bias": "all"},
     "one of a layer": {"target_modules": r".*\.1\.self_attn\.(q|qkv)_proj", "r": 24},
-    "MLP": {"target_modules": r".*\.mlp\.\w*(proj|fc)", "r": 8},
+    "MLP": {"target_modules": r".*mlp\.\w*(proj|fc|linear)", "r": 8},
     "both ends": {"target_modules": ["embed_tokens", "lm_head"], "r": 9},
     "tokens": {"target_modules": "all-linear", "r": 2, "lora_alpha": 2, "trainable_token_indices": [3, 40]},
     "head": {"target_modules": "all-linear", "r": 2, "lora_alpha": 2, "modules_to_save": ["lm_head"]},
@@ -47,13 +47,16 @@ SPARSE_ADAPTERS = ADAPTERS | {  # in PEFT, all linears have the experts among th
     "biases": ADAPTERS["biases"] | {"target_modules": _ATTENTION},
     "MLP": {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "r": 4},
 }
+# Llama's ropes and heads tell adapters nothing: tests/models/test_against_transformers.py has those
+SHAPES = [shape for shape in FAMILIES if not shape.startswith("llama ") or shape in ("llama tied", "llama biased")]
 KNOWN_AS = {
     "exaone4": "EXAONE 4",
     "gemma": "Gemma, CodeGemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text: 270M, 1B)",
-    "granite": "Granite 3 and 4, dense",
+    "granite": "Granite 3, dense",
     "granitemoe": "Granite 3 MoE",
+    "granitemoehybrid": "Granite 4, dense with attention in all layers (350M, 1B, Micro)",
     "llama": "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM 1 and 2, and all that share the architecture",
     "ministral": "Ministral (8B, 2410)",
     "mistral": "Mistral",
@@ -77,8 +80,12 @@ Written by `tests/models/test_families.py`. For every family some tiny random mo
 The base and all of them are served in one batch, in float32 on a CPU, their prompts cut into steps of 37 tokens, then
 once more on top of the prefix cache. The error is the largest difference of a log-probability from that of the model in
 memory, rounded up to a power of ten, 1e-5 at the least; the limit is 1e-4. The base's logits are held against those of
-transformers in `tests/models/test_against_transformers.py`. How a family is added:
+transformers in `tests/models/test_against_transformers.py`, in more shapes. How a family is added:
 [adding-a-model.md](adding-a-model.md).
+
+Images and recordings go through the models of [multimodal.md](multimodal.md), over these. Any other decoder that
+transformers can build runs by its own code: [models-fallback.md](models-fallback.md). `aiolora doctor MODEL` says which
+way a model goes, and why.
 
 Adapters name modules as PEFT finds them in transformers' model: where a checkpoint has q, k and v, or gate and up, in
 one projection, so have they. All experts of a layer are parameters, which "MLP" names; an expert may also be a module,
@@ -104,7 +111,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    return [measure(shape, model_of(shape), tmp_path_factory.mktemp("families")) for shape in FAMILIES]
+    return [measure(shape, model_of(shape), tmp_path_factory.mktemp("families")) for shape in SHAPES]
 
 
 def measure(shape: str, model: Path, folder: Path) -> Outcome:
@@ -147,7 +154,11 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
             tokens, ours = reported(output)
             errors.append(float((ours - expected(number, tuple(tokens))).abs().max()))
     modules = sorted(
-        {name.rpartition(".")[2] for name, _ in base.named_modules() if re.search(r"\.layers\..*proj|c_fc", name)}
+        {
+            name.rpartition(".")[2]
+            for name, _ in base.named_modules()
+            if re.search(r"\.layers\..*(proj|c_fc|linear)$", name)
+        }
     )
     modules += sorted(
         {"experts" + name.partition(".experts")[2] for name, _ in base.named_parameters() if ".experts." in name}
@@ -158,6 +169,12 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
 def test_the_base_and_every_adapter_have_their_own_numbers_in_one_batch(outcomes: list[Outcome]) -> None:
     assert [(one.shape, one.error) for one in outcomes if not one.error < TOLERANCE] == []
     assert [(one.shape, one.alike) for one in outcomes if one.alike] == [], "adapters that change nothing"
+
+
+@pytest.mark.parametrize("shape", ["gemma2", "phi3 partly rotated, tied", "olmo2", "starcoder2"])
+def test_so_they_have_without_compiled_kernels(shape: str, model_of: ModelOf, tmp_path: Path) -> None:
+    with kernels(compiled=False):
+        assert measure(shape, model_of(shape), tmp_path).error < TOLERANCE
 
 
 def test_refused_is_only_what_is_no_norm_of_the_residual_stream(outcomes: list[Outcome]) -> None:

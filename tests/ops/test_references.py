@@ -600,7 +600,8 @@ def _rms_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 def _add_norm(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     rest = [torch.randn(7, 15).to(dtype), torch.randn(15).to(dtype), 1e-5]
-    return [(*case, *rest, *offset) for case in _complete(dtype) for offset in ([], [1.0])]
+    ends: list[list[Any]] = [[], [1.0], [0.0, torch.randn(15).to(dtype)]]
+    return [(*case, *rest, *end) for case in _complete(dtype) for end in ends]
 
 
 def _silu_mul(dtype: torch.dtype) -> list[tuple[Any, ...]]:

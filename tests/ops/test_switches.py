@@ -31,6 +31,19 @@ def test_an_offset_is_added_to_the_weight_of_a_norm(dtype: torch.dtype) -> None:
     assert torch.equal(add_norm(y, None, [], [], x, weight, 1e-5, 1.0)[0], rms_norm(x + y, weight, 1e-5, 1.0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_what_joins_the_stream_may_have_a_norm_of_its_own(dtype: torch.dtype, offset: float) -> None:
+    y, residual = (torch.randn(5, 72).to(dtype) for _ in range(2))
+    bias, weight, inner = (torch.randn(72).to(dtype) for _ in range(3))
+    value = rms_norm((y.float() + bias.float()).to(dtype), inner, 1e-5, offset)
+    for run in (add_norm, add_norm_op):
+        normed, total = run(y, bias, [], [], residual, weight, 1e-5, offset, inner)
+        near = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 1e-2, "atol": 3e-2}
+        torch.testing.assert_close(total, residual + value, **near)
+        torch.testing.assert_close(normed, rms_norm(total, weight, 1e-5, offset), **near)
+
+
 def test_an_adapters_own_norm_has_the_offset_too() -> None:
     x, residual, base = torch.randn(2, 6), torch.randn(2, 6), torch.randn(6)
     rows, pages, tokens = torch.randn(1, 128, 6), torch.tensor([[0]]), torch.tensor([1])

@@ -10,6 +10,7 @@ from msgspec import UNSET, structs
 from aiolora.api.decode import decode, sampling, structure
 from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
+from aiolora.api.media import MAX_BODY, check_size
 from aiolora.api.messages import conversation, messages_of
 from aiolora.api.serving import Served, Serving
 from aiolora.api.sse import CHUNKS
@@ -43,11 +44,14 @@ from aiolora.types import CompletionOutput, FinishReason, Logprob, SamplingParam
     status_code=200,
     operation_id="chat_completions",
     tags=["generation"],
+    request_max_body_size=MAX_BODY,
     opt={"reads": ChatRequest, "streams": ChatChunk, "fails": GENERATES},
 )
 async def chat_completions(request: HTTPRequest, serving: Served) -> Response[ChatCompletion]:
     """Answer a conversation, n times."""
-    said = decode(ChatRequest, await request.body())
+    body = await request.body()
+    check_size(body, serving.engine.intake.media.modalities)
+    said = decode(ChatRequest, body)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     assembler, use = await prepare(serving, said, answer_id)
     reply = _Reply(said, answer_id, assembler, use)

@@ -13,6 +13,8 @@ from typing import TypeAlias
 from litestar import Request, Response
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
+from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
 from aiolora.errors import (
@@ -166,8 +168,8 @@ def answer_http_error(request: HTTPRequest, error: HTTPException) -> Response[Er
     if status >= 500:
         return answer_error(request, error)
     message = f"{request.method} {request.url.path}: {HTTPStatus(status).phrase}"
-    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        message += f"; the limit is {request.app.request_max_body_size} bytes"
+    if isinstance(error, RequestEntityTooLarge) and isinstance(request.route_handler, HTTPRouteHandler):
+        message += f"; the limit is {request.route_handler.resolve_request_max_body_size()} bytes"
     elif error.detail != HTTPStatus(status).phrase:
         message += f"; {error.detail}"
     detail = ErrorDetail(message[:_MAX_MESSAGE], "invalid_request_error", None, _CODES.get(status, "invalid_request"))

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from msgspec import to_builtins
 
+from aiolora.api.media import content_of
 from aiolora.api.wire import Message, Tool, ToolCall
 from aiolora.errors import RequestError
 from aiolora.types import Conversation, Messages
@@ -35,7 +36,7 @@ class Told(Protocol):
 
 
 def messages_of(messages: Sequence[Message]) -> Messages:
-    """The conversation as templates expect it: every content a string. Raises `RequestError`."""
+    """The conversation as templates expect it; a content is a string, or parts with media. Raises `RequestError`."""
     if not messages:
         raise RequestError("messages is empty; send at least one", param="messages")
     return [_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
@@ -44,18 +45,12 @@ def messages_of(messages: Sequence[Message]) -> Messages:
 def _message(message: Message, place: str) -> dict[str, object]:
     if message.role not in _ROLES:
         raise RequestError(f"{place}: role {message.role!r} is none of {', '.join(_ROLES)}", param=f"{place}.role")
-    content = message.content
-    if content is None:
-        if not message.tool_calls:
-            raise RequestError(f"{place} has no content", param=f"{place}.content")
-    elif not isinstance(content, str):
-        for part, item in enumerate(content):
-            if item.type != "text" or item.text is None:
-                raise RequestError(
-                    f"{place}: a content part of type {item.type!r} is not served, only 'text' with its text",
-                    param=f"{place}.content[{part}]",
-                )
-        content = "".join(item.text or "" for item in content)
+    given = message.content
+    content = content_of(given, place) if isinstance(given, list) else given
+    if content is None and not message.tool_calls:
+        raise RequestError(f"{place} has no content", param=f"{place}.content")
+    if isinstance(content, list) and message.role != "user":
+        raise RequestError(f"{place}: images and recordings are what a user sends", param=f"{place}.content")
     worded: dict[str, object] = {"role": _ROLES[message.role], "content": content or ""}
     if message.tool_calls:
         worded["tool_calls"] = [_call(call) for call in message.tool_calls]

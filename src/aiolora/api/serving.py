@@ -142,7 +142,12 @@ class Serving:
             for position, prompt in enumerate(prompts):
                 try:
                     request = await self.engine.prepare(
-                        prompt, params, lora=lora, priority=said.priority or 0, request_id=f"{answer_id}-{position}"
+                        prompt,
+                        params,
+                        lora=lora,
+                        priority=said.priority or 0,
+                        request_id=f"{answer_id}-{position}",
+                        permits=self.permits,
                     )
                 except UnknownModelError:  # removed just now; the engine's words may tell of what does not exist here
                     raise self._unknown([said.model] if said.lora is None else said.lora) from None

@@ -68,7 +68,9 @@ async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
     def work() -> Tokens:
         if said.messages is not None:
             talk = conversation(said, messages_of(said.messages), said.tools, tokenizer.tool_template)
-            _, tokens = intake.tokens(talk, tokenizer)
+            if intake.media.wanted(talk):
+                raise RequestError("messages: only text is counted here", param="messages")
+            _, tokens = intake.tokens(intake.media.worded(talk, tokenizer), tokenizer)
         else:
             _, tokens = intake.tokens(said.prompt or "", tokenizer, special=said.add_special_tokens is not False)
         strings = tokenizer.spell(tokens) if said.return_token_strs else None

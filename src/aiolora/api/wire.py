@@ -87,11 +87,27 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     suffix: Unserved = None
 
 
+class URL(Struct, frozen=True):
+    """Where an image or a recording is: a data URL, or http(s) where the operator allows it."""
+
+    url: str
+
+
+class InputAudio(Struct, frozen=True):
+    """A recording."""
+
+    data: str  # base64 of the file
+    format: str = "wav"
+
+
 class ContentPart(Struct, frozen=True):
     """A part of a message."""
 
     type: str
     text: str | None = None
+    image_url: URL | None = None
+    input_audio: InputAudio | None = None
+    audio_url: URL | None = None
 
 
 class FunctionCall(Struct, frozen=True):

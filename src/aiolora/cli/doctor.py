@@ -1,4 +1,4 @@
-"""`aiolora doctor`: what this machine can do, and why not more."""
+"""`aiolora doctor`: what this machine can do with a model, and why not more."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from aiolora import __version__
 from aiolora.config import Environment
-from aiolora.errors import ConfigError
+from aiolora.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from aiolora.ops.machine import Machine
@@ -46,6 +46,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="Exit status: 1 where something would keep aiolora from starting.",
         allow_abbrev=False,
     )
+    says = "folder, name or repository of a model: says as well which way it goes and why; only its config is fetched"
+    parser.add_argument("model", nargs="?", help=says)
     parser.set_defaults(run=run)
 
 
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from aiolora.ops.machine import look
 
     findings = [*_versions(), *of_machine(look()), *_extras(), *_cache()]
+    findings += [] if args.model is None else [of_model(args.model)]
     table = Table("", "", "", "to change it", box=None, show_header=True, header_style="dim")
     for found in findings:
         colour = _COLOURS[found.state]
@@ -102,6 +105,24 @@ def _cpu(machine: "Machine") -> list[Finding]:
         says = f"{machine.compiler} could not compile them: decoding on the CPU is 2-3 times slower"
         findings.append(Finding("CPU kernels", "slow", says, "the warning above says why"))
     return findings
+
+
+def of_model(model: str) -> Finding:
+    """Which way it would be served. Blocks."""
+    from aiolora.models.loading import look_up
+
+    try:
+        way = look_up(model)
+    except ModelError as error:
+        return Finding("model", "bad", str(error))
+    why = "; ".join(way.reasons)
+    if way.impl is None:
+        return Finding("model", "bad", str(way.refusal))
+    if way.impl == "transformers":
+        says = f"{way.model_type} by transformers' code with our attention and LoRA, without CUDA graphs: {why}"
+        return Finding("model", "slow", says, "see docs/models-fallback.md")
+    towers = "".join(f", {modality} by transformers' tower" for modality in way.modalities)
+    return Finding("model", "ok", f"{way.model_type} by our decoder{towers}")
 
 
 def _versions() -> list[Finding]:

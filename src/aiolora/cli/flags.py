@@ -24,7 +24,7 @@ class _Module(Struct, forbid_unknown_fields=True):
 
 # the fields of `EngineArgs` as --help shows them; those named nowhere come last, with the machine
 _GROUPS = {
-    "model": ("model", "tokenizer", "dtype", "load_format", "max_model_len", "seed"),
+    "model": ("model", "tokenizer", "dtype", "load_format", "model_impl", "max_model_len", "seed"),
     "adapters": (
         "enable_lora",
         "max_loras",
@@ -35,6 +35,7 @@ _GROUPS = {
         "lora_ends_memory",
         "lora_target_modules",
     ),
+    "images and recordings": ("default_mm_loras", "allowed_media_domains", "max_image_pixels", "media_memory"),
 }
 
 
@@ -65,6 +66,8 @@ def add_flags(group: argparse._ArgumentGroup, shape: type[Struct], names: Iterab
         shown = f"{_help(shape, name)} (default: {default})" if default is not None else _help(shape, name)
         if kind is bool:
             group.add_argument(flag, default=field.default, action=argparse.BooleanOptionalAction, help=shown)
+        elif kind is dict:
+            group.add_argument(flag, default=field.default, type=_mapping, metavar="JSON", help=shown)
         elif several:
             one = "NAME" if name.endswith("modules") else name.split("_")[-1].upper()
             several_of: dict[str, Any] = {"nargs": "+", "action": "extend"}
@@ -90,8 +93,7 @@ def _add_lora_modules(group: argparse._ArgumentGroup) -> None:
 def engine_args(args: argparse.Namespace) -> EngineArgs:
     """What was said, checked. Raises `ConfigError`."""
     given = {field.name: getattr(args, field.name) for field in fields(EngineArgs)}
-    if isinstance(given["lora_target_modules"], list):
-        given["lora_target_modules"] = tuple(given["lora_target_modules"])
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     given["enable_lora"] = given["enable_lora"] or bool(args.lora_modules)
     return EngineArgs(**given)
 
@@ -141,6 +143,13 @@ def _module(item: str) -> _Module:
     return module
 
 
+def _mapping(said: str) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(said, type=dict[str, str])
+    except msgspec.MsgspecError as error:
+        raise argparse.ArgumentTypeError(f"{said!r} is no JSON object of strings: {error}") from None
+
+
 def _help(shape: type[Struct], name: str) -> str:
     info = msgspec.json.schema(shape)["$defs"][shape.__name__]["properties"][name]
     return str(info.get("description", "")).replace("%", "%%")
@@ -153,6 +162,8 @@ def _shape(annotation: object) -> tuple[type, tuple[str, ...] | None, bool]:
     origin = get_origin(annotation)
     if origin is Literal:
         return str, get_args(annotation), False
+    if origin is dict:
+        return dict, None, False
     if origin is tuple:
         return _shape(get_args(annotation)[0])[0], None, True
     inner = [part for part in get_args(annotation) if part is not type(None)]

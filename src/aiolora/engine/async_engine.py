@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
+import anyio
 import anyio.to_thread
 from torch import Tensor
 
@@ -39,6 +40,8 @@ from aiolora.types import (
     unreported,
 )
 
+MEDIA_READERS = 8  # prompts whose images or recordings are fetched and decoded at a time
+
 
 class AsyncLLMEngine:
     """One base model and its adapters, for many concurrent streams of one asyncio loop.
@@ -60,6 +63,7 @@ class AsyncLLMEngine:
         self._names: Names | None = None
         self._streams: Streams | None = None
         self._starting = asyncio.Lock()
+        self._media_readers = anyio.CapacityLimiter(MEDIA_READERS)  # slow hosts hold up no adapter's read
         self._snapshot: Snapshot | None = None
 
     @classmethod
@@ -187,9 +191,19 @@ class AsyncLLMEngine:
         lora: LoRA = None,
         request_id: str | None = None,
         priority: int = 0,
+        permits: Callable[[str], bool] | None = None,
     ) -> Request:
-        """The checked request, its adapters loaded, not yet running: what can be wrong is raised here."""
+        """The checked request, its adapters loaded, not yet running: what can be wrong is raised here.
+
+        `permits`: which adapters may answer by default where `lora` names none; None: all of `default_mm_loras`.
+        """
         self._alive()
+        read = None
+        if self.intake.media.wanted(prompt):
+            read = await anyio.to_thread.run_sync(
+                self.intake.read, prompt, limiter=self._media_readers, abandon_on_cancel=True
+            )
+        lora = self.intake.default(lora, read, permits)
         parts = self.intake.parts(lora)
         grammar = await self._parts.grammars.take(
             sampling_params
@@ -205,6 +219,7 @@ class AsyncLLMEngine:
             request_id=request_id,
             lora_request=lora if isinstance(lora, LoRARequest) else None,
             priority=priority,
+            read=read,
         )
         # handing over to a thread and back takes as long as about _LONG characters
         if mix is None:

@@ -1,7 +1,8 @@
 """Packer: from a Batch (sequences) to StepInputs (tensors)."""
 
+import functools
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aiolora.engine.media_rows import rotary_numbers
 from aiolora.engine.own_rows import has, head_blocks, head_numbers, trunk_inputs, trunk_numbers
 from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence
@@ -116,11 +118,13 @@ class Packer:
         device: str,
         lora_pages: int = 0,
         rows: Tensor | None = None,
+        turns_apart: bool = False,
     ) -> None:
         """`lora_pages`: least width of the page tables, so that steps of many ranks are one shape to the kernels.
 
-        `rows`: the pool's blocks.
+        `rows`: the pool's blocks. `turns_apart`: on this model tokens may turn on several axes (`Rotary`).
         """
+        self._turns_apart = turns_apart
         self._page_size = page_size
         self._kinds = kinds
         self._residency = residency
@@ -191,29 +195,46 @@ class Packer:
         if not numbers:
             return None
         routes = Routes(mixes, counts, [], [], {}, [], [])
-        sites = self._kinds.sites
-        for mix, number in numbers.items():
-            pages: list[list[int]] = [[] for _ in range(sites)]
-            scales: list[list[float]] = [[] for _ in range(sites)]
-            own: list[tuple[BlockSpan, list[int]]] = []
-            for version, weight in mix.parts:
-                placed = self._residency.pages(version)
-                for site in version.pages:
-                    if site.kind < sites:
-                        pages[site.kind] += placed[site.kind]
-                        scales[site.kind] += [site.scale * weight] * site.count
-                    elif site.kind < self._kinds.blocks:
-                        (page,) = placed[site.kind]
-                        routes.vector_pages.setdefault(number, {})[site.kind - sites] = page
-                first = 0
-                for span in version.blocks:
-                    own.append((span, placed[self._kinds.blocks][first : first + span.high - span.low]))
-                    first += span.high - span.low
-            routes.pages.append(pages)
-            routes.scales.append(scales)
-            routes.own.append(own)
-            routes.vocabularies.append(mix.vocabulary)
+        for mix in numbers:
+            self._add(routes, mix)
         return routes
+
+    def rows_of(self, mix: Mix | None) -> Callable[[int], Routing]:
+        """The routing of so many rows that are all of `mix`, whose adapters are on the device."""
+        routes = Routes([], [], [], [], {}, [], [])
+        if mix is not None:
+            self._add(routes, mix)
+        number = 0 if mix is not None else -1
+
+        def rows(count: int) -> Routing:
+            numbers = self._route(routes, np.full(count, number, dtype=np.int32), count, None)
+            return routing_of(self._staging.send(numbers), self._device)
+
+        return functools.cache(rows)
+
+    def _add(self, routes: Routes, mix: Mix) -> None:
+        """Number one more mix in `routes`."""
+        sites, number = self._kinds.sites, len(routes.pages)
+        pages: list[list[int]] = [[] for _ in range(sites)]
+        scales: list[list[float]] = [[] for _ in range(sites)]
+        own: list[tuple[BlockSpan, list[int]]] = []
+        for version, weight in mix.parts:
+            placed = self._residency.pages(version)
+            for site in version.pages:
+                if site.kind < sites:
+                    pages[site.kind] += placed[site.kind]
+                    scales[site.kind] += [site.scale * weight] * site.count
+                elif site.kind < self._kinds.blocks:
+                    (page,) = placed[site.kind]
+                    routes.vector_pages.setdefault(number, {})[site.kind - sites] = page
+            first = 0
+            for span in version.blocks:
+                own.append((span, placed[self._kinds.blocks][first : first + span.high - span.low]))
+                first += span.high - span.low
+        routes.pages.append(pages)
+        routes.scales.append(scales)
+        routes.own.append(own)
+        routes.vocabularies.append(mix.vocabulary)
 
     def lay_out(
         self, batch: Batch, routes: Routes | None, in_flight: InFlight, bucket: Bucket | None = None
@@ -251,9 +272,10 @@ class Packer:
         run_of_token = np.repeat(np.arange(len(counts)), count_B)
         positions = np.arange(len(tokens)) + (first - query_starts[: len(counts)])[run_of_token]
         page, offset = np.divmod(positions, self._page_size)
+        turned = rotary_numbers(batch, positions) if self._turns_apart else {}
         numbers: dict[str, NDArray[Any]] = {
             "tokens": _padded(_int32(tokens), size, 0),
-            "positions": _padded(positions, size, 0),
+            "positions": _padded(turned.pop("positions", positions), size, 0),
             "slots": _padded(block_tables[run_of_token, page] * self._page_size + offset, size, -1),
             "kv_lengths": _padded(first + count_B, num_seqs, 0),
             "query_starts": query_starts,
@@ -262,6 +284,7 @@ class Packer:
             numbers["logits_at"] = _int32(_logits_at(batch, query_starts))
         elif not bucket.decodes:
             numbers["logits_at"] = _padded(_int32(_logits_at(batch, query_starts)), num_seqs, 0)
+        numbers |= turned
         if routes is not None or (bucket is not None and bucket.mixes):
             routes = routes or Routes([], [], [], [], {}, [], [])
             numbers |= self._route(routes, routes.of_tokens, size, bucket)
@@ -335,6 +358,7 @@ def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) ->
         query_starts=tensors["query_starts"],
         logits_at=tensors.get("logits_at"),
         routing=routing,
+        axes=tensors.get("axes"),
     )
 
 

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 
 from aiolora.config import EngineArgs
 from aiolora.engine.batch import Packer
 from aiolora.engine.core import Ends, Engine
+from aiolora.engine.encoding import Encoding
 from aiolora.engine.grammar import Grammars
 from aiolora.engine.intake import Intake, Limits
 from aiolora.engine.kv_cache import KVCache
@@ -16,6 +18,7 @@ from aiolora.engine.runner import ModelRunner
 from aiolora.engine.sampler import Sampler
 from aiolora.engine.scheduler import Scheduler, SchedulerLimits
 from aiolora.engine.warm_up import activation_nbytes
+from aiolora.errors import ConfigError
 from aiolora.lora.kinds import PageKinds
 from aiolora.lora.layout import Layout, layout_of
 from aiolora.lora.loader import AdapterWeights, check_adapter, load_adapter
@@ -25,8 +28,8 @@ from aiolora.lora.paging import reserve_soon
 from aiolora.lora.pool import AdapterPool
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.residency import Residency
-from aiolora.models.decoder import Decoder
-from aiolora.models.loading import DTYPES, load_decoder
+from aiolora.media.reader import MediaReader
+from aiolora.models.loading import DTYPES, Networks, load_networks
 from aiolora.models.weights import locate
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.pages import PagePool
@@ -58,26 +61,40 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
     device = pick_device(args.device)
     folder = locate(args.model)
     tokenizer = Tokenizer(locate(args.tokenizer) if args.tokenizer else folder)
-    model = load_decoder(args, folder, device=device, report=report)
+    networks = load_networks(args, folder, device=device, report=report)
+    media = MediaReader.of(folder, args.model, domains=args.allowed_media_domains, max_pixels=args.max_image_pixels)
+    defaults = default_mm_loras(args, media)
+    model = networks.decoder
     dtype = model.embed.weight.dtype
     layout = None
     if args.enable_lora:
         lora_dtype = dtype if args.lora_dtype == "auto" else DTYPES[args.lora_dtype]
-        layout = layout_of(model, lora_dtype, only=args.lora_target_modules)
+        layout = layout_of(model, lora_dtype, encoder=networks.encoder, only=args.lora_target_modules)
     bounds = step_bounds(args, model.config, device)
     activations = activation_nbytes(model, *bounds, page_size=PAGE_SIZE) if device == "cuda" else 0
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    plan = make_plan(args, model.config, layout, dtype, device, weights=weights, activations=activations)
+    activations += args.media_memory if networks.encoder else 0
+    plan = make_plan(
+        args,
+        model.config,
+        layout,
+        dtype,
+        device,
+        weights=networks.nbytes,
+        activations=activations,
+        capturable=model.capturable,
+    )
     pinned = plan.device.startswith("cuda")
     if pinned and layout is not None:  # while the kernels are compiled: locking holds up whoever uses the GPU
         reserve_soon(layout, _pinned_pages(args, layout))
-    engine = _engine(args, model, layout, plan, tokenizer, read_again, report)
+    engine = _engine(args, networks, layout, plan, tokenizer, media, read_again, report)
     intake = Intake(
         tokenizer,
         AdapterRegistry(args.model),
         Limits(plan.max_model_len, model.config.vocab_size),
+        media,
         model=args.model,
         lora_enabled=args.enable_lora,
+        default_mm_loras={modality: request.lora_name for modality, request in defaults.items()},
     )
     full_ends = args.max_loras * -(-args.max_lora_rank // RANKS_PER_PAGE)
     grammars = Grammars(tokenizer.json, vocab_size=model.config.vocab_size, eos_token_ids=tokenizer.eos_token_ids)
@@ -94,7 +111,21 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
         assert layout is not None, "Intake lets no adapter through where LoRA is off"
         return check_adapter(request, layout, adapter_limits)
 
+    for request in defaults.values():
+        intake.registry.announce(check(request))
     return Built(engine, intake, grammars, load, check, plan)
+
+
+def default_mm_loras(args: EngineArgs, media: MediaReader) -> dict[str, LoRARequest]:
+    """By modality; each is served under its modality's name. Raises `ConfigError` for one that the model has not."""
+    requests = {}
+    for modality, path in (args.default_mm_loras or {}).items():
+        if modality not in media.modalities:
+            taken = ", ".join(("text", *sorted(media.modalities)))
+            raise ConfigError(f"default_mm_loras: the model {args.model!r} takes {taken}, no {modality!r}")
+        number = int.from_bytes(sha256(f"default {modality}".encode()).digest()[:7])
+        requests[modality] = LoRARequest(modality, number, path)
+    return requests
 
 
 def _pinned_pages(args: EngineArgs, layout: Layout) -> dict[int, int]:
@@ -113,19 +144,21 @@ def _pinned_pages(args: EngineArgs, layout: Layout) -> dict[int, int]:
 
 def _engine(
     args: EngineArgs,
-    model: Decoder,
+    networks: Networks,
     layout: Layout | None,
     plan: Plan,
     tokenizer: Tokenizer,
+    media: MediaReader,
     read_again: Callable[[AdapterVersion], None],
     report: Report,
 ) -> Engine:
+    model, encoder = networks
     kinds = layout.page_kinds if layout else PageKinds(0)
     residency: Residency[AdapterWeights] = Residency(kinds, plan.adapter_room, max_host=args.host_adapters)
     pool = None
     if layout is not None:
         pool = AdapterPool(layout, plan.adapter_room, plan.device)
-        pool.attach(model)
+        pool.attach(model, encoder)
     dtype = model.embed.weight.dtype
     cache = KVCache(model.config, num_pages=plan.num_pages, page_size=plan.page_size, dtype=dtype, device=plan.device)
     packer = Packer(
@@ -135,11 +168,24 @@ def _engine(
         device=plan.device,
         lora_pages=plan.lora_pages,
         rows=pool.rows if pool else None,
+        turns_apart=bool(model.config.rope_sections),
     )
     sampler = Sampler(tokenizer.eos_token_ids)
-    runner = ModelRunner(model, cache, packer, sampler, max_num_seqs=plan.max_num_seqs, compiled=args.compile)
+    encoding = None
+    if encoder is not None:
+        sizes = {"hidden_size": model.embed.weight.shape[1], "limit": args.media_memory}
+        encoding = Encoding(encoder, packer, kinds, device=plan.device, **sizes)
+    runner = ModelRunner(
+        model,
+        cache,
+        packer,
+        sampler,
+        max_num_seqs=plan.max_num_seqs,
+        encoding=encoding,
+        compiled=args.compile,
+    )
     if plan.device == "cuda":
-        runner.warm_up(plan, kinds=kinds.sites, report=report)
+        runner.warm_up(plan, kinds=kinds.sites, media=media.samples(), report=report)
     limits = SchedulerLimits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -147,6 +193,7 @@ def _engine(
         page_size=plan.page_size,
         prefix_caching=args.enable_prefix_caching,
         chunked_prefill=args.enable_chunked_prefill,
+        media_items=4 if plan.device == "cuda" else 1,  # 10 ms each, or hundreds
     )
     scheduler = Scheduler(limits, PagePool(plan.num_pages), residency)
     until = Ends(eos_token_ids=tokenizer.eos_token_ids, max_model_len=plan.max_model_len)

@@ -13,8 +13,8 @@ from aiolora.engine.batch import Bucket, InFlight, Packer, Routes, step_inputs
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.scheduler import Batch
 from aiolora.engine.staging import Numbers, Staging, size_of
-from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
+from aiolora.models.model import Model
 from aiolora.ops.sampling import greedy_op
 from aiolora.types import Report, unreported
 
@@ -67,7 +67,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         cache: KVCache,
         packer: Packer,
         previous: Tensor,

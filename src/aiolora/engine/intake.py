@@ -3,7 +3,7 @@
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -11,6 +11,7 @@ from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestE
 from aiolora.lora.policies import Policies
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.tokenizers import Tokenizers
+from aiolora.media.reader import MediaReader, Read
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import (
     NEVER,
@@ -62,14 +63,25 @@ class Intake:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, registry: AdapterRegistry, limits: Limits, *, model: str, lora_enabled: bool
+        self,
+        tokenizer: Tokenizer,
+        registry: AdapterRegistry,
+        limits: Limits,
+        media: MediaReader,
+        *,
+        model: str,
+        lora_enabled: bool,
+        default_mm_loras: Mapping[str, str] | None = None,
     ) -> None:
+        """`default_mm_loras`: modality -> name of the adapter that a request with it has where it names none."""
         self.tokenizers = Tokenizers(tokenizer)
         self.registry = registry
         self.policies = Policies()
         self.limits = limits
+        self.media = media
         self.model = model
         self._lora_enabled = lora_enabled
+        self._default_mm_loras = default_mm_loras or {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -86,17 +98,21 @@ class Intake:
         request_id: str | None = None,
         lora_request: LoRARequest | None = None,
         priority: int = 0,
+        read: Read | None = None,
     ) -> Request:
         """Tokenise and check. Raises `RequestError` naming the field, the value and the limit.
 
-        `grammar`: what the `structured_outputs` of `params` were compiled to.
+        `grammar`: what the `structured_outputs` of `params` were compiled to. `read`: what `read` made of the prompt.
         """
         if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise RequestError(
                 f"priority={priority}: must be {-MAX_PRIORITY} to {MAX_PRIORITY}, lower is earlier", param="priority"
             )
         tokenizer = self.tokenizers.of(mix)
-        text, ids = self.tokens(prompt, tokenizer)
+        text, ids = self.tokens(read.prompt if read else self.media.worded(prompt, tokenizer), tokenizer)
+        placed = self.media.place(ids, read.items) if read else None
+        if placed is not None:
+            ids = placed.ids
         params = params or SamplingParams()
         vocab = (mix and mix.vocabulary) or self.limits.vocab_size
         self._check(ids, params, vocab)
@@ -112,6 +128,8 @@ class Intake:
             arrival_s=time.monotonic(),
             eos_token_ids=None if tokenizer is self.tokenizers.base else ends,
             grammar=grammar,
+            media=placed.items if placed else (),
+            rotary=placed.rotary if placed else None,
         )
         if mix is not None and request.active_from == NEVER:
             version = mix.versions[0]
@@ -122,6 +140,24 @@ class Intake:
                 list(version.invocation),
             )
         return request
+
+    def read(self, prompt: Prompt | Messages) -> Read | None:
+        """The prompt's images and recordings, fetched and decoded; None: it has none. Blocks; any thread.
+
+        Raises `RequestError`.
+        """
+        return self.media.read(prompt, self.tokenizer) if self.media.wanted(prompt) else None
+
+    def default(self, lora: LoRA, read: Read | None, permits: Callable[[str], bool] | None = None) -> LoRA:
+        """`lora`, or where a request names none that of the one modality in it that has a default.
+
+        `permits`: whether who asks may use the adapter of this name, which else is not there; None: everybody may.
+        """
+        if lora is not None or read is None:
+            return lora
+        defaults = (self._default_mm_loras.get(modality) for modality in read.modalities)
+        found = [name for name in defaults if name is not None and (permits is None or permits(name))]
+        return found[0] if len(found) == 1 else None
 
     def parts(self, lora: LoRA) -> list[tuple[str | LoRARequest, float]]:
         """The adapters that `lora` names, each with its weight; empty for the base model."""
@@ -175,8 +211,6 @@ class Intake:
         raise RequestError("a prompt is a string, token ids, a mapping with either, or chat messages", param="prompt")
 
     def _tokens_of_mapping(self, prompt: Mapping[str, object], tokenizer: Tokenizer) -> tuple[str | None, list[int]]:
-        if prompt.get("multi_modal_data"):
-            raise RequestError(f"the model {self.model!r} takes text only, no multi_modal_data", param="prompt")
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if isinstance(ids, Sequence) and all(type(item) is int for item in ids):
             return text if isinstance(text, str) else None, list(ids)

@@ -2,8 +2,8 @@
 
 import torch
 
-from aiolora.models.decoder import DecoderConfig
 from aiolora.models.inputs import LayerKV
+from aiolora.models.model import ModelConfig
 
 
 class KVCache:
@@ -12,9 +12,7 @@ class KVCache:
     Not filled: nothing is read before it was written, and on the CPU memory is only taken as pages come into use.
     """
 
-    def __init__(
-        self, config: DecoderConfig, *, num_pages: int, page_size: int, dtype: torch.dtype, device: str
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, num_pages: int, page_size: int, dtype: torch.dtype, device: str) -> None:
         shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
         self.page_size = page_size
         self.layers = [
@@ -23,6 +21,6 @@ class KVCache:
         ]
 
 
-def page_nbytes(config: DecoderConfig, page_size: int, dtype: torch.dtype) -> int:
+def page_nbytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
     """Bytes of one page over all layers."""
     return 2 * config.num_layers * page_size * config.num_kv_heads * config.head_dim * dtype.itemsize

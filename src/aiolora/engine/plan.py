@@ -11,7 +11,7 @@ from aiolora.engine.kv_cache import page_nbytes
 from aiolora.errors import ConfigError
 from aiolora.lora.kinds import Room
 from aiolora.lora.layout import Layout
-from aiolora.models.decoder import DecoderConfig
+from aiolora.models.model import ModelConfig
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.ops.registration import has_kernels
 
@@ -58,7 +58,7 @@ def pick_device(said: str) -> str:
     return said
 
 
-def step_bounds(args: EngineArgs, config: DecoderConfig, device: str) -> tuple[int, int]:
+def step_bounds(args: EngineArgs, config: ModelConfig, device: str) -> tuple[int, int]:
     """(max_num_seqs, max_num_batched_tokens). Raises `ConfigError` where they do not fit together."""
     usual_seqs, usual_tokens = (256, 8192) if device == "cuda" else (32, 1024)
     max_num_seqs = args.max_num_seqs or min(usual_seqs, args.max_num_batched_tokens or usual_seqs)
@@ -77,13 +77,14 @@ def step_bounds(args: EngineArgs, config: DecoderConfig, device: str) -> tuple[i
 
 def make_plan(
     args: EngineArgs,
-    config: DecoderConfig,
+    config: ModelConfig,
     layout: Layout | None,
     dtype: torch.dtype,
     device: str,
     *,
     weights: int = 0,
     activations: int = 0,
+    capturable: bool = True,
 ) -> Plan:
     """Size everything, with the weights in place and no store yet. `weights`: their bytes; `activations`: bytes that a
     step takes on a GPU.
@@ -95,7 +96,7 @@ def make_plan(
     adapter_nbytes = layout.pages_nbytes(dict(enumerate(adapter_room.pages(layout.page_kinds)))) if layout else 0
     on_gpu = device == "cuda"
     lora_pages = even(-(-args.max_lora_rank // RANKS_PER_PAGE)) if layout and on_gpu else 0
-    captured = on_gpu and not args.enforce_eager and has_kernels()
+    captured = capturable and on_gpu and not args.enforce_eager and has_kernels()
     graphs = graph_buckets(max_num_seqs, budget, args.max_loras, lora_pages) if captured else ()
     page = page_nbytes(config, PAGE_SIZE, dtype)
     pages_of_one = -(-config.max_positions // PAGE_SIZE)

@@ -1,5 +1,6 @@
 """ModelRunner: launches a step on the device. A Flight is a step that was launched and has not landed."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aiolora.engine.batch import InFlight, Packer, Routes, num_prompt_logits
+from aiolora.engine.encoding import Encoding
 from aiolora.engine.graphs import StepGraphs
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.plan import Plan
@@ -15,10 +17,10 @@ from aiolora.engine.sampler import Chosen, Sampled, Sampler, read
 from aiolora.engine.scheduler import Batch
 from aiolora.engine.sequence import Sequence
 from aiolora.engine.warm_up import blank_head, blank_step
-from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import StepInputs
+from aiolora.models.model import Model
 from aiolora.ops.registration import rehearsal
-from aiolora.types import Report, Request, SamplingParams, unreported
+from aiolora.types import MediaItem, Report, Request, SamplingParams, unreported
 
 _ROWS_OF_LOGITS = 256  # of prompt positions at a time: 131 MB of float32 for a vocabulary of 128k
 _WARM_UP = ((1, 1), (1, 15), (1, 100), (1, 250), (1, 300))  # tokens of each sequence: the sizes that kernels tell apart
@@ -81,12 +83,13 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         cache: KVCache,
         packer: Packer,
         sampler: Sampler,
         *,
         max_num_seqs: int,
+        encoding: Encoding | None = None,
         compiled: bool = False,
         overlaps: bool | None = None,
     ) -> None:
@@ -98,6 +101,7 @@ class ModelRunner:
         self._cache = cache
         self._packer = packer
         self._sampler = sampler
+        self._encoding = encoding
         self._graphs: StepGraphs | None = None
         self._in_flight = InFlight.none(max_num_seqs, str(self._device))
 
@@ -107,10 +111,12 @@ class ModelRunner:
             runs = [run for run in batch.runs if run.samples]
             seqs, rows = [run.seq for run in runs], [self._in_flight.row(run) for run in runs]
             routes = self._packer.routes(batch)
-            chosen = self._replay(batch, routes, seqs, rows)
+            media = self._encoding.rows(batch) if self._encoding is not None else None
+            chosen = self._replay(batch, routes, seqs, rows) if media is None else None
             prompt: list[tuple[Chosen, list[int | None]]] = []
             if chosen is None:
                 inputs = self._packer.pack(batch, routes, self._in_flight)
+                inputs = inputs if media is None else replace(inputs, media=media)
                 if self._compiled:
                     _leave_sizes_open(inputs)
                 hidden = self._forward(inputs, self._cache.layers)
@@ -121,11 +127,12 @@ class ModelRunner:
             self._in_flight.rows = {seq: row for row, seq in enumerate(seqs)}
             return self._flight(batch, chosen, prompt)
 
-    def warm_up(self, plan: Plan, *, kinds: int, report: Report = unreported) -> None:
+    def warm_up(self, plan: Plan, *, kinds: int, media: Iterable[MediaItem] = (), report: Report = unreported) -> None:
         """Compile the kernels that serving needs and capture the graphs of `plan` (GPU). Before the first launch only.
 
-        `kinds`: of sites that take adapters.
+        `kinds`: of sites that take adapters. `media`: some for the encoder.
         """
+        media = tuple(media)
         graphs = None
         if plan.graph_buckets:
             max_pages = -(-plan.max_model_len // plan.page_size)
@@ -134,12 +141,18 @@ class ModelRunner:
         with torch.inference_mode():
             with rehearsal():  # compiles all side by side
                 self._walk_through(plan, kinds)
+                self._encode(media)
                 if graphs is not None:
                     graphs.walk_through()
             self._walk_through(plan, kinds)
+            self._encode(media)
             if graphs is not None:
                 graphs.capture(report)
         self._graphs = graphs
+
+    def _encode(self, media: Iterable[MediaItem]) -> None:
+        if self._encoding is not None:
+            self._encoding.warm_up(media)
 
     def _walk_through(self, plan: Plan, kinds: int) -> None:
         """A step of each size that kernels tell apart, without adapters, with, and with many."""
@@ -255,6 +268,7 @@ def _leave_sizes_open(inputs: StepInputs) -> None:
 
     step = (inputs.tokens, inputs.positions, inputs.slots, inputs.block_tables, inputs.kv_lengths, inputs.query_starts)
     own = (*(inputs.own_embeddings or (None,))[1:], *(inputs.own_norms or (None,))[1:])  # without the pool's rows
-    for tensor in (*step, inputs.logits_at, *(inputs.routing or ()), *own):
+    media = (*(inputs.media or ()), inputs.axes)
+    for tensor in (*step, inputs.logits_at, *(inputs.routing or ()), *own, *media):
         if isinstance(tensor, Tensor):
             mark_unbacked(tensor, list(range(tensor.dim())))

@@ -45,6 +45,9 @@ class SchedulerLimits:
     page_size: int
     prefix_caching: bool = True
     chunked_prefill: bool = True
+    media_items: int = (
+        4  # images and recordings that may begin in one step, where prompts are cut: each is encoded in it
+    )
     patience_s: float = 3.0  # after so long without a slot, a mix of adapters is given that of another
 
 
@@ -79,6 +82,7 @@ class Scheduler:
         self._slots = Slots(limits.max_loras, limits.patience_s)
         self._now_s = 0.0  # of the step made last
         self._leaving: list[Sequence] = []  # preempted or ended, their pages held until their flights have landed
+        self._media_left = 0  # items that may still begin in the step being made
         self._promised = 0  # of those pages, how many the step being made has others wait for
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # prompt tokens that the prefix cache had
@@ -137,6 +141,7 @@ class Scheduler:
         preemptions = self.num_preemptions
         self._leaving = [seq for seq in self._leaving if seq.holds and seq.status is not Status.RUNNING]
         self._promised = 0
+        self._media_left = self.limits.media_items
         for seq in self.running.copy():
             if budget == 0:
                 break
@@ -144,7 +149,9 @@ class Scheduler:
             if seq.status is not Status.RUNNING or length >= seq.max_length or seq.unsure:
                 continue  # preempted for one before it; the token in flight is its last; or its grammar must see that
             count = min(length - seq.num_computed, budget)
-            if self._grow(seq, seq.num_computed + count):
+            if seq.request.media:
+                count = self._cut(seq, seq.num_computed, count)
+            if count and self._grow(seq, seq.num_computed + count):
                 budget -= self._launch(batch, seq, count)
         if self.num_preemptions == preemptions and not self._promised:  # else the preempted would come straight back
             self._admit(batch, budget, now, arriving)
@@ -243,7 +250,9 @@ class Scheduler:
         cached = self._cached_pages(seq)
         start = len(cached) * self.limits.page_size
         count = min(seq.length - start, budget)
-        if not self.limits.chunked_prefill and count < seq.length - start:
+        if seq.request.media:
+            count = self._cut(seq, start, count)
+        if count == 0 or (not self.limits.chunked_prefill and count < seq.length - start):
             return 0
         self.pool.share(cached)
         fresh = self.pool.take(-(-(start + count) // self.limits.page_size) - len(cached))
@@ -314,8 +323,17 @@ class Scheduler:
         """Pages that nobody will own once all flights have landed."""
         return sum(self.pool.refs(page) == 1 for seq in self._leaving for page in seq.pages)
 
+    def _cut(self, seq: Sequence, start: int, count: int) -> int:
+        """At most `count` tokens of `seq` from `start` on, ending before an item that is one too many for the step."""
+        if not self.limits.chunked_prefill:
+            return count
+        begun = [item.start for item in seq.request.media if start <= item.start < start + count]
+        return begun[self._media_left] - start if len(begun) > self._media_left else count
+
     def _launch(self, batch: Batch, seq: Sequence, count: int) -> int:
         start = seq.num_computed
+        if seq.request.media:
+            self._media_left -= sum(start <= item.start < start + count for item in seq.request.media)
         samples = start + count == seq.length
         batch.runs.append(Scheduled(seq, start, count, samples))
         seq.num_computed = start + count

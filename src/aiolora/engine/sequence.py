@@ -86,7 +86,8 @@ class Sequence:
         """What the keys and values of that page depend on: all tokens up to its end, and from which of them on the mix.
 
         A chain of keyed digests, so equal keys mean equal prefixes under equal adapters at work from equal positions;
-        pages before that position have the base's keys. The one place that makes keys.
+        pages before that position have the base's keys. An image or a recording is told by its digest in the page in
+        which it begins, whatever tokens stand for it. The one place that makes keys.
         """
         joins, offset = divmod(self.active_from, page_size)
         while len(self._keys) <= page_index:
@@ -97,5 +98,8 @@ class Sequence:
             if self.mix is not None and len(self._keys) == joins:
                 before += b"mix:" + self.mix.key + offset.to_bytes(4)
             content = array("i", page_tokens).tobytes()
+            for item in self.request.media:
+                if start <= item.start < start + page_size:
+                    content += item.start.to_bytes(8) + item.digest
             self._keys.append(blake2b(before + content, digest_size=16, key=_PROCESS_SECRET).digest())
         return self._keys[page_index]

@@ -11,8 +11,8 @@ from torch import Tensor
 from aiolora.engine.batch import routing_of, step_inputs
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.staging import Staging
-from aiolora.models.decoder import Decoder
 from aiolora.models.inputs import HeadInputs, StepInputs
+from aiolora.models.model import Model
 from aiolora.ops.blocks import Blocks
 from aiolora.ops.linear import tile_of
 from aiolora.ops.registration import rehearsal
@@ -80,7 +80,7 @@ def _routing(size: int, kinds: int, pages: int, idle: int, device: str) -> dict[
     }
 
 
-def activation_nbytes(model: Decoder, max_num_seqs: int, max_num_batched_tokens: int, *, page_size: int) -> int:
+def activation_nbytes(model: Model, max_num_seqs: int, max_num_batched_tokens: int, *, page_size: int) -> int:
     """Bytes of GPU memory that the largest step takes for a while, beyond what is always there: by running one."""
     device = str(model.embed.weight.device)
     longest = model.config.max_positions

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from aiolora.errors import AdapterFormatError, AdapterMismatchError, AdapterUnsupportedError
 from aiolora.lora.adapter import PeftConfig
 from aiolora.lora.contents import Contents
-from aiolora.lora.layout import EMBED_TOKENS, EMBEDDING, LM_HEAD, NORMS, Layout
+from aiolora.lora.layout import EMBEDDING, NORMS, Layout
 from aiolora.lora.tensorfile import Entry
 
 _ADDED, _ADDED_SHARE = 1024, 8  # tokens that an adapter may add: so many, or that part of the base's
@@ -64,7 +64,8 @@ def brought(name: str, config: PeftConfig, contents: Contents, layout: Layout) -
 def _whole(config: PeftConfig, contents: Contents, layout: Layout, module: str) -> Entry | None:
     """The weight of `module` in the file; at an end of a tied model that has none of its own, the other end's base."""
     entry = contents.trained.get(module, contents.kept.get(module))
-    other = {EMBED_TOKENS: LM_HEAD, LM_HEAD: EMBED_TOKENS}.get(module) if layout.tied else None
+    ends = layout.embed_tokens, layout.lm_head
+    other = dict(zip(ends, reversed(ends))).get(module) if layout.tied else None
     if entry is not None or other is None:
         return entry
     return contents.kept.get(other) or (None if config.saves(other) else contents.trained.get(other))
@@ -73,7 +74,7 @@ def _whole(config: PeftConfig, contents: Contents, layout: Layout, module: str) 
 def _vocabulary(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> int:
     """How many tokens there are once the embedding was resized; 0: as many as the base has."""
     vocabulary, width = layout.weights[EMBEDDING].base.shape
-    ends = {module: _whole(config, contents, layout, module) for module in (EMBED_TOKENS, LM_HEAD)}
+    ends = {module: _whole(config, contents, layout, module) for module in (layout.embed_tokens, layout.lm_head)}
     sizes = {module: entry.shape[0] for module, entry in ends.items() if entry and entry.shape[1:] == (width,)}
     if all(size == vocabulary for size in sizes.values()):
         return 0
@@ -104,13 +105,14 @@ def _tokens(
     name: str, config: PeftConfig, contents: Contents, layout: Layout, module: str, vocabulary: int
 ) -> tuple[Entry | None, list[int]]:
     """The rows of trained tokens of `module`, and where they belong."""
-    source = EMBED_TOKENS if layout.tied and module == LM_HEAD and LM_HEAD not in contents.tokens else module
+    embed_tokens, lm_head = layout.embed_tokens, layout.lm_head
+    source = embed_tokens if layout.tied and module == lm_head and lm_head not in contents.tokens else module
     entry = contents.tokens.get(source)
     if entry is None or (source != module and module in contents.trained):
         return None, []
-    ids = config.trained_tokens(source, embedding=source == EMBED_TOKENS)
-    if ids is None and layout.tied and source == LM_HEAD:  # its copy of the embedding's, saved beside a resized base
-        ids = config.trained_tokens(EMBED_TOKENS, embedding=True)
+    ids = config.trained_tokens(source, embedding=source == embed_tokens)
+    if ids is None and layout.tied and source == lm_head:  # its copy of the embedding's, saved beside a resized base
+        ids = config.trained_tokens(embed_tokens, embedding=True)
     width = layout.weights[EMBEDDING].base.shape[1]
     if ids is None:
         raise AdapterFormatError(name, f"{entry.name} is there, and trainable_token_indices names no token of {source}")
@@ -135,9 +137,10 @@ def _check_named(name: str, config: PeftConfig, contents: Contents, layout: Layo
         for module in weight.rows:
             if config.saves(module) and module not in contents.trained:
                 raise AdapterFormatError(name, f"modules_to_save names {module}, but no tensor belongs to it")
-    ends = [module for module in (EMBED_TOKENS, LM_HEAD) if any(module in weight.rows for weight in layout.weights)]
-    named = [end for end in ends if config.trained_tokens(end, embedding=end == EMBED_TOKENS)]
-    if layout.tied and EMBED_TOKENS in contents.tokens:
+    rows = {module for weight in layout.weights for module in weight.rows}
+    ends = [module for module in (layout.embed_tokens, layout.lm_head) if module in rows]
+    named = [end for end in ends if config.trained_tokens(end, embedding=end == layout.embed_tokens)]
+    if layout.tied and layout.embed_tokens in contents.tokens:
         named = []  # the tied head's are saved only where they differ
     for module in named:
         if module not in contents.tokens:

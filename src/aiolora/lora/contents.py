@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from aiolora.errors import AdapterFormatError
 from aiolora.lora.adapter import PeftConfig
-from aiolora.lora.layout import EMBED_TOKENS, Layout
+from aiolora.lora.layout import Layout
 from aiolora.lora.tensorfile import Entry
 
 _PREFIX = r"(?:base_model\.model\.)?(?P<module>[\w.]+?)"
@@ -24,6 +24,8 @@ _WHOLE = re.compile(
 )
 _TOKENS = re.compile(_PREFIX + r"\.token_adapter\.trainable_tokens_delta")
 
+
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")  # what models call the one of their tokens
 
 A, B = "lora_A", "lora_B"
 VECTORS = MAGNITUDE, FACTOR_BIAS, BIAS = "lora_magnitude_vector", "lora_B.bias", "bias"  # beside them, [N] each
@@ -55,15 +57,16 @@ def trained_vectors(config: PeftConfig) -> list[str]:
 
 
 def stands_for_embedding(module: str) -> bool:
-    return module == EMBED_TOKENS or module.endswith("." + EMBED_TOKENS.rpartition(".")[2])
+    return module.rpartition(".")[2] in _EMBEDDINGS
 
 
 def module_of(key: str, layout: Layout) -> str | None:
     """The module of the base that the tensor `key` belongs to, if it is one that an adapter may bring."""
     part = part_of(key)
     if part is not None:
-        known = part.module in layout.targets or part.module.removesuffix(".base_layer") in layout.fused
-        return part.module if known else None
+        module = layout.named(part.module)
+        known = module in layout.targets or module.removesuffix(".base_layer") in layout.fused
+        return module if known else None
     match = _TOKENS.fullmatch(key) or _WHOLE.fullmatch(key)
     if match is None or not any(match["module"] in weight.rows for weight in layout.weights):
         return None
@@ -95,6 +98,8 @@ def sort(adapter: str, config: PeftConfig, entries: Iterable[Entry], layout: Lay
     contents = Contents()
     for entry in entries:
         part, tokens, whole = part_of(entry.name), _TOKENS.fullmatch(entry.name), _WHOLE.fullmatch(entry.name)
+        if part is not None:
+            part = part._replace(module=layout.named(part.module))
         if part is not None and part.name in known:
             place, key, what, module = contents.parts.setdefault(part.module, {}), part.name, part.name, part.module
         elif tokens is not None and module_of(entry.name, layout):

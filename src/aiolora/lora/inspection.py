@@ -63,8 +63,8 @@ def inspect_adapter(path: str, *, model: str | None = None, max_rank: int) -> Re
     folder = locate(name, path)
     layout = None
     if model is not None:
-        decoder = outline(weights.locate(model, only=("*.json",)))
-        layout = layout_of(decoder, decoder.embed.weight.dtype)
+        decoder, encoder = outline(weights.locate(model, only=("*.json",)))
+        layout = layout_of(decoder, decoder.embed.weight.dtype, encoder=encoder)
     raw: dict[str, Any] = {}
     contents: tuple[Content, ...] = ()
     coverage = version = None

@@ -10,6 +10,12 @@ class PageKinds(NamedTuple):
     embedding: int = -1  # which of them; -1: none
     head: int = -1
     experts: tuple[int, ...] = ()  # those of routed experts, inside the layers, which have no vector pages
+    towers: int = 0  # how many of those inside the layers, the last of them, are an encoder's and not the decoder's
+
+    @property
+    def of_towers(self) -> range:
+        """The kinds of sites that act on images and recordings, before there are tokens."""
+        return range(self.layers - self.towers, self.layers)
 
     @property
     def layers(self) -> int:

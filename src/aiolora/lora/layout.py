@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from aiolora.lora.kinds import PageKinds
-from aiolora.models.decoder import Decoder
+from aiolora.models.encoder import Encoder
 from aiolora.models.layers import Linear
+from aiolora.models.model import Model
 from aiolora.models.moe import ExpertLinear
+from aiolora.models.multimodal import current_name
 from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.linear import RANKS_PER_PAGE
 
+Key = tuple[str, int, tuple[int, ...]]  # of a kind: names of its slices without the layer's number, K, bounds
 Place = tuple[int, int, int]  # kind, layer, slice
-EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 EMBEDDING, HEAD, NORMS = range(3)  # indices of `Layout.weights`
-WEIGHTS = {EMBED_TOKENS: EMBEDDING, LM_HEAD: HEAD}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Kind:
     a layer: expert e of layer l is layer l * E + e of the kind.
     """
 
-    name: str  # checkpoint names of its slices without the layer, joined by +
+    name: str  # checkpoint names of its slices without the layer's number, joined by +
     layers: int
     inputs: int  # K
     bounds: tuple[int, ...]  # ends of the slices among the out-features
@@ -106,6 +107,7 @@ class Layout:
     weights: tuple[Weight, ...] = ()  # embedding, head, norms on the residual stream
     tied: bool = False  # the head is the embedding
     fused: Mapping[str, Mapping[str, Fused]] = field(default_factory=dict)  # module -> parameters, in order
+    towers: int = 0  # so many kinds, behind those of the decoder's layers, are an encoder's
 
     @property
     def page_kinds(self) -> PageKinds:
@@ -113,7 +115,22 @@ class Layout:
             return next((i for i, kind in enumerate(self.kinds) if kind.name == name), -1)
 
         experts = tuple(i for i, kind in enumerate(self.kinds) if kind.experts)
-        return PageKinds(len(self.kinds), number(EMBED_TOKENS), number(LM_HEAD), experts)
+        ends = number(self.embed_tokens), number(self.lm_head)
+        return PageKinds(len(self.kinds), *ends, experts, self.towers)
+
+    @property
+    def embed_tokens(self) -> str:
+        """What the embedding is called in the model."""
+        return next(iter(self.weights[EMBEDDING].rows)) if self.weights else ""
+
+    @property
+    def lm_head(self) -> str:
+        """What the head is called in the model."""
+        return next(iter(self.weights[HEAD].rows)) if self.weights else ""
+
+    def named(self, module: str) -> str:
+        """The name that `module` has in the model, where an adapter calls it by one from earlier days."""
+        return current_name(module) if self.towers and module not in self.targets else module
 
     @property
     def most_blocks(self) -> int:
@@ -122,8 +139,8 @@ class Layout:
 
     def kind_of(self, layer: int, linear: Linear | ExpertLinear) -> int | None:
         """Index of the kind of a Linear in `layer`; None: no adapter may change it."""
-        name = _kind_name(layer, linear)
-        return next((i for i, kind in enumerate(self.kinds) if kind.name == name), None)
+        wanted = _key(layer, linear)
+        return next((i for i, kind in enumerate(self.kinds) if (kind.name, kind.inputs, kind.bounds) == wanted), None)
 
     def page_nbytes(self, kind: int) -> int:
         """Bytes of a page of a kind of `page_kinds`."""
@@ -140,29 +157,40 @@ class Layout:
         return sum(count * self.page_nbytes(kind) for kind, count in pages.items() if count)
 
 
-def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | None = None) -> Layout:
+def layout_of(
+    model: Model, dtype: torch.dtype, *, encoder: Encoder | None = None, only: tuple[str, ...] | None = None
+) -> Layout:
     """Group the model's Linears into kinds; `only` (suffixes of module names) narrows what may be changed."""
 
     def taken(module: str) -> bool:
         return only is None or any(name.endswith(only) for name in (module, *model.spellings(module)))
 
-    kinds: dict[str, Kind] = {}
+    kinds: dict[Key, Kind] = {}
     targets: dict[str, Target] = {}
-    for layer, linear in model.linears():
-        name = _kind_name(layer, linear)
-        bounds = (0, *(high for _, _, high in linear.slices()))
-        kinds[name] = Kind(name, layer + 1, linear.inputs, bounds)
-        number = list(kinds).index(name)
+
+    def add(layer: int, linear: Linear) -> None:
+        name, inputs, bounds = key = _key(layer, linear)
+        kinds[key] = Kind(name, layer + 1, inputs, bounds)
+        number = list(kinds).index(key)
         for index, (part, low, high) in enumerate(linear.slices()):
             if taken(part):
                 bias = None if linear.bias is None else linear.bias[low:high]
                 targets[part] = Target(number, layer, index, linear.weight[low:high], bias)
+
+    for layer, linear in model.linears():
+        add(layer, linear)
     fused = _experts(model, taken, kinds, targets)
+    of_decoder = len(kinds)
+    for layer, linear in encoder.linears() if encoder else ():
+        add(layer, linear)
+    towers = len(kinds) - of_decoder
     targets |= {other: targets[name] for name in targets for other in model.spellings(name)}
-    for name, base in ((EMBED_TOKENS, model.embed.weight.T), (LM_HEAD, model.head.weight)):
+    embed_tokens, (lm_head,) = model.embed.name, model.head.parts
+    for name, base in ((embed_tokens, model.embed.weight.T), (lm_head, model.head.weight)):
         if taken(name):
             targets[name] = Target(len(kinds), 0, 0, base)
-            kinds[name] = Kind(name, 1, base.shape[1], (0, base.shape[0]))
+            end = Kind(name, 1, base.shape[1], (0, base.shape[0]))
+            kinds[end.name, end.inputs, end.bounds] = end
 
     def weight(rows: dict[str, int], base: Tensor) -> Weight:
         return Weight(rows, frozenset(filter(taken, rows)), base)
@@ -170,20 +198,20 @@ def layout_of(model: Decoder, dtype: torch.dtype, *, only: tuple[str, ...] | Non
     norms, none = list(model.norms()), model.embed.weight[:0]
     stacked = torch.stack([norm.weight for norm in norms]) if norms else none
     weights = (
-        weight({EMBED_TOKENS: 0}, model.embed.weight),
-        weight({LM_HEAD: 0}, model.head.weight),
+        weight({embed_tokens: 0}, model.embed.weight),
+        weight({lm_head: 0}, model.head.weight),
         weight({norm.name: row for row, norm in enumerate(norms)}, stacked),
     )
-    return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head, fused)
+    return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head, fused, towers)
 
 
 def _experts(
-    model: Decoder, taken: Callable[[str], bool], kinds: dict[str, Kind], targets: dict[str, Target]
+    model: Model, taken: Callable[[str], bool], kinds: dict[Key, Kind], targets: dict[str, Target]
 ) -> dict[str, dict[str, Fused]]:
     """Add kinds and targets of the routed experts that may be changed; the fused parameters of each layer."""
     fused: dict[str, dict[str, Fused]] = {}
     for layer, linear in model.experts():
-        name, count, slices = _kind_name(layer, linear), linear.experts, list(linear.slices())
+        count, slices = linear.experts, list(linear.slices())
         parts = {
             linear.of(part, expert): (index, expert, low, high)
             for index, (part, low, high) in enumerate(slices)
@@ -192,17 +220,25 @@ def _experts(
         some = [part for part in parts if taken(part)]
         if not some and not taken(linear.fused):
             continue
-        bounds = (0, *(high for _, _, high in slices))
-        kinds[name] = Kind(name, (layer + 1) * count, linear.inputs, bounds, count)
-        number, first = list(kinds).index(name), layer * count
+        name, inputs, bounds = key = _key(layer, linear)
+        kinds[key] = Kind(name, (layer + 1) * count, inputs, bounds, count)
+        number, first = list(kinds).index(key), layer * count
         for part in some:
             index, expert, low, high = parts[part]
             targets[part] = Target(number, first + expert, index, linear.weight[expert, low:high])
         whole = taken(linear.fused) or len(some) == len(parts)
-        own = Fused(number, first, count, linear.inputs, bounds[-1], whole)
+        own = Fused(number, first, count, inputs, bounds[-1], whole)
         fused.setdefault(linear.path, {})[linear.fused] = own
     return fused
 
 
-def _kind_name(layer: int, linear: Linear | ExpertLinear) -> str:
-    return "+".join(part.partition(f".{layer}.")[2] for part in linear.parts)
+def _key(layer: int, linear: Linear | ExpertLinear) -> Key:
+    """What projections of one kind have in common."""
+
+    def kind(part: str) -> str:
+        where, found, name = part.partition(f".{layer}.")
+        if not found:
+            return part
+        return name if where == "model.layers" else f"{where}.*.{name}"
+
+    return "+".join(map(kind, linear.parts)), linear.inputs, (0, *(high for _, _, high in linear.slices()))

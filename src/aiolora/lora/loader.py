@@ -20,7 +20,7 @@ from aiolora.errors import AdapterFormatError, AdapterNotFoundError, AdapterUnsu
 from aiolora.hub import fetch
 from aiolora.lora.adapter import PeftConfig, parse_config
 from aiolora.lora.experts import fill_fused
-from aiolora.lora.layout import WEIGHTS, Layout
+from aiolora.lora.layout import EMBEDDING, HEAD, Layout
 from aiolora.lora.memory import HeldTensors, InMemory
 from aiolora.lora.outline import Limits, Outline, outline
 from aiolora.lora.paging import fill, threads
@@ -140,7 +140,8 @@ def _check_blocks(name: str, plan: Outline, blocks: list[Block], layout: Layout)
             "alora_invocation_tokens with rows of its own, which in PEFT act on what is before the invocation, too; "
             "save it with save_embedding_layers=False",
         )
-    norms = [one.module for one in plan.vectors if one.magnitude is not None and WEIGHTS.get(one.module) in over]
+    ends = {layout.embed_tokens: EMBEDDING, layout.lm_head: HEAD}
+    norms = [one.module for one in plan.vectors if one.magnitude is not None and ends.get(one.module) in over]
     if norms:
         raise AdapterUnsupportedError(
             name,

@@ -14,16 +14,15 @@ from aiolora.errors import (
 )
 from aiolora.lora.adapter import PeftConfig, stands_for, weight_of
 from aiolora.lora.brought import Brought, brought
-from aiolora.lora.contents import BIAS, VECTORS, A, B, Contents, sort, trained_vectors
+from aiolora.lora.contents import BIAS, VECTORS, A, B, Contents, sort, stands_for_embedding, trained_vectors
 from aiolora.lora.experts import AllExperts, take_fused
 from aiolora.lora.kinds import Room
-from aiolora.lora.layout import EMBED_TOKENS, LM_HEAD, Layout, Place, Target
+from aiolora.lora.layout import Layout, Place, Target
 from aiolora.lora.paging import Module
 from aiolora.lora.tensorfile import Entry
 from aiolora.lora.vectors import Vectors
 from aiolora.ops.linear import RANKS_PER_PAGE
 
-_HEADS = (LM_HEAD, EMBED_TOKENS.rpartition(".")[2])
 _MAX_SCALE = 1e4  # alpha / r is of order 1; float32 and bfloat16 hold products with it
 
 
@@ -61,7 +60,7 @@ def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: La
     vocabulary, rows = brought(name, config, found, layout)
     invocation = tuple(config.alora_invocation_tokens or ())
     if invocation:
-        _check_activated(name, config, found)
+        _check_activated(name, config, found, layout)
     ranks: dict[int, int] = {}
     scales: dict[str, float] = {}
     adapted = dict(sorted(found.adapted.items()))
@@ -130,9 +129,10 @@ def _check_parts(
     served = _check_once(name, contents, fused, layout)
     if isinstance(config.target_modules, list):
         targets = _modules(adapted, layout)
+        heads = [end.rpartition(".")[2] for end in (layout.embed_tokens, layout.lm_head)]
         for wanted in config.target_modules:
             meant = [module for module in targets if stands_for(wanted, module)]
-            if not meant and wanted.rpartition(".")[2] in _HEADS and not config.spares(wanted):
+            if not meant and wanted.rpartition(".")[2] in heads and not config.spares(wanted):
                 raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
             # any other name that stands for nothing is of another model: PEFT passes it by
             if bare := [
@@ -179,9 +179,16 @@ def _check_once(name: str, contents: Contents, fused: Mapping[str, AllExperts], 
     return served
 
 
-def _check_activated(name: str, config: PeftConfig, contents: Contents) -> None:
+def _check_activated(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> None:
     """What an aLoRA may not have, for PEFT puts only low-rank factors of linear modules to sleep."""
-    awake = [module for module in contents.adapted if stands_for(EMBED_TOKENS, module)]
+    towers = layout.page_kinds.of_towers
+    if early := [module for module in contents.adapted if layout.targets[module].kind in towers]:
+        raise AdapterUnsupportedError(
+            name,
+            f"alora_invocation_tokens with factors of {early[0]}, which acts before there are tokens to invoke it; "
+            "retrain with target_modules of the language model only",
+        )
+    awake = [module for module in contents.adapted if stands_for_embedding(module)]
     awake += [f"{module}.bias" for module, own in contents.parts.items() if BIAS in own]
     awake += contents.tokens
     awake += [module for module in contents.trained if config.saves(module)]

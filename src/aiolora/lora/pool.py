@@ -10,7 +10,8 @@ from aiolora.lora.kinds import Room
 from aiolora.lora.layout import EMBEDDING, Layout
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.rows import Block
-from aiolora.models.decoder import Decoder
+from aiolora.models.encoder import Encoder
+from aiolora.models.model import Model
 from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.experts import ExpertSite
 from aiolora.ops.linear import RANKS_PER_PAGE, Site
@@ -61,9 +62,9 @@ class AdapterPool:
         self.rows = base.new_empty((counts[page_kinds.blocks], ROWS_PER_BLOCK, base.shape[1]))
         self._copies = torch.cuda.Stream() if device.startswith("cuda") else None  # type: ignore[no-untyped-call]
 
-    def attach(self, model: Decoder) -> None:
+    def attach(self, model: Model, encoder: Encoder | None = None) -> None:
         """Give Linears, routed experts, the embedding and the head their Sites; none where there is no room."""
-        for layer, linear in model.linears():
+        for layer, linear in (*model.linears(), *(encoder.linears() if encoder else ())):
             kind = self.layout.kind_of(layer, linear)
             linear.site = None if kind is None else self._site(kind, layer)
         for layer, experts in model.experts():

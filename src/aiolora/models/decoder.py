@@ -1,20 +1,20 @@
 """The one decoder: attention and an MLP on a residual stream; how families differ is named as switches."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aiolora.models.head import amended, known
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
-from aiolora.models.layers import Embedding, LayerNorm, Linear, Mlp, Norm
+from aiolora.models.layers import Embedding, LayerNorm, Linear, Mlp, Norm, added
 from aiolora.models.moe import ExpertLinear, MoE, MoEConfig
 from aiolora.ops.activation import gated, gelu, gelu_gated
 from aiolora.ops.attention import attention_op, stored
-from aiolora.ops.blocks import OwnNorms, own_logits_op
-from aiolora.ops.linear import Partial, complete_op, completed, shrink_op
+from aiolora.ops.blocks import OwnNorms
+from aiolora.ops.linear import Partial
 
 CHECKPOINTED = (Linear, ExpertLinear, Embedding, Norm, LayerNorm)  # modules that own tensors of a checkpoint
 ACTIVATIONS = {"silu gated": gated, "gelu gated": gelu_gated, "gelu": gelu}
@@ -33,7 +33,7 @@ class LayerNorms(NamedTuple):
     """What the norms of a layer are called; None: there is none."""
 
     before_attention: str | None = "input_layernorm"
-    after_attention: str | None = None  # of what attention adds to the stream
+    after_attention: str | None = None  # RMSNorm of what attention adds to the stream
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
 
@@ -56,6 +56,8 @@ class DecoderConfig:
     max_positions: int
     ropes: tuple[Rope, ...]  # each layer's
     windows: tuple[int, ...]  # each layer's sliding window, tokens; 0: none
+    prefix: str = "model"  # of the names that modules have in a checkpoint, as transformers has them now
+    rope_sections: tuple[int, ...] = ()  # frequencies that turn with each axis in turn (M-RoPE); (): there is one axis
     tied_head: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -71,7 +73,8 @@ class DecoderConfig:
     logits_divisor: float = 1.0
     logits_cap: float = 0.0
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # one name: they are one projection in the checkpoint
-    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # the same
+    mlp: str = "mlp"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # one name: as above
     down: str = "down_proj"
     moe: MoEConfig | None = None  # experts in the place of the MLP, in some layers or all
     spellings: tuple[tuple[str, str], ...] = ()  # other checkpoints have the second part of a name for the first
@@ -82,7 +85,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int, dtype: torch.dtype, device: str) -> None:
         super().__init__()
-        name, hidden, inner = f"model.layers.{index}", config.hidden_size, config.intermediate_size
+        name, hidden, inner = f"{config.prefix}.layers.{index}", config.hidden_size, config.intermediate_size
         heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         offset = config.norm_offset
 
@@ -97,6 +100,9 @@ class Layer(nn.Module):
         def norm(path: str | None) -> Norm | LayerNorm | None:
             return None if path is None else norm_of(config, f"{name}.{path}", dtype, device)
 
+        def inner_norm(path: str | None) -> Norm | None:
+            return None if path is None else rms_norm(path, hidden)
+
         self.num_heads = config.num_heads
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.cap = config.attention_cap
@@ -110,15 +116,15 @@ class Layer(nn.Module):
         self.q_norm = rms_norm("self_attn.q_norm", heads if whole else config.head_dim) if config.qk_norm else None
         self.k_norm = rms_norm("self_attn.k_norm", kv if whole else config.head_dim) if config.qk_norm else None
         self.o = linear(heads, "self_attn", ("o_proj",), (hidden,), config.o_bias)
-        self.attention_norm = norm(config.norms.after_attention)
+        self.attention_norm = inner_norm(config.norms.after_attention)
         self.post_norm = norm(config.norms.before_mlp)
-        self.mlp_norm = norm(config.norms.after_mlp)
+        self.mlp_norm = inner_norm(config.norms.after_mlp)
         if config.moe is not None and index in config.moe.layers:
             self.mlp: MoE | Mlp = MoE(name, hidden, config.moe, dtype, device)
             return
         inners = (inner, inner) if config.activation.endswith("gated") else (inner,)
-        gate_up = linear(hidden, "mlp", config.gate_up, inners, config.mlp_bias)
-        down = linear(inner, "mlp", (config.down,), (hidden,), config.mlp_bias)
+        gate_up = linear(hidden, config.mlp, config.gate_up, inners, config.mlp_bias)
+        down = linear(inner, config.mlp, (config.down,), (hidden,), config.mlp_bias)
         self.mlp = Mlp(gate_up, down, ACTIVATIONS[config.activation])
 
     def forward(
@@ -156,15 +162,17 @@ class Decoder(nn.Module):
 
     cos_sin: Tensor
     embedding_scale: Tensor | None
+    capturable = True
 
     def __init__(self, config: DecoderConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.config = config
-        self.embed = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        prefix, hidden = config.prefix, config.hidden_size
+        self.embed = Embedding(f"{prefix}.embed_tokens", config.vocab_size, hidden, dtype=dtype, device=device)
         self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_layers))
-        self.norm = norm_of(config, "model.norm", dtype, device)
+        self.norm = norm_of(config, f"{prefix}.norm", dtype, device)
         self.head = Linear(
-            config.hidden_size,
+            hidden,
             {"lm_head": config.vocab_size},
             bias=False,
             dtype=dtype,
@@ -183,18 +191,23 @@ class Decoder(nn.Module):
     def forward(self, step: StepInputs, kv: Sequence[LayerKV]) -> Tensor:
         """Hidden states [S, H] at `step.logits_at`, behind the last norm; keys and values go into `kv`."""
         residual = self.embedded(step)
+        tables = self.cos_sin.unbind()
+        if step.axes is not None:
+            tables = tuple(turned(table, step.axes, self.config.rope_sections) for table in tables)
+            step = replace(step, positions=torch.arange(len(step.tokens), dtype=torch.int32, device=step.tokens.device))
         layers: Iterable[Layer] = self.layers  # type: ignore[assignment]
         norms = [layer.input_norm for layer in layers] + [self.norm]
         x: Tensor = residual if norms[0] is None else norms[0](residual, step.own_norms)
-        tables = self.cos_sin.unbind()
         for layer, layer_kv, next_norm in zip(layers, kv, norms[1:]):
             x, residual = layer(x, residual, step, layer_kv, tables[layer.rope], next_norm)
         return x if step.logits_at is None else x[step.logits_at]
 
     def embedded(self, step: StepInputs) -> Tensor:
-        """The residual stream [T, H] as it begins: the vectors of the step's tokens."""
+        """The residual stream [T, H] as it begins: the vectors of the step's tokens, or of what they stand for."""
         embeds = step.routing if step.embeds else None
         x: Tensor = self.embed(step.tokens, step.previous, embeds, step.own_embeddings)
+        if step.media is not None:
+            x = x.index_copy(0, step.media.at, step.media.rows)
         return x if self.embedding_scale is None else x * self.embedding_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -221,23 +234,8 @@ class Decoder(nn.Module):
             return logits
         if self.config.logits_divisor != 1 or self.config.logits_cap:
             logits = self._product(hidden)  # adapters come before the end
-        routing, site = adapters.routing, self.head.site
-        vocabulary = logits.shape[1]
-        if adapters.widest > vocabulary:
-            logits = F.pad(logits, (0, adapters.widest - vocabulary))
-        if adapters.own is not None:
-            own_logits_op(logits, hidden, *adapters.own, routing.perm, routing.tiles, routing.tile)
-        if site is not None and adapters.low_rank:
-            tables = [routing.perm, routing.tiles, routing.items, routing.pages, routing.scales]
-            h = shrink_op(hidden, site.a, tables, [site.kind, routing.tile])
-            of_base = complete_op(*Partial(logits[:, :vocabulary].contiguous(), None, h, site, routing).flat)
-            logits = of_base if logits.shape[1] == vocabulary else torch.cat((of_base, logits[:, vocabulary:]), dim=1)
-        logits = self._finished(logits)
-        if adapters.vocabularies is None:
-            return logits
-        known = torch.where(adapters.vocabularies > 0, adapters.vocabularies, vocabulary)
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        return logits.masked_fill(ids >= known.unsqueeze(1), -torch.inf)
+        logits = self._finished(amended(logits, hidden, adapters, self.head.site))
+        return known(logits, adapters, self.config.vocab_size)
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a checkpoint, the view of a parameter that it fills) of every tensor."""
@@ -277,16 +275,14 @@ class Decoder(nn.Module):
 def joined(
     partial: Partial,
     residual: Tensor,
-    own: Norm | LayerNorm | None,
+    inner: Norm | None,
     following: Norm | LayerNorm | None,
-    adapters: OwnNorms | None,
+    own: OwnNorms | None,
 ) -> tuple[Tensor, Tensor]:
-    """Add what `partial` comes to, under its `own` norm, to `residual` [T, H]: (the `following` norm of it, it)."""
-    if own is not None:
-        partial = Partial(own(completed(partial)))
+    """Add what `partial` comes to, under the norm `inner`, to `residual` [T, H]: (the `following` norm of it, it)."""
     if following is not None:
-        return following.joined(partial, residual, adapters)
-    residual = residual + completed(partial)
+        return following.joined(partial, residual, own, inner)
+    residual = added(partial, residual, inner)
     return residual, residual
 
 
@@ -295,6 +291,17 @@ def norm_of(config: DecoderConfig, name: str, dtype: torch.dtype, device: str) -
     if config.layer_norm:
         return LayerNorm(name, config.hidden_size, config.norm_eps, dtype=dtype, device=device)
     return Norm(name, config.hidden_size, config.norm_eps, offset=config.norm_offset, dtype=dtype, device=device)
+
+
+def turned(cos_sin: Tensor, axes: Tensor, sections: Sequence[int]) -> Tensor:
+    """A table [T, R] of each token's own, of `cos_sin` [positions, R] where it stands on three `axes` [3, T].
+
+    The first so many frequencies turn with the first axis, the next with the second, and on in turn (M-RoPE, Qwen2-VL,
+    arXiv 2409.12191).
+    """
+    cos, sin = cos_sin[axes].chunk(2, dim=-1)
+    parts = [torch.split(half, list(sections), dim=-1) for half in (cos, sin)]
+    return torch.cat([part[i % 3] for half in parts for i, part in enumerate(half)], dim=-1)
 
 
 def _cos_sin(rope: Rope, max_positions: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from aiolora.errors import UnsupportedModelError
 from aiolora.models.decoder import DecoderConfig, LayerNorms, Rope
 from aiolora.models.moe import MoEConfig
+from aiolora.models.multimodal import MULTIMODAL, PREFIX
 
 Switches = Callable[[Any], dict[str, object]]
 
@@ -33,6 +34,10 @@ def _mistral(hf: Any) -> dict[str, object]:
 
 def _qwen2(hf: Any) -> dict[str, object]:
     return {"qkv_bias": True, "windows": _typed_windows(hf)}
+
+
+def _qwen2_vl(hf: Any) -> dict[str, object]:
+    return _qwen2(hf) | {"rope_sections": tuple(hf.rope_parameters["mrope_section"])}
 
 
 def _qwen3(hf: Any) -> dict[str, object]:
@@ -84,6 +89,20 @@ def _granite_scales(hf: Any) -> dict[str, object]:
         "attention_scale": hf.attention_multiplier,
         "logits_divisor": hf.logits_scaling,
     }
+
+
+def _granite_hybrid(hf: Any) -> dict[str, object]:
+    """Granite 4 where it is dense and attends in all layers: its MLP is what others have beside experts."""
+    kinds = set(hf.layers_block_type)
+    if hf.num_local_experts or kinds & {"linear_attention", "mamba"}:
+        raise UnsupportedModelError(
+            f"granitemoehybrid with num_local_experts={hf.num_local_experts} and layers of {', '.join(sorted(kinds))} "
+            "is not served, only without experts and with attention in every layer"
+        )
+    turning = [hf.position_embedding_type == "rope"] * hf.num_hidden_layers
+    mlp = {"mlp": "shared_mlp", "gate_up": ("input_linear",), "down": "output_linear"}
+    sizes = {"intermediate_size": hf.shared_intermediate_size, "ropes": _some_ropes(hf, turning)}
+    return _biases(hf) | _granite_scales(hf) | mlp | sizes
 
 
 def _olmo2(hf: Any) -> dict[str, object]:
@@ -186,6 +205,7 @@ FAMILIES: dict[str, Switches] = {
     "gemma3_text": _gemma3,
     "granite": _granite,
     "granitemoe": _granitemoe,
+    "granitemoehybrid": _granite_hybrid,
     "llama": _llama,
     "ministral": _ministral,
     "mistral": _mistral,
@@ -202,6 +222,7 @@ FAMILIES: dict[str, Switches] = {
     "smollm3": _smollm3,
     "starcoder2": _starcoder2,
 }
+_WITHIN: dict[str, Switches] = {"qwen2_vl_text": _qwen2_vl, "qwen2_5_vl_text": _qwen2_vl}  # multi-modal models only
 
 
 def decoder_config(hf: Any, *, max_positions: int | None = None) -> DecoderConfig:
@@ -209,10 +230,14 @@ def decoder_config(hf: Any, *, max_positions: int | None = None) -> DecoderConfi
 
     Raises `UnsupportedModelError` for a family, activation or rope type that is not served.
     """
-    if hf.model_type not in FAMILIES:
-        served = ", ".join(sorted(FAMILIES))
+    if hf.model_type in MULTIMODAL:
+        config = decoder_config(hf.get_text_config(), max_positions=max_positions)
+        return replace(config, prefix=PREFIX, tied_head=bool(getattr(hf, "tie_word_embeddings", False)))
+    switches = FAMILIES.get(hf.model_type) or _WITHIN.get(hf.model_type)
+    if switches is None:
+        served = ", ".join(sorted(FAMILIES.keys() | MULTIMODAL.keys()))
         raise UnsupportedModelError(f"model_type {hf.model_type!r} is not served; served are: {served}")
-    own = FAMILIES[hf.model_type](hf)
+    own = switches(hf)
     layers, head_dim = hf.num_hidden_layers, _head_dim(hf)
     common: dict[str, Any] = {
         "vocab_size": hf.vocab_size,
@@ -226,7 +251,7 @@ def decoder_config(hf: Any, *, max_positions: int | None = None) -> DecoderConfi
         "max_positions": min(max_positions or hf.max_position_embeddings, hf.max_position_embeddings),
         "ropes": own.get("ropes") or (_rope(hf, head_dim),) * layers,
         "windows": (0,) * layers,
-        "tied_head": bool(hf.tie_word_embeddings),
+        "tied_head": bool(getattr(hf, "tie_word_embeddings", False)),
         "activation": _activation(hf),
     }
     return DecoderConfig(**(common | own))

@@ -9,6 +9,13 @@ from aiolora.ops.blocks import Blocks, OwnNorms
 from aiolora.ops.linear import Routing
 
 
+class MediaRows(NamedTuple):
+    """What encoders made of images and recordings, in the place of the vectors of M placeholder tokens."""
+
+    rows: Tensor  # [M, H]
+    at: Tensor  # [M] int64, positions in [T]
+
+
 @dataclass(slots=True, kw_only=True)
 class StepInputs:
     """Device tensors of one step: T tokens of B sequences, of which S positions are sampled. Engine thread only."""
@@ -25,6 +32,8 @@ class StepInputs:
     embeds: bool = False  # whether an adapter of this step has a low-rank share in the embedding
     own_embeddings: Blocks | None = None  # None: no adapter of this step has rows of its own there
     own_norms: OwnNorms | None = None
+    media: MediaRows | None = None  # None: no token of this step stands for an image or a recording
+    axes: Tensor | None = None  # [3, T] int32, rotary positions on three axes (M-RoPE); None: all are `positions`
 
 
 class HeadInputs(NamedTuple):

@@ -1,5 +1,6 @@
 """The pieces a network is made of. Each knows the names its tensors have in a checkpoint."""
 
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -57,6 +58,30 @@ class Linear(nn.Module):
             low += outputs
 
 
+class Completed(nn.Module):
+    """A Linear of ours where transformers has one of torch's: what it owes is paid before anybody reads it."""
+
+    def __init__(self, linear: Linear, routing: Callable[[int], Routing | None]) -> None:
+        """`routing`: of so many rows of what is under way. Modules of transformers pass no such thing on."""
+        super().__init__()
+        self.linear = linear
+        self._routing = routing
+        self.in_features, self.out_features = linear.inputs, sum(linear.parts.values())
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., K] -> [..., N]."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return completed(self.linear(rows, self._routing(len(rows)))).view(*x.shape[:-1], -1)
+
+
 class Embedding(nn.Module):
     """Token id -> vector; `weight` [V, H] may also serve as the head."""
 
@@ -102,9 +127,12 @@ class Norm(nn.Module):
         """The norm of `x` [T, H], for some tokens with an adapter's weight."""
         return self._owned(rms_norm_op(x, self.weight, self.eps, self.offset), x, own)
 
-    def joined(self, partial: Partial, residual: Tensor, own: OwnNorms | None) -> tuple[Tensor, Tensor]:
-        """(its norm, the sum) of `residual` [T, H] and what `partial` comes to."""
-        x, residual = norm_after(partial, residual, self.weight, self.eps, self.offset)
+    def joined(
+        self, partial: Partial, residual: Tensor, own: OwnNorms | None, inner: "Norm | None" = None
+    ) -> tuple[Tensor, Tensor]:
+        """(its norm, the sum) of `residual` [T, H] and what `partial` comes to, that under the norm `inner`."""
+        weight = None if inner is None else inner.weight
+        x, residual = norm_after(partial, residual, self.weight, self.eps, self.offset, weight)
         return self._owned(x, residual, own), residual
 
     def _owned(self, x: Tensor, residual: Tensor, own: OwnNorms | None) -> Tensor:
@@ -129,13 +157,21 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, own: OwnNorms | None = None) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
-    def joined(self, partial: Partial, residual: Tensor, own: OwnNorms | None) -> tuple[Tensor, Tensor]:
-        residual = residual + completed(partial)
+    def joined(
+        self, partial: Partial, residual: Tensor, own: OwnNorms | None, inner: Norm | None = None
+    ) -> tuple[Tensor, Tensor]:
+        residual = added(partial, residual, inner)
         return self(residual), residual
 
     def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
         yield f"{self.name}.weight", self.weight
         yield f"{self.name}.bias", self.bias
+
+
+def added(partial: Partial, residual: Tensor, inner: Norm | None) -> Tensor:
+    """`residual` [T, H] and what `partial` comes to, that under the norm `inner`."""
+    value = completed(partial)
+    return residual + (value if inner is None else inner(value))
 
 
 class Mlp(nn.Module):
@@ -151,6 +187,12 @@ class Mlp(nn.Module):
         """`x` [T, H] -> the Partial of [T, H]."""
         partial: Partial = self.down(self._activate(self.gate_up(x, routing)), routing)
         return partial
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that the module `name` is in; 0 for those outside of all."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else 0
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """Where a model lives, and its tensors streamed from safetensors into the parameters that take them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -15,6 +15,7 @@ from aiolora.models.decoder import Decoder
 from aiolora.models.embedded import EMBEDDED, pull
 from aiolora.types import Report, unreported
 
+_DERIVED = ("rotary_emb.inv_freq", ".position_ids")  # tensors that old checkpoints hold for no need
 _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt")
 
 
@@ -36,20 +37,28 @@ def locate(model: str, *, only: tuple[str, ...] = _FILES) -> Path:
     return folder
 
 
-def load_weights(model: Decoder, folder: Path, report: Report = unreported) -> None:
-    """Fill every parameter from the safetensors of `folder`, one tensor at a time.
+def load_weights(
+    model: Decoder,
+    folder: Path,
+    *,
+    more: Iterable[tuple[str, Tensor]] = (),
+    current_name: Callable[[str], str] = str,
+    report: Report = unreported,
+) -> None:
+    """Fill every parameter from the safetensors of `folder`, one tensor at a time, and `more` (an encoder's).
 
+    `current_name`: of a tensor whose name in the checkpoint may be an older one.
     Raises `WeightsError` naming tensors that the model does not know, that it misses, or whose shape differs.
     """
-    wanted = dict(model.checkpoint())
+    wanted = dict(model.checkpoint()) | dict(more)
     parts = {linear.fused: [name for name, _ in linear.checkpoint()] for _, linear in model.experts()}
     targets = wanted | {linear.fused: linear.weight for _, linear in model.experts()}
     spelled = {other: name for name in targets for other in model.spellings(name)}
     tied = {"lm_head.weight"} if model.config.tied_head else set()
     unknown: list[str] = []
     seen: set[str] = set()
-    for stored, tensor in _tensors(folder):
-        name = spelled.get(stored, stored)
+    for written, tensor in _tensors(folder):
+        name = current_name(spelled.get(written, written))
         if name in targets:
             target = targets[name]
             if tensor.shape != target.shape:
@@ -57,13 +66,13 @@ def load_weights(model: Decoder, folder: Path, report: Report = unreported) -> N
             target.copy_(tensor)
             seen.update(parts.get(name, (name,)))
             report("weights", len(seen), len(wanted))
-        elif name not in tied and not name.endswith("rotary_emb.inv_freq"):
+        elif name not in tied and not name.endswith(_DERIVED):
             unknown.append(name)
     missing = [name for name in wanted if name not in seen]
     if unknown or missing:
         raise WeightsError(
-            f"{folder}: {_listed('tensors unknown to this architecture', unknown)}"
-            f"{'; ' if unknown and missing else ''}{_listed('tensors missing', missing)}"
+            f"{folder}: {listed('tensors unknown to this architecture', unknown)}"
+            f"{'; ' if unknown and missing else ''}{listed('tensors missing', missing)}"
         )
 
 
@@ -78,7 +87,7 @@ def random_weights(model: Decoder, seed: int = 0) -> None:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in _shards(folder):
+    for file in shards(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a mapping)
@@ -93,7 +102,8 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]  # tensor -> file
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a model. Raises `WeightsError` for those that are not there."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -111,7 +121,8 @@ def _shards(folder: Path) -> list[Path]:
     return files
 
 
-def _listed(what: str, names: list[str]) -> str:
+def listed(what: str, names: list[str]) -> str:
+    """How many there are, and the first of them by name."""
     if not names:
         return ""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""

@@ -27,9 +27,14 @@ def add_norm(
     weight: Tensor,
     eps: float,
     offset: float = 0.0,
+    inner: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(residual + value), residual + value) of a Partial's value: both [T, H] in residual's dtype."""
-    total = residual + paid(y, bias, owed, where).to(residual.dtype)
+    """(rms_norm(residual + value), residual + value) of a Partial's value: both [T, H] in residual's dtype.
+
+    `inner` [H]: the weight of a norm of the value itself, before it is added (Gemma 2).
+    """
+    value = paid(y, bias, owed, where).to(residual.dtype)
+    total = residual + (value if inner is None else rms_norm(value, inner, eps, offset))
     return rms_norm(total, weight, eps, offset), total
 
 
@@ -47,7 +52,10 @@ def _add_norm_cpu(
     weight: Tensor,
     eps: float,
     offset: float = 0.0,
+    inner: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if inner is not None:
+        y, bias, owed, where = _rms_norm_cpu(paid(y, bias, owed, where).to(y.dtype), inner, eps, offset), None, [], []
     both = None if owed else native.add_norm(y, bias, residual, weight, eps, offset)
     return add_norm(y, bias, owed, where, residual, weight, eps, offset) if both is None else both
 
@@ -61,6 +69,7 @@ def _add_norm_fake(
     weight: Tensor,
     eps: float,
     offset: float = 0.0,
+    inner: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(residual), torch.empty_like(residual)
 
@@ -73,7 +82,7 @@ add_norm_op = define(add_norm, fake=_add_norm_fake, cuda=_KERNELS, cpu=_add_norm
 
 
 def norm_after(
-    partial: Partial, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    partial: Partial, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0, inner: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Pay what `partial` owes into the residual stream and normalise it: (normalised, residual)."""
-    return add_norm_op(*partial.flat, residual, weight, eps, offset)
+    return add_norm_op(*partial.flat, residual, weight, eps, offset, inner)

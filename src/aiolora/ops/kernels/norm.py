@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     """See `norm.rms_norm`."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _launch(x.view(-1, x.shape[-1]), None, [], [], None, weight, out, None, eps, offset)
+    _launch(x.view(-1, x.shape[-1]), None, [], [], None, weight, None, out, None, eps, offset)
     return out
 
 
@@ -30,13 +30,14 @@ def add_norm(
     weight: Tensor,
     eps: float,
     offset: float = 0.0,
+    inner: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `norm.add_norm`."""
     slices = len(where) - 3
     if owed and (y.shape[0] > BY_TOKEN or slices > 1):
         y, bias, owed, where = complete(y, bias, owed, where), None, [], []
     out, total = torch.empty_like(residual), torch.empty_like(residual)
-    _launch(y, bias, owed, where, residual, weight, out, total, eps, offset)
+    _launch(y, bias, owed, where, residual, weight, inner, out, total, eps, offset)
     return out, total
 
 
@@ -47,6 +48,7 @@ def _launch(
     where: list[int],
     residual: Tensor | None,
     weight: Tensor,
+    inner: Tensor | None,
     out: Tensor,
     total: Tensor | None,
     eps: float,
@@ -64,16 +66,27 @@ def _launch(
     pdl = chained(tokens, bool(owed))
     launch(
         _add_norm_kernel, (tokens,),
-        (y, bias, residual, weight, out, total, *rest, eps),
+        (y, bias, residual, weight, inner, out, total, *rest, eps),
         N=width, BLOCK=block, W=most, W_BLOCK=power_of_2(most), OFFSET=offset, LORA=bool(owed), pdl=pdl,
         num_warps=max(1, min(16, block // 256)),
     )  # fmt: skip
 
 
+@triton.jit
+def _normed(x, scale, eps, N: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
+    """RMSNorm of `x` [BLOCK] float32, N of them values and zeros behind, for a result in DTYPE."""
+    root = tl.rsqrt(tl.sum(x * x) / N + eps)
+    if OFFSET != 0:
+        normed = x * root * (scale.to(tl.float32) + OFFSET)
+    else:
+        normed = (x * root).to(DTYPE).to(tl.float32) * scale.to(tl.float32)
+    return normed
+
+
 @triton.jit(do_not_specialize=["kind", "kinds"])
 def _add_norm_kernel(
-    y, bias, residual, weight, out, total, h, b, vectors, pages, vector_pages, owners, kind, kinds, b_page, b_rank,
-    v_page, eps,
+    y, bias, residual, weight, inner, out, total, h, b, vectors, pages, vector_pages, owners, kind, kinds, b_page,
+    b_rank, v_page, eps,
     N: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr, W_BLOCK: tl.constexpr, OFFSET: tl.constexpr,
     LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -81,6 +94,8 @@ def _add_norm_kernel(
     n = tl.arange(0, BLOCK)
     inside = n < N
     scale = tl.load(weight + n, inside, 0.0)
+    if inner is not None:
+        inner_scale = tl.load(inner + n, inside, 0.0)
     token = tl.program_id(0)
     if LORA:
         tile = tl.load(owners + token)
@@ -102,13 +117,11 @@ def _add_norm_kernel(
             acc = adjusted(acc, vectors, vector, n, inside, v_page, N)
     if bias is not None:
         acc += tl.load(bias + n, inside, 0.0).to(tl.float32)
+    if inner is not None:
+        acc = _normed(acc.to(out.dtype.element_ty).to(tl.float32), inner_scale, eps, N, OFFSET, out.dtype.element_ty)
     if residual is not None:
         summed = (acc.to(out.dtype.element_ty).to(tl.float32) + before).to(out.dtype.element_ty)
         tl.store(total + at, summed, inside)
         acc = summed.to(tl.float32)
-    root = tl.rsqrt(tl.sum(acc * acc) / N + eps)
-    if OFFSET != 0:
-        normed = acc * root * (scale.to(tl.float32) + OFFSET)
-    else:
-        normed = (acc * root).to(out.dtype.element_ty).to(tl.float32) * scale.to(tl.float32)
+    normed = _normed(acc, scale, eps, N, OFFSET, out.dtype.element_ty)
     tl.store(out + at, normed.to(out.dtype.element_ty), inside)

@@ -1,0 +1,1 @@
+"""Small samples to try things with."""

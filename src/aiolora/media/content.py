@@ -1,0 +1,124 @@
+"""Finding images and recordings in a prompt: what there is, and the prompt with bare placeholders in their stead."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from msgspec import Struct, structs
+
+from aiolora.errors import RequestError
+from aiolora.types import Conversation, Messages, Prompt
+
+IMAGE, AUDIO = "image", "audio"
+MODALITIES = (IMAGE, AUDIO)
+
+# type of a content part -> (modality, field with its source); OpenAI's parts and those of transformers' templates
+_PARTS = {
+    "image_url": (IMAGE, "image_url"),
+    "image": (IMAGE, "image"),
+    "input_audio": (AUDIO, "input_audio"),
+    "audio_url": (AUDIO, "audio_url"),
+    "audio": (AUDIO, "audio"),
+}
+
+
+class Given(Struct, frozen=True):
+    """One image or recording as a caller gave it."""
+
+    modality: str
+    source: object  # a decoded one (PIL, array, (samples, rate)), its file's bytes, or the URL where they are
+    param: str  # the field that it came in
+
+
+Parted: TypeAlias = tuple[Prompt | Messages, list[Given]]
+
+
+def has_media(prompt: Prompt | Messages) -> bool:
+    """Whether `prompt` brings anything but text."""
+    if isinstance(prompt, Conversation):
+        return has_media(prompt.messages)
+    if isinstance(prompt, Mapping):
+        return bool(prompt.get("multi_modal_data"))
+    if isinstance(prompt, str):
+        return False
+    return any(
+        isinstance(part, Mapping) and part.get("type") in _PARTS
+        for message in prompt
+        if isinstance(message, Mapping)
+        for part in _parts(message)
+    )
+
+
+def parted(prompt: Prompt | Messages, placeholders: Mapping[str, str], *, parts: bool) -> Parted:
+    """`prompt` without its media, and those in their order.
+
+    In a conversation a placeholder takes the place of each: a part of its type where the chat template knows `parts`,
+    else the modality's text in `placeholders`. Raises `RequestError` for what is no image or recording.
+    """
+    if isinstance(prompt, Conversation):
+        messages, given = parted(prompt.messages, placeholders, parts=parts)
+        return structs.replace(prompt, messages=messages), given
+    if isinstance(prompt, Mapping):
+        data = prompt.get("multi_modal_data") or {}
+        if not isinstance(data, Mapping):
+            raise RequestError("multi_modal_data is no mapping of a modality to its data", param="multi_modal_data")
+        rest: dict[str, object] = {key: value for key, value in prompt.items() if key != "multi_modal_data"}
+        return rest, [given for modality, value in data.items() for given in _listed(str(modality), value)]
+    if isinstance(prompt, str) or not any(isinstance(message, Mapping) for message in prompt):
+        return prompt, []
+    found: list[Given] = []
+    messages = [
+        _message(message, f"messages[{place}]", placeholders if not parts else None, found)
+        for place, message in enumerate(prompt)
+        if isinstance(message, Mapping)
+    ]
+    return messages, found
+
+
+def _listed(modality: str, value: object) -> list[Given]:
+    """One of them or a list; a pair of samples and their rate is one."""
+    several = list(value) if isinstance(value, list) else [value]
+    return [Given(modality, one, "multi_modal_data") for one in several]
+
+
+def _parts(message: Mapping[str, object]) -> Sequence[object]:
+    content = message.get("content")
+    return content if isinstance(content, Sequence) and not isinstance(content, str) else ()
+
+
+def _message(
+    message: Mapping[str, object], place: str, placeholders: Mapping[str, str] | None, found: list[Given]
+) -> dict[str, object]:
+    content = message.get("content")
+    if isinstance(content, str) or content is None:
+        worded = content if placeholders is not None else [{"type": "text", "text": content or ""}]
+        return {**message, "content": worded}
+    parts: list[dict[str, object]] = []
+    for number, part in enumerate(_parts(message)):
+        where = f"{place}.content[{number}]"
+        if not isinstance(part, Mapping):
+            raise RequestError(f"{where} is no content part", param=where)
+        kind = str(part.get("type"))
+        if kind == "text":
+            parts.append({"type": "text", "text": str(part.get("text") or "")})
+        elif kind in _PARTS:
+            modality, field = _PARTS[kind]
+            found.append(Given(modality, _source(part.get(field, part.get("url")), where), where))
+            parts.append({"type": modality})
+        else:
+            served = ", ".join(("text", *_PARTS))
+            raise RequestError(f"{where}: a part of type {kind!r} is not served, only {served}", param=where)
+    if placeholders is None:
+        return {**message, "content": parts}
+    text = "".join(str(part.get("text", "")) or placeholders.get(str(part["type"]), "") for part in parts)
+    return {**message, "content": text}
+
+
+def _source(value: object, where: str) -> object:
+    """What is within OpenAI's {"url": ...} and {"data": ..., "format": ...}."""
+    if isinstance(value, Mapping):
+        if "data" in value:
+            return f"data:audio/{value.get('format') or 'wav'};base64,{value['data']}"
+        value = value.get("url")
+    if value is None:
+        raise RequestError(f"{where} brings no data and no URL", param=where)
+    return value

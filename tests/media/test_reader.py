@@ -1,0 +1,139 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aiolora.engine.intake import Intake, Limits
+from aiolora.errors import RequestError
+from aiolora.lora.registry import AdapterRegistry
+from aiolora.media.content import has_media, parted
+from aiolora.media.fetch import Fetcher
+from aiolora.media.items import item_of
+from aiolora.media.reader import MediaReader, Read, rotary_of
+from aiolora.types import MediaItem
+
+IMAGE, AUDIO = 90, 91
+
+
+class Fixed:
+    """A processor whose items have as many tokens as their source says."""
+
+    def __init__(self, modality: str, token_id: int) -> None:
+        self._modality = modality
+        self._token_id = token_id
+
+    @property
+    def token_id(self) -> int:
+        return self._token_id
+
+    @property
+    def blanks(self) -> list[int]:
+        return [1, 9]
+
+    def item(self, source: object, param: str) -> MediaItem:
+        assert isinstance(source, int)
+        return item_of(self._modality, {"values": np.full(3, source)}, source)
+
+
+class Words:
+    chat_template: object = "{{ message['content'] }}"
+
+    def decode(self, ids: Any) -> str:
+        return f"<{ids[0]}>"
+
+
+@pytest.fixture
+def reader() -> MediaReader:
+    return MediaReader({"image": Fixed("image", IMAGE), "audio": Fixed("audio", AUDIO)}, Fetcher(), model="m")
+
+
+def test_each_placeholder_becomes_as_many_as_its_item_has_rows(reader: MediaReader) -> None:
+    read = reader.read({"prompt": "p", "multi_modal_data": {"image": [2, 3], "audio": 4}}, Words())
+    assert read.prompt == {"prompt": "p"}
+    assert read.modalities == {"image", "audio"}
+    placed = reader.place([5, IMAGE, AUDIO, 6, IMAGE], read.items)
+    assert placed.ids == [5, *[IMAGE] * 2, *[AUDIO] * 4, 6, *[IMAGE] * 3]
+    assert [(item.modality, item.start, item.count) for item in placed.items] == [
+        ("image", 1, 2),
+        ("audio", 3, 4),
+        ("image", 8, 3),
+    ]
+    assert placed.rotary is None
+
+
+@pytest.mark.parametrize("ids", [[5], [IMAGE, IMAGE], [IMAGE, AUDIO, AUDIO], [AUDIO]])
+def test_more_or_fewer_placeholders_than_items_are_refused(reader: MediaReader, ids: list[int]) -> None:
+    read = reader.read({"prompt": "p", "multi_modal_data": {"image": 2, "audio": 2}}, Words())
+    with pytest.raises(RequestError, match=r"placeholders of image for 1 given, \d placeholders of audio for 1 given"):
+        reader.place(ids, read.items)
+
+
+def test_equal_contents_have_equal_digests_and_others_have_others() -> None:
+    one = item_of("image", {"a": np.zeros(4, np.float32)}, 1)
+    assert one.digest == item_of("image", {"a": np.zeros(4, np.float32)}, 1).digest
+    others = [
+        item_of("audio", {"a": np.zeros(4, np.float32)}, 1),
+        item_of("image", {"b": np.zeros(4, np.float32)}, 1),
+        item_of("image", {"a": np.zeros((2, 2), np.float32)}, 1),
+        item_of("image", {"a": np.zeros(4, np.int32)}, 1),
+        item_of("image", {"a": np.array([0, 0, 0, 1], np.float32)}, 1),
+    ]
+    assert len({one.digest, *(other.digest for other in others)}) == 6
+
+
+def test_parts_stand_where_they_were_in_a_template_of_parts_and_in_one_of_text() -> None:
+    messages: Any = [
+        {"role": "system", "content": "s"},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "a"},
+                {"type": "image_url", "image_url": {"url": "data:,x"}},
+                {"type": "text", "text": "b"},
+                {"type": "input_audio", "input_audio": {"data": "eA==", "format": "wav"}},
+            ],
+        },
+    ]
+    assert has_media(messages)
+    parts, given = parted(messages, {"image": "<i>", "audio": "<a>"}, parts=True)
+    assert [one.source for one in given] == ["data:,x", "data:audio/wav;base64,eA=="]
+    assert [one.param for one in given] == ["messages[1].content[1]", "messages[1].content[3]"]
+    assert parts[0] == {"role": "system", "content": [{"type": "text", "text": "s"}]}
+    assert [part["type"] for part in parts[1]["content"]] == ["text", "image", "text", "audio"]
+    texts, _ = parted(messages, {"image": "<i>", "audio": "<a>"}, parts=False)
+    assert [message["content"] for message in texts] == ["s", "a<i>b<a>"]
+
+
+@pytest.mark.parametrize("prompt", ["text", [1, 2], {"prompt": "x"}, [{"role": "user", "content": "x"}]])
+def test_text_has_no_media(prompt: Any) -> None:
+    assert not has_media(prompt)
+
+
+def test_one_modality_with_a_default_has_it_two_that_both_match_have_none_and_a_name_wins(reader: MediaReader) -> None:
+    defaults = {"image": "image", "audio": "audio"}
+    limits = Limits(16, 96)
+    both, only = (
+        Intake(Words(), AdapterRegistry("m"), limits, reader, model="m", lora_enabled=True, default_mm_loras=given)  # type: ignore[arg-type]
+        for given in (defaults, {"audio": "audio"})
+    )
+    image, audio = item_of("image", {}, 1), item_of("audio", {}, 1)
+    assert both.default(None, Read("", (image, image))) == "image"
+    assert both.default(None, Read("", (audio,))) == "audio"
+    assert both.default(None, Read("", (audio, image))) is None
+    assert only.default(None, Read("", (audio, image))) == "audio"
+    assert only.default(None, Read("", (image,))) is None
+    assert both.default("other", Read("", (image,))) == "other"
+    assert both.default("m", Read("", (image,))) == "m"
+    assert both.default(None, None) is None
+
+
+def test_three_axes_follow_text_grid_and_text() -> None:
+    item = MediaItem(modality="image", digest=b"", features={}, count=6, start=2, grid=(1, 2, 3))
+    rotary = rotary_of(10, [item])
+    assert rotary is not None
+    assert rotary.axes.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
+    ]
+    assert 10 + rotary.shift == 7
