@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 # two cores spin badly when every thread pool busy-waits
 QUIET  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+# a file's tests stay together: they share models, and some write a page of docs/
+BESIDE := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # the Triton that CUDA builds of the oldest torch we support bring
 KERNELS_VENV  := .venv-kernels
@@ -21,8 +23,8 @@ demo: $(STAMP)
 
 # the kernels a second time for a machine without a GPU: in Triton's interpreter, which is chosen when Triton is imported
 test: $(STAMP) lint
-	$(QUIET) $(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(QUIET) $(BIN)/python -m pytest tests/kernels
+	$(QUIET) $(BIN)/python -m pytest $(BESIDE)
+	TRITON_INTERPRET=1 $(QUIET) $(BIN)/python -m pytest $(BESIDE) tests/kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
