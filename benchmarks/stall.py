@@ -18,7 +18,7 @@ import threading
 import time
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
-from aiolora.engine.bridge import SWITCH_INTERVAL
+from aiolora.engine.interpreter import SWITCH_INTERVAL
 from aiolora.engine.output import Assembler
 from aiolora.lora import paging
 from benchmarks.adapters import make_adapters

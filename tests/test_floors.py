@@ -36,7 +36,7 @@ HOMES = {
     "tokenizers": {"tokenizer"},
     "huggingface_hub": {"hub"},
     "llguidance": {"engine/grammar"},
-    "threading": {"engine/bridge"},
+    "threading": {"engine/bridge", "engine/interpreter"},
     "rich": {"cli", "llm"},
     "subprocess": {"models/embedded", "ops/build_native"},
     "pickle": set[str](),

@@ -5,7 +5,6 @@ Down: a message into a deque and an event, once a request. Up: one `call_soon_th
 
 import asyncio
 import contextlib
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -15,12 +14,11 @@ from typing import Any, TypeVar
 import anyio.to_thread
 
 from aiolora.engine.core import Engine, Message, Snapshot
+from aiolora.engine.interpreter import INTERPRETER
 from aiolora.errors import AioloraError, EngineDeadError
 from aiolora.types import TokenDelta
 
 T = TypeVar("T")
-
-SWITCH_INTERVAL = 0.0002  # seconds, measured: docs/performance.md
 
 
 class Bridge:
@@ -43,12 +41,8 @@ class Bridge:
         self.death: BaseException | None = None  # why the thread has ended
 
     def start(self, engine: Engine) -> None:
-        """Let `engine` step in a thread of its own from now on.
-
-        A step takes the interpreter several times, and each time waits for whoever has it, for Python's 5 ms where
-        that is an adapter's reader or a handler of the application: the process's switch interval is shortened.
-        """
-        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
+        """Let `engine` step in a thread of its own from now on."""
+        INTERPRETER.engine_starts()
         self._thread = threading.Thread(target=self._run, args=(engine,), name="aiolora-engine", daemon=True)
         self._thread.start()
 
@@ -59,6 +53,7 @@ class Bridge:
         if self._thread is not None:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._thread.join)
+            INTERPRETER.engine_ends()
         self._fail(RuntimeError("it was shut down"))
 
     def check(self) -> None:

@@ -1,0 +1,48 @@
+"""Python's settings while engines run, and as they were afterwards."""
+
+import gc
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from aiolora import AsyncLLMEngine, EngineArgs
+from aiolora.engine.interpreter import SWITCH_INTERVAL, Interpreter
+from tests.conftest import ModelOf
+
+
+@pytest.fixture(autouse=True)
+def as_found() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(before)
+    gc.unfreeze()
+
+
+def test_the_last_engine_that_ends_leaves_python_as_the_first_found_it() -> None:
+    interpreter, found = Interpreter(), sys.getswitchinterval()
+    interpreter.engine_starts()
+    interpreter.engine_starts()
+    interpreter.engine_ends()
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL)
+    assert gc.get_freeze_count() > 0
+    interpreter.engine_ends()
+    assert sys.getswitchinterval() == found
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_shorter_interval_of_the_application_stays() -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL / 4)
+    interpreter = Interpreter()
+    interpreter.engine_starts()
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL / 4, rel=0.1)
+    interpreter.engine_ends()
+
+
+async def test_an_engine_with_a_thread_of_its_own_sets_python_up_and_leaves_it_as_it_was(model_of: ModelOf) -> None:
+    found = sys.getswitchinterval()
+    async with AsyncLLMEngine.from_engine_args(EngineArgs(model=str(model_of("llama")), max_model_len=64)):
+        assert sys.getswitchinterval() <= SWITCH_INTERVAL * 1.01
+        assert gc.get_freeze_count() > 0
+    assert sys.getswitchinterval() == found
+    assert gc.get_freeze_count() == 0
