@@ -13,7 +13,7 @@ import pytest
 from aiolora import LLM, AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams, StructuredOutputsParams
 from aiolora.engine import grammar
 from aiolora.engine.grammar import CompiledGrammar, Grammars
-from aiolora.errors import GrammarError, RequestError
+from aiolora.errors import GrammarError, RequestError, UnknownModelError
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import RequestOutput
 from tests.tiny import EOS, make_adapter
@@ -245,6 +245,23 @@ async def test_a_grammar_that_takes_long_is_refused_and_the_loop_does_not_wait(
         with pytest.raises(RequestError, match=r"within 0\.05 s"):
             await slow
         assert not never.cancelled(), "others may wait for it"
+
+
+async def test_an_adapter_that_goes_while_a_grammar_is_compiled_is_unknown_then(
+    byte_model: Path, adapter: LoRARequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with AsyncLLMEngine(EngineArgs(model=str(byte_model), **ARGS)) as engine:
+        await engine.add_lora(adapter)
+        later: Future[CompiledGrammar | str] = Future()
+        compiled = await engine._parts.grammars.take(wish({"regex": "a"}))
+        assert compiled is not None
+        monkeypatch.setattr(engine._parts.grammars, "compile", lambda wanted: later)
+        asked = asyncio.ensure_future(engine.generate("a", wish({"regex": "a"}), lora="a"))
+        await asyncio.sleep(0)
+        assert await engine.remove_lora("a")
+        later.set_result(compiled)
+        with pytest.raises(UnknownModelError):
+            await asked
 
 
 async def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(
