@@ -123,6 +123,8 @@ def step_cases() -> list[Case]:
         *launch_cases("rms_norm 1", one.rms_norm, (LOAD_16,)),
         *launch_cases("add_norm 1", lambda: one.add_norm(False), (LOAD_16,)),
         *launch_cases("add_norm owing 64", lambda: some.add_norm(True), (LOAD_16,)),
+        *launch_cases("joined 1", lambda: one.joined(False), (LOAD_16,)),
+        *launch_cases("joined owing 64", lambda: some.joined(True), (LOAD_16,)),
         *launch_cases("silu_mul 1", lambda: one.silu_mul(False), (LOAD_8,)),
         *launch_cases("silu_mul 64", lambda: some.silu_mul(False), (LOAD_16,)),
         *launch_cases("silu_mul owing 1", lambda: one.silu_mul(True), (LOAD_16,)),

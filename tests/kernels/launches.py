@@ -101,6 +101,11 @@ class Step:
     def add_norm(self, owing: bool) -> None:
         norm.add_norm(*self._partial("o", owing), halves(self.tokens, HIDDEN), halves(HIDDEN), 1e-5)
 
+    def joined(self, owing: bool) -> None:
+        """Gemma's: the value under a norm of its own, weights around zero."""
+        weight = halves(HIDDEN)
+        norm.add_norm(*self._partial("o", owing), halves(self.tokens, HIDDEN), weight, 1e-5, 1.0, weight)
+
     def silu_mul(self, owing: bool) -> None:
         activation.silu_mul(*self._partial("gate_up", owing))
 
