@@ -32,9 +32,9 @@ def test_the_worked_family_serves_its_shapes_with_the_logits_of_transformers(
         monkeypatch.setitem(tiny.FAMILIES, name, shape)
         folder = make_model(tmp_path / str(number), name)
         with pytest.raises(UnsupportedModelError, match="model_type 'olmo3' is not served"):
-            Loaded.of(folder)
+            Loaded.of(folder, model_impl="aiolora")
         exec(family, vars(families) | {"FAMILIES": families.FAMILIES})
-        loaded = Loaded.of(folder)
+        loaded = Loaded.of(folder, model_impl="aiolora")
         (seq,) = loaded.sequences([prompt_ids(number, 50)])
         logits = torch.cat([*loaded.step((seq, 0, 41)), *loaded.step((seq, 41, 9))])
         torch.testing.assert_close(logits, hf_logits(load_hf(folder), seq.tokens), rtol=0, atol=1e-4)

@@ -271,7 +271,7 @@ def test_an_adapter_under_the_names_of_earlier_days_is_the_same(made: Made, adap
         LoRARequest(name, number, str(adapters["all"].parent / name)) for number, name in enumerate(("all", "old"), 1)
     ]
     new, same = llm.generate([prompt] * 2, WORDS, lora_request=loras, use_tqdm=False)
-    assert torch.equal(reported(new)[1], reported(same)[1])
+    assert_same(reported(new)[1], reported(same)[1])
 
 
 def test_a_checkpoint_under_the_names_of_earlier_days_is_the_same_model(made: Made, tmp_path: Path) -> None:

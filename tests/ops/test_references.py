@@ -16,6 +16,7 @@ from aiolora.ops.activation import gelu_mul_op, silu_mul, silu_mul_op
 from aiolora.ops.attention import attention, attention_op, rope_store, rope_store_op
 from aiolora.ops.blocks import own_logits_op, own_norm_op
 from aiolora.ops.embedding import embed, embed_op, embed_own_op, embed_shrink_op
+from aiolora.ops.experts import choose_experts, choose_experts_op, gated_experts_op, summed_experts_op
 from aiolora.ops.linear import (
     complete,
     complete_op,
@@ -611,6 +612,34 @@ def _silu_mul(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     return [(y, bias, owed, [1, 2, 0, 7, 14]), (y, None, [], [])]
 
 
+def _choose(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    rows, _, _ = routed(MIXES["some none"])
+    owed = owing(torch.randn(7, 1, 32), torch.randn(10, 8, 5).to(dtype), torch.randn(len(RANKS), 2, 5), rows)
+    y = torch.randn(7, 5).to(dtype)
+    return [(y, owed, [1, 2, 0, 5], 2, True, 2), (y, [], [], 3, False, 16)]
+
+
+def _chosen(dtype: torch.dtype, slices: int, inputs: int, outputs: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """[weights, experts, rows, tiles] of seven tokens through two of five experts each; adapters there and not."""
+    rows, _, _ = routed(MIXES["some none"])
+    chosen = [*choose_experts(torch.randn(7, 5), [], [], 2, True, 2)]
+    a, b = torch.randn(10, 5, slices, 8, inputs).to(dtype), torch.randn(10, 5, 8, outputs).to(dtype)
+    owners = torch.arange(7, dtype=torch.int32) % len(rows[1])
+    return chosen, [[a, b, rows[2], rows[3], owners], []]
+
+
+def _gated_experts(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    x, weight = torch.randn(7, 6).to(dtype), torch.randn(5, 8, 6).to(dtype)
+    (_, *chosen), adapters = _chosen(dtype, 2, 6, 8)
+    return [(x, weight, chosen, own, [2, 1] if own else [2]) for own in adapters]
+
+
+def _summed_experts(dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    inner, weight = torch.randn(14, 4).to(dtype), torch.randn(5, 6, 4).to(dtype)
+    (weights, *chosen), adapters = _chosen(dtype, 1, 4, 6)
+    return [(inner, weight, weights, chosen, own, [2, 1] if own else [2]) for own in adapters]
+
+
 def _rope_store(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     rows, _, _ = routed(MIXES["some none"])
     owed = owing(torch.randn(7, 3, 32), torch.randn(10, 8, 48).to(dtype), torch.randn(len(RANKS), 2, 48), rows)
@@ -666,6 +695,9 @@ OPS: dict[str, tuple[Any, Callable[[torch.dtype], list[tuple[Any, ...]]]]] = {
     "add_norm": (add_norm_op, _add_norm),
     "silu_mul": (silu_mul_op, _silu_mul),
     "gelu_mul": (gelu_mul_op, _silu_mul),
+    "choose_experts": (choose_experts_op, _choose),
+    "gated_experts": (gated_experts_op, _gated_experts),
+    "summed_experts": (summed_experts_op, _summed_experts),
     "rope_store": (rope_store_op, _rope_store),
     "attention": (attention_op, _attention),
     "greedy": (greedy_op, _greedy),
