@@ -79,7 +79,7 @@ def test_the_way_of_a_model_is_told_with_its_reasons(kind: str, tmp_path: Path) 
 def test_doctor_says_of_a_model_that_is_not_there_that_it_is_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("COLUMNS", "500")
     assert main(["doctor", str(tmp_path)]) == 1
     assert "holds no config.json" in capsys.readouterr().out
 
