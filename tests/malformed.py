@@ -87,8 +87,8 @@ def headers() -> Iterator[Malformed]:
     for text in ("[]", "3", '"a"', "null"):
         yield Malformed(f"a header that is {text}", header(text.encode()), (TENSORS, "no JSON object"))
     yield Malformed("a header of no tensors", header(b"{}"), (TENSORS, "no LoRA tensors"))
-    empty = ",".join(f'"{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(20_001))
-    yield Malformed("a header of 20,001 tensors", header(f"{{{empty}}}".encode()), ("over 20000 tensors",))
+    empty = ",".join(f'"{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(50_001))
+    yield Malformed("a header of 50,001 tensors", header(f"{{{empty}}}".encode()), ("over 50000 tensors",))
 
 
 def entries() -> Iterator[Malformed]:
