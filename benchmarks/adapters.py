@@ -50,7 +50,7 @@ def factors(request: LoRARequest) -> dict[str, tuple[Tensor, Tensor]]:
 def _noise(model: str, rank: int, names: Sequence[str], share: float) -> dict[str, Tensor]:
     shape = SHAPES[model]
     generator = torch.Generator().manual_seed(rank)
-    noise = {}
+    noise: dict[str, Tensor] = {}
     for layer in range(shape.layers):
         for name in names:
             outputs, inputs = shape.linears[name]

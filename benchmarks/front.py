@@ -28,9 +28,11 @@ from aiolora.engine.core import Snapshot
 from aiolora.engine.intake import Intake, Limits
 from aiolora.engine.output import Assembler
 from aiolora.lora.registry import AdapterRegistry
+from aiolora.media.fetch import Fetcher
+from aiolora.media.reader import MediaReader
 from aiolora.models.weights import locate
 from aiolora.tokenizer import Tokenizer
-from aiolora.types import Messages, Prompt, Request, SamplingParams, TokenDelta, TokenOutput
+from aiolora.types import FinishReason, Messages, Prompt, Request, SamplingParams, TokenDelta, TokenOutput
 from benchmarks.harness import machine
 
 MODEL = "smollm2-135m"
@@ -54,7 +56,7 @@ class Clock:
         if self._step is None or self._step.done():
             step = self._step = loop.create_future()
             at = (loop.time() // self._step_s + 1) * self._step_s
-            loop.call_at(at, lambda: step.done() or step.set_result(None))
+            loop.call_at(at, lambda: None if step.done() else step.set_result(None))
         await asyncio.shield(self._step)
 
 
@@ -64,7 +66,8 @@ class Pretender(AsyncLLMEngine):
     def __init__(self, chunks: int, clock: Clock, *, whole: bool) -> None:
         super().__init__(EngineArgs(model=MODEL))
         limits = Limits(8192, 49152)
-        self._intake = Intake(Tokenizer(locate(MODEL)), AdapterRegistry(MODEL), limits, model=MODEL, lora_enabled=False)
+        registry, media = AdapterRegistry(MODEL), MediaReader({}, Fetcher(()), model=MODEL)
+        self._intake = Intake(Tokenizer(locate(MODEL)), registry, limits, media, model=MODEL, lora_enabled=False)
         self._chunks, self._clock, self._whole = chunks, clock, whole
 
     @property
@@ -93,6 +96,7 @@ class Pretender(AsyncLLMEngine):
         lora: object = None,
         request_id: str | None = None,
         priority: int = 0,
+        permits: object = None,
     ) -> Request:
         return self._intake.request(prompt, sampling_params, None, request_id=request_id)
 
@@ -100,7 +104,7 @@ class Pretender(AsyncLLMEngine):
         [assembler] = assemblers
         for number in range(self._chunks):
             await self._clock.tick()
-            end = "length" if number == self._chunks - 1 else None
+            end: FinishReason | None = "length" if number == self._chunks - 1 else None
             token = TOKENS[number % len(TOKENS)]
             if self._whole:
                 output = assembler.feed(TokenDelta(assembler.request.id, 0, token, -1.0, 1, finish_reason=end))

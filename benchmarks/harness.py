@@ -4,7 +4,7 @@ import csv
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def median(call: Callable[[], object], *, repeat: int = 3, warm: int = 1) -> flo
     return statistics.median(seconds(call, repeat=repeat, warm=warm))
 
 
-def medians(calls: dict[str, Callable[[], object]], *, repeat: int = 5) -> dict[str, float]:
+def medians(calls: Mapping[str, Callable[[], object]], *, repeat: int = 5) -> dict[str, float]:
     """Median wall time of each call, taken in turns so that a drift of the machine meets all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(repeat + 1):

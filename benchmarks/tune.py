@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aiolora.engine.batch import Bucket
-from aiolora.ops.kernels import activation, linear, norm, rope
+from aiolora.ops.kernels import activation, launch, linear, norm, rope
 from aiolora.ops.kernels.linear import Tiling, skinny
 from aiolora.ops.linear import RANKS_PER_PAGE, tile_of
 from benchmarks.harness import machine
@@ -250,7 +250,7 @@ def chain(shape: Shape, best: Best, deadline: float) -> None:
         rows = next(rows for rows in ROWS if rows >= tokens)
         return best.get((columns, depth, rows)) or shipped(tokens, columns, depth, dtype)
 
-    ways: dict[str, dict[str, Any]] = {"cuBLAS": CUBLAS, "own": {"PDL": False}, "chained": {"PDL": linear.PDL}}
+    ways: dict[str, dict[str, Any]] = {"cuBLAS": CUBLAS, "own": {"PDL": False}, "chained": {"PDL": launch.PDL}}
     if best:
         ways["chained, as swept"] = {"tiling_of": swept}
     made = Chain(shape)

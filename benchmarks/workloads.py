@@ -49,7 +49,7 @@ class Ours:
         """A new engine with LoRA."""
         return self.plain(enable_lora=True, max_loras=loras, max_lora_rank=rank, **args)
 
-    def plain(self, **args: object) -> Session:
+    def plain(self, **args: Any) -> Session:
         self.close()
         session = Session(str(make_model(self.root, self.model)), self.model, dtype=self.dtype, **args)
         print(f"# engine started in {session.start_s:.1f} s: {args}", flush=True)
