@@ -259,6 +259,29 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+async def test_one_version_answers_all_prompts_of_a_request(
+    http: Client, engine: AsyncLLMEngine, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, prepare, mixes = tmp_path / "live", engine.prepare, []
+    shutil.copytree(folders[1], place)
+    assert (await load(http, "live", place)).status_code == 200
+    shutil.copytree(folders[2], place, dirs_exist_ok=True)
+
+    async def prepared(*args: Any, **fields: Any) -> Any:
+        request = await prepare(*args, **fields)
+        mixes.append(request.mix)
+        if len(mixes) == 1:  # another version, between two prompts of one request
+            assert (await load(http, "live", place, load_inplace=True)).status_code == 200
+        return request
+
+    monkeypatch.setattr(engine, "prepare", prepared)
+    answer = await http.post("/v1/completions", json=PROMPT | {"model": "live", "prompt": [[5, 6], [7, 8]]})
+    old, new, *both = (mix.parts[0][0].digest for mix in mixes)
+    assert old != new
+    assert both == [new, new]
+    assert new.startswith(answer.headers["x-aiolora-adapter"].removeprefix("live@"))
+
+
 async def test_a_hundred_reloads_under_load_never_mix_versions_and_leave_nothing(
     http: Client, engine: AsyncLLMEngine, folders: list[Path], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types import Completion
 
+from aiolora.api import completions
 from tests.api.conftest import BASE
 
 FRANCE = "The capital of France is"
@@ -123,6 +124,19 @@ async def test_logprobs_of_the_answer_are_four_lists_of_one_length(client: Async
     for token, value, top in zip(logprobs.tokens or [], logprobs.token_logprobs or [], logprobs.top_logprobs or []):
         assert len(top) == 3
         assert top[token] == value == max(top.values())
+
+
+async def test_more_scores_of_prompts_than_fit_into_an_answer_are_refused(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completions, "_MAX_SCORED", 11)
+    said = {"prompt": [504, 3575], "prompt_logprobs": 2, **GREEDY}
+    assert (await http.post("/v1/completions", json=said)).status_code == 200
+    for more, param in (({"n": 2}, "prompt_logprobs"), ({"prompt": [[504, 3575]] * 2}, "prompt_logprobs")):
+        answer = await http.post("/v1/completions", json=said | more)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+        assert "at most 11" in answer.json()["error"]["message"]
 
 
 async def test_prompt_logprobs_come_by_token_id(http: httpx.AsyncClient) -> None:

@@ -164,6 +164,10 @@ def test_what_is_kept_never_exceeds_the_limit_and_what_was_used_last_stays() -> 
     kept.keep(_Key(b"large", None), torch.zeros(4, 10))
     assert (kept.nbytes, [kept.find(key) for key in keys]) == (0, [None] * 4)
     assert kept.find(_Key(keys[0].digest, b"mix")) is None
+    kept.keep(keys[0], torch.zeros(100, 10)[:1])
+    found = kept.find(keys[0])
+    assert found is not None
+    assert found.untyped_storage().nbytes() == 40, "what is kept of a longer tensor is what is counted"
 
 
 def test_default_adapters_are_checked_at_the_start(llava: Path, tmp_path: Path) -> None:

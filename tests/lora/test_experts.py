@@ -295,3 +295,6 @@ def test_experts_that_take_no_adapters_have_no_pages_and_are_refused_by_name(
     assert_agrees(output, load_peft(model_of("qwen3-moe"), {"only": attention}))
     with pytest.raises(AdapterMismatchError, match="take no adapters"):
         llm.generate([PROMPT], everything(2), lora_request=[LoRARequest("b", 2, str(experts))], use_tqdm=False)
+    half = serve(model_of("qwen3-moe"), lora_target_modules=("up_proj", "down_proj"))  # gate_up_proj is more than that
+    with pytest.raises(AdapterMismatchError):
+        half.generate([PROMPT], everything(2), lora_request=[LoRARequest("c", 3, str(experts))], use_tqdm=False)

@@ -50,6 +50,8 @@ def test_an_image_over_the_limit_is_refused_by_its_header() -> None:
         image_of(huge, max_pixels=1_000_000, param="p")
     with pytest.raises(RequestError, match=r"31 x 40 pixels; the limit is 1239 in all \(--max-image-pixels\)"):
         image_of(picture(1), max_pixels=1239, param="p")
+    with pytest.raises(RequestError, match="201 x 1 pixels; one side may be 200 times"):
+        image_of(np.zeros((1, 201, 3), np.uint8), max_pixels=1000, param="p")
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_data_urls_need_nobodys_leave() -> None:
         assert Fetcher().bytes_of(url, "p") == b"hi"
     for url in ("data:", "data:image/png;base64", "data:;base64,a", "data:;base64,a b="):
         refused(Fetcher(), url, "data URL")
+    refused(Fetcher(), "data:" + ";" * 1_000_000 + ",", "first 256 characters")
     refused(Fetcher(max_nbytes=3), "data:;base64," + "aGlo" * 9, "over 3 bytes")
 
 

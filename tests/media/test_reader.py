@@ -10,7 +10,7 @@ from aiolora.media.content import has_media, parted
 from aiolora.media.fetch import Fetcher
 from aiolora.media.items import item_of
 from aiolora.media.reader import MediaReader, Read, rotary_of
-from aiolora.types import MediaItem
+from aiolora.types import AnnouncedAdapter, LoRARequest, MediaItem
 
 IMAGE, AUDIO = 90, 91
 
@@ -112,8 +112,13 @@ def test_text_has_no_media(prompt: Any) -> None:
 def test_one_modality_with_a_default_has_it_two_that_both_match_have_none_and_a_name_wins(reader: MediaReader) -> None:
     defaults = {"image": "image", "audio": "audio"}
     limits = Limits(16, 96)
+    registry = AdapterRegistry("m")
+    for number, name in enumerate(("image", "audio"), 1):
+        registry.announce(
+            AnnouncedAdapter(request=LoRARequest(name, number, "path"), rank=1, nbytes=1, announced_at=0.0)
+        )
     both, only = (
-        Intake(Words(), AdapterRegistry("m"), limits, reader, model="m", lora_enabled=True, default_mm_loras=given)  # type: ignore[arg-type]
+        Intake(Words(), registry, limits, reader, model="m", lora_enabled=True, default_mm_loras=given)  # type: ignore[arg-type]
         for given in (defaults, {"audio": "audio"})
     )
     image, audio = item_of("image", {}, 1), item_of("audio", {}, 1)
@@ -125,6 +130,8 @@ def test_one_modality_with_a_default_has_it_two_that_both_match_have_none_and_a_
     assert both.default("other", Read("", (image,))) == "other"
     assert both.default("m", Read("", (image,))) == "m"
     assert both.default(None, None) is None
+    registry.forget("image")
+    assert both.default(None, Read("", (image,))) is None, "the base answers where a default was unloaded"
 
 
 def test_three_axes_follow_text_grid_and_text() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of mixtures of experts, however they spell the experts."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aiolora.config import EngineArgs
-from aiolora.errors import WeightsError
+from aiolora.errors import ConfigError, UnsupportedModelError, WeightsError
 from aiolora.models.loading import load_decoder
 from tests.conftest import ModelOf
 from tests.tiny import Loaded, hf_logits, prompt_ids
@@ -86,3 +87,14 @@ def test_experts_of_another_number_are_refused_with_both_shapes(model_of: ModelO
     )
     with pytest.raises(WeightsError, match=r"experts\.down_proj: shape \[7, 48, 24\], the config says \[8, 48, 24\]"):
         load(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_of_another_activation_or_compiled_are_refused(model_of: ModelOf, tmp_path: Path, family: str) -> None:
+    folder = Path(shutil.copytree(model_of(family), tmp_path / "other"))
+    with pytest.raises(ConfigError, match="has experts, which are run as they are"):
+        load_decoder(EngineArgs(model=str(folder), compile=True), folder, device="cpu")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu_pytorch_tanh"}))
+    with pytest.raises(UnsupportedModelError, match="experts with hidden_act 'gelu_pytorch_tanh'"):
+        load_decoder(EngineArgs(model=str(folder), model_impl="aiolora"), folder, device="cpu")

@@ -1,5 +1,6 @@
 """Multi-modal models against transformers and PEFT: the same float32 logits, whoever else is in the batch."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -272,6 +273,10 @@ def test_an_adapter_under_the_names_of_earlier_days_is_the_same(made: Made, adap
     ]
     new, same = llm.generate([prompt] * 2, WORDS, lora_request=loras, use_tqdm=False)
     assert_same(reported(new)[1], reported(same)[1])
+    config = json.loads((old / "adapter_config.json").read_text())
+    (old / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 64}}))
+    with pytest.raises(AdapterUnsupportedError, match="alpha_pattern beside modules under earlier names"):
+        llm.engine.add_lora(LoRARequest("patterns", 3, str(old)))
 
 
 def test_a_checkpoint_under_the_names_of_earlier_days_is_the_same_model(made: Made, tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ def test_what_is_slower_than_it_could_be_says_so(name: str) -> None:
     assert way.reasons[-1].startswith("one sequence of a step after the other: ")
 
 
+def test_queries_scaled_by_their_place_in_a_step_are_refused_where_that_shows() -> None:
+    assert way_of(config("llama4_text", max_position_embeddings=8192)).impl == "transformers"
+    way = way_of(config("llama4_text", max_position_embeddings=8193))
+    assert way.impl is None
+    assert "floor_scale=8192" in way.reasons[-1]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_nobody_serves_says_why_of_each_way(name: str) -> None:
     kind, changes, reason = REFUSED[name]

@@ -89,8 +89,10 @@ def _messages(items: Sequence[InputItem]) -> list[Message]:
             before = messages[-1] if messages and messages[-1].role == "assistant" else None
             if before is None:
                 messages.append(Message("assistant", tool_calls=[call]))
+            elif before.tool_calls is None:
+                messages[-1] = structs.replace(before, tool_calls=[call])
             else:
-                messages[-1] = structs.replace(before, tool_calls=[*(before.tool_calls or []), call])
+                before.tool_calls.append(call)
         elif item.type == "function_call_output" and item.call_id is not None:
             messages.append(Message("tool", _text(item.output, f"{place}.output"), tool_call_id=item.call_id))
         elif item.type != "reasoning":

@@ -5,8 +5,8 @@ import copy
 import difflib
 import string
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import quote
 
@@ -15,7 +15,7 @@ from litestar.di import NamedDependency
 from msgspec import Struct
 
 from aiolora.api.errors import ErrorBody, HTTPRequest, describe, naming
-from aiolora.api.metrics import Meter
+from aiolora.api.metrics import Count, Meter
 from aiolora.api.sse import EventStream, Framing
 from aiolora.api.visits import Visit, visit_of
 from aiolora.api.wire import GenerationRequest
@@ -136,6 +136,15 @@ class Serving:
         self, answer_id: str, said: GenerationRequest, prompts: Iterable[Prompt | Messages], params: SamplingParams
     ) -> list[Assembler]:
         """A request a prompt, checked but not yet running: what a client can get wrong is raised here."""
+        wanted = list(prompts)
+        while True:
+            assemblers = await self._prepared(answer_id, said, wanted, params)
+            if all(one.request.mix == assemblers[0].request.mix for one in assemblers):
+                return assemblers  # else another version was published meanwhile, and one has to answer all
+
+    async def _prepared(
+        self, answer_id: str, said: GenerationRequest, prompts: list[Prompt | Messages], params: SamplingParams
+    ) -> list[Assembler]:
         lora = await self.lora(said)
         assemblers = []
         with naming(model="model" if said.lora is None else "lora"):
@@ -152,6 +161,7 @@ class Serving:
                 except UnknownModelError:  # removed just now; the engine's words may tell of what does not exist here
                     raise self._unknown([said.model] if said.lora is None else said.lora) from None
                 assemblers.append(Assembler(request, self.tokenizer(request.mix)))
+                await asyncio.sleep(0)  # others' tokens in between, however many prompts there are
         return assemblers
 
     async def _weighted(self, model: str, lora: dict[str, float]) -> dict[str, float]:
@@ -175,16 +185,14 @@ class Serving:
         hint = f"did you mean {close[0]!r}?" if close else "GET /v1/models lists what is served"
         return UnknownModelError(f"the model {model[:200]!r} does not exist; {hint}")
 
-    async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
-        """`AsyncLLMEngine.run`, counted."""
+    @contextmanager
+    def _counted(self, assemblers: Sequence[Assembler]) -> Iterator[Count]:
+        """What counts the tokens of a run, and tells log and traces of it at its end."""
         mix = assemblers[0].request.mix
         model = "+".join(version.name for version in mix.versions) if mix else self.base
         count, failed = self.meter.begin(model, assemblers), False
         try:
-            async with aclosing(self.engine.run(assemblers)) as bursts:
-                async for burst in bursts:
-                    count.take(burst)
-                    yield burst
+            yield count
         except Exception:
             failed = True
             raise
@@ -207,21 +215,21 @@ class Serving:
         return Response(reply.whole(), headers=headers)
 
     async def _run(self, assemblers: Sequence[Assembler]) -> None:
-        async with aclosing(self.run(assemblers)) as bursts:
-            async for _ in bursts:
-                pass
+        with self._counted(assemblers) as count:
+            async with aclosing(self.engine.run(assemblers)) as bursts:
+                async for burst in bursts:
+                    count.take(burst)
 
     async def _events(self, assemblers: Sequence[Assembler], reply: Reply) -> AsyncGenerator[bytes, None]:
         """Everything that is ready in one write; an error, now that the status is sent, as the last frame."""
         frames, last = reply.framing
         try:
             yield frames(reply.opening())
-            async with aclosing(self.run(assemblers)) as bursts:
-                async for burst in bursts:
-                    chunks: list[Struct] = []
-                    for position, output in burst:
-                        chunks += reply.token(position, output)
-                    yield frames(chunks)
+            with self._counted(assemblers) as count:
+                async with aclosing(self.engine.run(assemblers)) as bursts:
+                    async for burst in bursts:
+                        count.take(burst)
+                        yield frames([chunk for position, output in burst for chunk in reply.token(position, output)])
             yield frames(reply.closing()) + last
         except Exception as error:
             yield frames([reply.failed(describe(error)[1])])

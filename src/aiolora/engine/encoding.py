@@ -43,6 +43,8 @@ class KeptRows:
 
     def keep(self, key: _Key, rows: Tensor) -> None:
         """Until others need the room."""
+        if rows.untyped_storage().nbytes() > rows.nbytes:
+            rows = rows.clone()  # a view keeps all alive that it is of
         self._rows[key] = rows
         self.nbytes += rows.nbytes
         while self.nbytes > self.limit:

@@ -157,6 +157,7 @@ class Intake:
             return lora
         defaults = (self._default_mm_loras.get(modality) for modality in read.modalities)
         found = [name for name in defaults if name is not None and (permits is None or permits(name))]
+        found = [name for name in found if self.registry.look_up(name) is not None]  # it may have been unloaded
         return found[0] if len(found) == 1 else None
 
     def parts(self, lora: LoRA) -> list[tuple[str | LoRARequest, float]]:

@@ -22,6 +22,8 @@ from aiolora.lora.resolver import LoRAResolver
 from aiolora.lora.resolving import Resolving
 from aiolora.types import AdapterVersion, LoRARequest, read_again
 
+READS = 8  # of adapters side by side; each is read by several threads
+
 
 class Loading:
     """What is being read, in worker threads: once however many ask, and what is to be replaced in the order asked.
@@ -41,6 +43,7 @@ class Loading:
         self._registry = built.intake.registry
         self._check = built.check
         self._load = built.load
+        self._readers = anyio.CapacityLimiter(READS)  # slow disks hold up no prompt that is to be tokenised
         self._bridge = bridge
         self._names = names
         self._loading: dict[object, asyncio.Future[AdapterVersion]] = {}
@@ -75,7 +78,7 @@ class Loading:
     async def announce(self, lora: LoRARequest) -> None:
         """Check config and header, and know the name from then on. Raises `AdapterError`."""
         if self._registry.match(lora) is None:
-            self._registry.announce(await anyio.to_thread.run_sync(self._check, lora))
+            self._registry.announce(await anyio.to_thread.run_sync(self._check, lora, limiter=self._readers))
 
     async def resolve(self, name: str) -> bool:
         """Whether `name` is known; what was announced, or what a resolver finds, is read for it.
@@ -143,7 +146,7 @@ class Loading:
         registry.check(source.lora_name, number)
         announced = registry.announced(source.lora_name)
         async with self._replacing if replace else contextlib.nullcontext():
-            weights = await anyio.to_thread.run_sync(self._load, source)
+            weights = await anyio.to_thread.run_sync(self._load, source, limiter=self._readers)
             if isinstance(source, LoRARequest) and (known := registry.match(source)) is not None:
                 return known  # others have loaded it since then
             still = registry.announced(source.lora_name)
@@ -158,12 +161,12 @@ class Loading:
             if not await self._bridge.ask(lambda engine: engine.adapters.revive(version)):
                 if version.source is None:
                     raise not_held(version)
-                weights = await anyio.to_thread.run_sync(self._load, read_again(version))
+                weights = await anyio.to_thread.run_sync(self._load, read_again(version), limiter=self._readers)
             return self._names.bring_back(version, weights)
 
     async def _reading(self, version: AdapterVersion) -> None:
         try:
-            weights = await anyio.to_thread.run_sync(self._load, read_again(version))
+            weights = await anyio.to_thread.run_sync(self._load, read_again(version), limiter=self._readers)
         except Exception as error:
             known = error if isinstance(error, AioloraError) else None
             failure = known or AdapterFormatError(version.name, f"could not be read again: {error!r}")

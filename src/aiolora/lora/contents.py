@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from aiolora.errors import AdapterFormatError
+from aiolora.errors import AdapterFormatError, AdapterUnsupportedError
 from aiolora.lora.adapter import PeftConfig
 from aiolora.lora.layout import Layout
 from aiolora.lora.tensorfile import Entry
@@ -99,7 +99,14 @@ def sort(adapter: str, config: PeftConfig, entries: Iterable[Entry], layout: Lay
     for entry in entries:
         part, tokens, whole = part_of(entry.name), _TOKENS.fullmatch(entry.name), _WHOLE.fullmatch(entry.name)
         if part is not None:
-            part = part._replace(module=layout.named(part.module))
+            named = layout.named(part.module)
+            if named != part.module and (config.rank_pattern or config.alpha_pattern):
+                raise AdapterUnsupportedError(
+                    adapter,
+                    f"rank_pattern or alpha_pattern beside modules under earlier names ({part.module} is {named} now); "
+                    "load it with today's transformers and save it again",
+                )
+            part = part._replace(module=named)
         if part is not None and part.name in known:
             place, key, what, module = contents.parts.setdefault(part.module, {}), part.name, part.name, part.module
         elif tokens is not None and module_of(entry.name, layout):

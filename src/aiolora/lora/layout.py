@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aiolora.lora.adapter import stands_for
 from aiolora.lora.kinds import PageKinds
 from aiolora.models.encoder import Encoder
 from aiolora.models.layers import Linear
@@ -160,10 +161,10 @@ class Layout:
 def layout_of(
     model: Model, dtype: torch.dtype, *, encoder: Encoder | None = None, only: tuple[str, ...] | None = None
 ) -> Layout:
-    """Group the model's Linears into kinds; `only` (suffixes of module names) narrows what may be changed."""
+    """Group the model's Linears into kinds; `only` (names, or their ends behind a dot) narrows what may be changed."""
 
     def taken(module: str) -> bool:
-        return only is None or any(name.endswith(only) for name in (module, *model.spellings(module)))
+        return only is None or any(stands_for(end, name) for name in (module, *model.spellings(module)) for end in only)
 
     kinds: dict[Key, Kind] = {}
     targets: dict[str, Target] = {}

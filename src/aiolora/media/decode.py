@@ -13,6 +13,7 @@ from aiolora.errors import MissingExtraError, RequestError
 Image: TypeAlias = NDArray[np.uint8]  # [height, width, 3]
 Samples: TypeAlias = NDArray[np.float32]  # [n], -1 to 1, one channel
 
+MAX_RATIO = 200  # of the sides of an image
 MAX_SECONDS = 600.0  # of a recording
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
@@ -47,6 +48,11 @@ def image_of(source: object, *, max_pixels: int, param: str) -> Image:
     if not 0 < width * height <= max_pixels:
         raise RequestError(
             f"the image has {width} x {height} pixels; the limit is {max_pixels} in all (--max-image-pixels); scale it",
+            param=param,
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):  # a processor that fits the shorter side makes it huge
+        raise RequestError(
+            f"the image has {width} x {height} pixels; one side may be {MAX_RATIO} times the other; pad or cut it",
             param=param,
         )
     try:

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import ipaddress
-import re
 import socket
 import time
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from aiolora.errors import MissingExtraError, RequestError
 MAX_NBYTES = 20 << 20  # of a file
 _MAX_REDIRECTS = 3
 _TIMEOUT_S = 10.0  # for the whole of it
-_DATA_URL = re.compile(r"data:(?P<type>[^,;]*)(?P<parameters>(;[^,;]*)*),", re.IGNORECASE)
+_MAX_HEAD = 256  # characters of a data URL before its comma
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 ANY = "*"  # every host with a public address
 
@@ -43,14 +42,14 @@ class Fetcher(Struct, frozen=True):
         return self._fetched(url, param)
 
     def _decoded(self, url: str, param: str) -> bytes:
-        match = _DATA_URL.match(url)
-        if match is None:
-            raise RequestError("the data URL has no comma after its type", param=param)
-        rest = url[match.end() :]
+        comma = url.find(",", 0, _MAX_HEAD)
+        if comma < 0:
+            raise RequestError(f"the data URL has no comma in its first {_MAX_HEAD} characters", param=param)
+        head, rest = url[:comma], url[comma + 1 :]
         if len(rest) > self.max_nbytes * 4 // 3 + 4:
             raise self._too_large(param)
         try:
-            if match["parameters"].lower().endswith(";base64"):
+            if head.lower().endswith(";base64"):
                 return base64.b64decode(rest, validate=True)
             return unquote_to_bytes(rest)
         except (binascii.Error, ValueError) as error:
@@ -74,7 +73,7 @@ class Fetcher(Struct, frozen=True):
                         extensions={"sni_hostname": target.host},
                     ) as response,
                 ):
-                    if response.is_redirect:
+                    if response.has_redirect_location:
                         url = urljoin(url, response.headers["location"])
                         continue
                     if response.status_code != 200:

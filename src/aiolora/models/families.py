@@ -254,7 +254,10 @@ def decoder_config(hf: Any, *, max_positions: int | None = None) -> DecoderConfi
         "tied_head": bool(getattr(hf, "tie_word_embeddings", False)),
         "activation": _activation(hf),
     }
-    return DecoderConfig(**(common | own))
+    said = common | own
+    if said.get("moe") is not None and said["activation"] != "silu gated":
+        raise UnsupportedModelError(f"experts with hidden_act {hf.hidden_act!r} are not served, only with silu")
+    return DecoderConfig(**said)
 
 
 def _biases(hf: Any) -> dict[str, object]:

@@ -57,8 +57,11 @@ def load_networks(args: EngineArgs, folder: Path, *, device: str, report: Report
     dtype = _dtype(args.dtype, hf.dtype or text.dtype, device)
     if way.impl == "transformers":
         return Networks(_load_fallback(args, folder, hf, way, dtype, device))
+    config = decoder_config(hf, max_positions=args.max_model_len)
+    if args.compile and config.moe is not None:
+        raise ConfigError(f"compile=True, but model_type {hf.model_type!r} has experts, which are run as they are")
     with torch.no_grad():
-        model = Decoder(decoder_config(hf, max_positions=args.max_model_len), dtype=dtype, device=device)
+        model = Decoder(config, dtype=dtype, device=device)
         dummy = args.load_format == "dummy"
         encoder = Encoder(hf, dtype=dtype, device=device, filled=dummy) if hf.model_type in MULTIMODAL else None
         if dummy:

@@ -92,6 +92,12 @@ def _check(hf: Any) -> None:
         raise UnsupportedModelError("transformers has no causal language model of this type")
     if hf.get_text_config() is not hf:
         raise UnsupportedModelError("it is of several modalities, and only text models are served so")
+    floor = getattr(hf, "floor_scale", None)
+    if floor is not None and getattr(hf, "attn_temperature_tuning", False) and hf.max_position_embeddings > floor:
+        raise UnsupportedModelError(
+            f"from position floor_scale={floor} on its queries are scaled by their place in a step, not in the text; a "
+            "config with attn_temperature_tuning=false or a max_position_embeddings up to that is served"
+        )
     kinds = dict.fromkeys(getattr(hf, "layer_types", None) or ())
     if other := [kind for kind in kinds if kind not in _SEEN]:
         raise UnsupportedModelError(f"layers of {', '.join(other)} keep a state beside keys and values")

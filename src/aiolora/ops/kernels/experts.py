@@ -51,7 +51,7 @@ def gated_experts(x: Tensor, weight: Tensor, chosen: list[Tensor], adapters: lis
         _gated_kernel, (ceil_div(width, cut.columns), tiles.shape[0]),
         (x, weight, out, h, rows, tiles, *rest),
         N=width, K=depth, TOPK=top_k, W=most, BM=tile, BN=cut.columns, BK=cut.depth, LORA=bool(adapters),
-        PRECISION=precision(adapters[0] if adapters else x), pdl=chained(x.shape[0], bool(adapters)),
+        PRECISION=_precision(x, adapters), pdl=chained(x.shape[0], bool(adapters)),
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
@@ -72,7 +72,7 @@ def summed_experts(
         _summed_kernel, (ceil_div(width, cut.columns), tiles.shape[0]),
         (inner, weight, weights, parts, h, rows, tiles, *rest),
         N=width, K=depth, TOPK=top_k, W=most, BM=tile, BN=cut.columns, BK=cut.depth, LORA=bool(adapters),
-        PRECISION=precision(adapters[0] if adapters else inner), pdl=chained(len(weights), bool(adapters)),
+        PRECISION=_precision(inner, adapters), pdl=chained(len(weights), bool(adapters)),
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     out = inner.new_empty((weights.shape[0], width))
@@ -83,6 +83,11 @@ def summed_experts(
         N=width, TOPK=top_k, BN=columns, pdl=chained(len(weights), bool(adapters)),
     )  # fmt: skip
     return out
+
+
+def _precision(x: Tensor, adapters: list[Tensor]) -> str:
+    """Of the product and what is added to it: float32 stays it, whichever of both is."""
+    return precision(x if x.dtype is torch.float32 or not adapters else adapters[0])
 
 
 def _shrunk(

@@ -32,7 +32,8 @@ def choose_experts(
         return torch.empty(shape, dtype=torch.int32, device=y.device)
 
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=y.device)
-    experts, rows, tiles = ints(tokens, top_k), ints(tokens * top_k), ints(most_tiles(tokens, top_k, count, tile), 3)
+    experts = torch.zeros((tokens, top_k), dtype=torch.int32, device=y.device)  # of NaN none may be chosen
+    rows, tiles = ints(tokens * top_k), ints(most_tiles(tokens, top_k, count, tile), 3)
     turns = ceil_div(tokens, tile)  # tiles that one expert may have
     if tokens <= ALONE:
         rest: tuple[object, ...] = (y, y, y, y, y, y, 0, 0, 0, 0, 0)
