@@ -8,21 +8,10 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from tests.tiny import EOS, VOCAB, word_tokenizer
+from tests import tiny
+from tests.tiny import EOS, word_tokenizer
 
-SIZES: dict[str, object] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": EOS,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-}
+SIZES: dict[str, object] = tiny.SIZES | {"hidden_size": 64, "pad_token_id": None}
 _WINDOW: dict[str, object] = {"sliding_window": 9}
 _MIXED: dict[str, object] = _WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
 _TIED: dict[str, object] = {"tie_word_embeddings": True}

@@ -44,7 +44,7 @@ VOCAB = 96  # few enough that logprobs can ask for all of them
 EOS = 2
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -117,7 +117,7 @@ def fill(module: nn.Module, seed: int) -> None:
 def make_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes: object) -> Path:
     """Save a model of `family` with its tokenizer: of words, or of bytes where `vocab_size` has room for them."""
     kind, own = FAMILIES[family]
-    config = kind(**(_SIZES | own | changes))
+    config = kind(**(SIZES | own | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fill(model, seed)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar

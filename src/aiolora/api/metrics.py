@@ -74,8 +74,8 @@ class Distribution:
 class Meter:
     """Everything that is counted while the server runs. Owned by the loop.
 
-    What is counted once a request is prometheus_client's; what is counted once a token is plain numbers, a third of its
-    cost. Gauges are read off the engine's last snapshot when somebody asks. The engine's thread counts nothing.
+    What is counted once a request is prometheus_client's; what is counted once a token is plain numbers, which
+    cost less. Gauges are read off the engine's last snapshot when somebody asks. The engine's thread counts nothing.
     """
 
     def __init__(self, engine: AsyncLLMEngine, base: str, *, adapter_labels: int) -> None:

@@ -149,6 +149,8 @@ class Serving:
         assemblers = []
         with naming(model="model" if said.lora is None else "lora"):
             for position, prompt in enumerate(prompts):
+                if position:
+                    await asyncio.sleep(0)  # others' tokens in between, however many prompts there are
                 try:
                     request = await self.engine.prepare(
                         prompt,
@@ -161,7 +163,6 @@ class Serving:
                 except UnknownModelError:  # removed just now; the engine's words may tell of what does not exist here
                     raise self._unknown([said.model] if said.lora is None else said.lora) from None
                 assemblers.append(Assembler(request, self.tokenizer(request.mix)))
-                await asyncio.sleep(0)  # others' tokens in between, however many prompts there are
         return assemblers
 
     async def _weighted(self, model: str, lora: dict[str, float]) -> dict[str, float]:

@@ -205,9 +205,8 @@ class AsyncLLMEngine:
             )
         lora = self.intake.default(lora, read, permits)
         parts = self.intake.parts(lora)
-        grammar = await self._parts.grammars.take(
-            sampling_params
-        )  # before the versions, which nobody holds while others wait
+        # before the versions, which nobody holds while others wait
+        grammar = await self._parts.grammars.take(sampling_params)
         mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
         self.intake.policies.check(mix)
         tokenise = partial(

@@ -155,9 +155,9 @@ class Intake:
         """
         if lora is not None or read is None:
             return lora
-        defaults = (self._default_mm_loras.get(modality) for modality in read.modalities)
-        found = [name for name in defaults if name is not None and (permits is None or permits(name))]
-        found = [name for name in found if self.registry.look_up(name) is not None]  # it may have been unloaded
+        defaults = filter(None, map(self._default_mm_loras.get, read.modalities))
+        known = filter(self.registry.look_up, defaults)  # it may have been unloaded
+        found = [name for name in known if permits is None or permits(name)]
         return found[0] if len(found) == 1 else None
 
     def parts(self, lora: LoRA) -> list[tuple[str | LoRARequest, float]]:

@@ -1,8 +1,8 @@
 """How Python hands itself from thread to thread, and collects garbage, while engines step. Of the whole process.
 
 A step takes the interpreter several times, and each time waits for whoever has it: Python's 5 ms where that is an
-adapter's reader or a handler of the application. And a full collection walks over every object of torch and
-transformers, 0.3 s on two cores in which nobody gets a token. Figures: docs/performance.md.
+adapter's reader or a handler of the application (`benchmarks.stall --switch`, docs/performance.md). And a full
+collection walks over every object of torch and transformers, while nobody gets a token.
 """
 
 import gc

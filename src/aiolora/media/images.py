@@ -1,8 +1,8 @@
 """Images, by transformers' own image processors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,54 +15,49 @@ from aiolora.types import MediaItem
 _BLANKS = [np.zeros((side, side, 3), dtype=np.uint8) for side in (64, 768)]
 
 
+Grid: TypeAlias = tuple[int, int, int]
+# (a model's config, what its processor made of an image) -> what its encoder is given, how many tokens, on which axes
+Measure: TypeAlias = Callable[[Any, Arrays], tuple[Arrays, int, Grid | None]]
+
+
 @dataclass(frozen=True)
-class LlavaImages:
+class Images:
+    """Those of a model that says by `measure` how many tokens an image is."""
+
+    hf: Any
+    processor: Any
+    max_pixels: int
+    measure: Measure
+
+    @property
+    def token_id(self) -> int:
+        return int(self.hf.image_token_id)
+
+    @property
+    def blanks(self) -> Sequence[object]:
+        return _BLANKS
+
+    def item(self, source: object, param: str) -> MediaItem:
+        return item_of(IMAGE, *self.measure(self.hf, _processed(self.processor, source, self.max_pixels, param)))
+
+
+def llava(hf: Any, processed: Arrays) -> tuple[Arrays, int, Grid | None]:
     """A tower of patches, and a token for each of them (and for the class, where that is not left out)."""
-
-    hf: Any
-    processor: Any
-    max_pixels: int
-
-    @property
-    def token_id(self) -> int:
-        return int(self.hf.image_token_id)
-
-    @property
-    def blanks(self) -> Sequence[object]:
-        return _BLANKS
-
-    def item(self, source: object, param: str) -> MediaItem:
-        pixels = _processed(self.processor, source, self.max_pixels, param)["pixel_values"]
-        height, width = pixels.shape[-2:]
-        patch = self.hf.vision_config.patch_size
-        count = (height // patch) * (width // patch)
-        count += self.hf.vision_config.model_type == "clip_vision_model"
-        count -= self.hf.vision_feature_select_strategy == "default"
-        return item_of(IMAGE, {"pixel_values": pixels}, count)
+    pixels = processed["pixel_values"]
+    height, width = pixels.shape[-2:]
+    patch = hf.vision_config.patch_size
+    count = (height // patch) * (width // patch)
+    count += hf.vision_config.model_type == "clip_vision_model"
+    count -= hf.vision_feature_select_strategy == "default"
+    return {"pixel_values": pixels}, count, None
 
 
-@dataclass(frozen=True)
-class QwenImages:
+def qwen(hf: Any, processed: Arrays) -> tuple[Arrays, int, Grid | None]:
     """Patches of the image's own shape, a token for each square of them, turned on three axes."""
-
-    hf: Any
-    processor: Any
-    max_pixels: int
-
-    @property
-    def token_id(self) -> int:
-        return int(self.hf.image_token_id)
-
-    @property
-    def blanks(self) -> Sequence[object]:
-        return _BLANKS
-
-    def item(self, source: object, param: str) -> MediaItem:
-        features = _processed(self.processor, source, self.max_pixels, param)
-        merged = self.hf.vision_config.spatial_merge_size
-        time, height, width = (int(size) for size in features["image_grid_thw"][0])
-        grid = time, height // merged, width // merged
-        return item_of(IMAGE, features, int(np.prod(grid)), grid)
+    merged = hf.vision_config.spatial_merge_size
+    time, height, width = (int(size) for size in processed["image_grid_thw"][0])
+    grid = time, height // merged, width // merged
+    return processed, int(np.prod(grid)), grid
 
 
 def _processed(processor: Any, source: object, max_pixels: int, param: str) -> Arrays:

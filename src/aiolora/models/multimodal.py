@@ -22,9 +22,8 @@ class Multimodal:
     """How a model of transformers is asked for rows."""
 
     ways: Mapping[str, Way]  # by modality
-    unread: tuple[
-        str, ...
-    ] = ()  # paths in it that no row depends on: adapters trained there change nothing, as in PEFT
+    # paths in it that no row depends on: adapters trained there change nothing, as in PEFT
+    unread: tuple[str, ...] = ()
 
 
 def _image(model: Any, item: Mapping[str, Tensor]) -> Tensor:
