@@ -17,14 +17,16 @@ _FILE = "adapter_model.safetensors"
 
 
 def make_adapters(
-    root: Path, model: str, count: int, *, rank: int = 16, on: Sequence[str] = (), share: float = 1 / 8
+    root: Path, model: str, count: int, *, rank: int = 16, on: Sequence[str] = (), share: float | None = None
 ) -> list[LoRARequest]:
     """`count` adapters of `rank` for the shape `model` in `root`, those that are there reused.
 
     `on`: ends of the linears' names ("q_proj"); all seven where none is said. A has rows of length 1 and B such a size
-    that an adapter adds to a linear about `share` of what the base gives: an answer with the wrong adapter is far off,
-    and bfloat16's noise is not much above the base's.
+    that an adapter adds to a linear about `share` of what the base gives, an eighth where there are 32 layers or more,
+    and more where there are few: an answer with the wrong adapter is far off, and bfloat16's noise is not much above
+    the base's.
     """
+    share = share or max(1 / 8, min(1, 4 / SHAPES[model].layers))
     names = [name for name in SHAPES[model].linears if not on or name.endswith(tuple(on))]
     kind = f"r{rank}" + "".join(f"-{name}" for name in on)
     folders = [root / f"{model}-{kind}-{number}" for number in range(count)]

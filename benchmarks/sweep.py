@@ -61,11 +61,12 @@ def chosen(popularity: str, adapters: list[LoRARequest], known: int, batch: int)
     return list(chance.choices(adapters[:known], weights, k=batch))
 
 
-def sweep_rank(ours: Ours, rank: int, batches: list[int], steps: int, memory: int) -> list[Point]:
+def sweep_rank(ours: Ours, rank: int, batches: list[int], steps: int, room: int) -> list[Point]:
     shape = SHAPES[ours.model]
     nbytes = shape.adapter_nbytes(rank) * (2 if ours.dtype == "float32" else 1)
-    count = max(1, min(max(32, *batches), memory // nbytes))
-    session = ours.engine(rank=rank, loras=count, max_cpu_loras=count, lora_memory=count * nbytes)
+    count = max(1, min(max(32, *batches), room // nbytes))
+    memory = {"lora_memory": count * nbytes, "kv_tokens": 4096 + max(batches) * (64 + steps)}
+    session = ours.engine(rank=rank, loras=count, max_cpu_loras=count, **memory)
     adapters = publish(session, make_adapters(ours.root, ours.model, 8, rank=rank), count)
     points: list[Point] = []
     for batch in batches:  # every size is met once before it is timed

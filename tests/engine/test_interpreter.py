@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -29,10 +30,25 @@ def test_the_last_engine_that_ends_leaves_python_as_the_first_found_it() -> None
     interpreter.engine_starts()
     interpreter.engine_ends()
     assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL, rel=0.1)
-    assert gc.get_freeze_count() > 0
     interpreter.engine_ends()
     assert sys.getswitchinterval() == found
     assert gc.get_freeze_count() == 0
+
+
+def test_an_engine_that_ends_beside_another_can_be_collected() -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self.itself = self
+
+    interpreter, first = Interpreter(), Engine()
+    interpreter.engine_starts()
+    interpreter.engine_starts()
+    gone = weakref.ref(first)
+    del first
+    interpreter.engine_ends()
+    gc.collect()
+    assert gone() is None
+    interpreter.engine_ends()
 
 
 def test_a_shorter_interval_of_the_application_stays() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from aiolora.config import EngineArgs
+from aiolora.engine import build
 from aiolora.engine.plan import Plan, make_plan
 from aiolora.errors import ConfigError
 from aiolora.lora.layout import layout_of
@@ -120,3 +121,15 @@ def test_by_default_the_ends_take_a_small_share_of_what_is_free(
     room = plan(model_of, max_lora_rank=20, lora_memory=1 << 20, kv_cache_memory=1 << 30).adapter_room
     assert room.ends * 2 * RANKS + room.blocks * BLOCK <= 10 * BLOCK
     assert room.blocks >= 4
+
+
+def test_what_was_asked_for_by_bytes_and_does_not_fit_is_told_with_what_to_lower(
+    model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **sizes: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(build, "KVCache", full)
+    args = EngineArgs(model=str(model_of("llama")), max_model_len=64, kv_cache_memory=1 << 20)
+    with pytest.raises(ConfigError, match=r"KV cache of 0.0 GiB .* lower --kv-cache-memory"):
+        build.build(args, lambda version: None)

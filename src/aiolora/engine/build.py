@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 
+import torch
+
 from aiolora.config import EngineArgs
 from aiolora.engine.batch import Packer
 from aiolora.engine.core import Ends, Engine
@@ -30,6 +32,7 @@ from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.residency import Residency
 from aiolora.media.reader import MediaReader
 from aiolora.models.loading import DTYPES, Networks, load_networks
+from aiolora.models.model import Model
 from aiolora.models.weights import locate
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.pages import PagePool
@@ -142,6 +145,21 @@ def _pinned_pages(args: EngineArgs, layout: Layout) -> dict[int, int]:
     return dict.fromkeys(kinds, min(wish, memory // _PINNED_SHARE // page))
 
 
+def _stores(model: Model, layout: Layout | None, plan: Plan) -> tuple[AdapterPool | None, KVCache]:
+    """Raises `ConfigError` where the plan, or what was asked for by bytes, is more than the memory has."""
+    dtype, pages = model.embed.weight.dtype, {"num_pages": plan.num_pages, "page_size": plan.page_size}
+    try:
+        pool = AdapterPool(layout, plan.adapter_room, plan.device) if layout else None
+        return pool, KVCache(model.config, **pages, dtype=dtype, device=plan.device)
+    except torch.OutOfMemoryError as error:
+        sizes = plan.weights_nbytes, plan.adapter_nbytes, plan.kv_nbytes
+        weights, adapters, kv = (f"{size / 2**30:.1f} GiB" for size in sizes)
+        raise ConfigError(
+            f"the KV cache of {kv} and the adapters' {adapters} do not fit beside {weights} of weights; "
+            "lower --kv-cache-memory, --lora-memory, --max-loras or --gpu-memory-utilization"
+        ) from error
+
+
 def _engine(
     args: EngineArgs,
     networks: Networks,
@@ -155,12 +173,9 @@ def _engine(
     model, encoder = networks
     kinds = layout.page_kinds if layout else PageKinds(0)
     residency: Residency[AdapterWeights] = Residency(kinds, plan.adapter_room, max_host=args.host_adapters)
-    pool = None
-    if layout is not None:
-        pool = AdapterPool(layout, plan.adapter_room, plan.device)
+    pool, cache = _stores(model, layout, plan)
+    if pool is not None:
         pool.attach(model, encoder)
-    dtype = model.embed.weight.dtype
-    cache = KVCache(model.config, num_pages=plan.num_pages, page_size=plan.page_size, dtype=dtype, device=plan.device)
     packer = Packer(
         page_size=plan.page_size,
         kinds=kinds,

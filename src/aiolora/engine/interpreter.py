@@ -31,12 +31,12 @@ class Interpreter:
             gc.freeze()
 
     def engine_ends(self) -> None:
-        """Once for each that has started."""
+        """Once for each that has started. All may be collected again: the engine itself is garbage soon."""
         with self._lock:
             self._engines -= 1
+            gc.unfreeze()
             if self._engines == 0:
                 sys.setswitchinterval(self._found)
-                gc.unfreeze()
 
 
 INTERPRETER = Interpreter()
