@@ -3,7 +3,8 @@
     python -m benchmarks.online --model llama-3.1-8b --seconds 60 --rate 20 --out results
 
 Poisson arrivals, 64 adapters (zipf 1.0) over 16 slots, 128 to 512 tokens in, 64 to 128 out. Steps are timed in the
-engine's thread; one that takes over three times the median is looked at: did an adapter come in it, did a prompt?
+engine's thread; one that takes over three times the median is looked at: did an adapter come in it, did a prompt end?
+A step's time has the launch of the next one in it, so that of a prompt which is not a graph's, too.
 """
 
 import argparse
@@ -34,6 +35,7 @@ class Step:
     tokens: int  # it brought
     firsts: int  # answers that it began: a prompt ended in it
     adapters: int  # whose bytes were sent to the device in it
+    prompt: bool = False  # one ended in it, or in the next step, which it launched
 
 
 @dataclass
@@ -57,7 +59,9 @@ class Watch:
             new = {delta.request_id for delta in deltas} - self._known
             self._known |= new
             if deltas:
-                self.steps.append(Step((now - since) * 1e3, len(deltas), len(new), self._arrived))
+                if new and self.steps:
+                    self.steps[-1].prompt = True
+                self.steps.append(Step((now - since) * 1e3, len(deltas), len(new), self._arrived, bool(new)))
                 self._arrived = 0
             return deltas
 
@@ -114,7 +118,7 @@ def at(values: list[float], share: float) -> float:
 def report(answers: list[Answer], steps: list[Step], took: float) -> list[tuple[str, float, str]]:
     middle = statistics.median(step.ms for step in steps)
     long = [step for step in steps if step.ms > 3 * middle]
-    decoding = [step for step in steps if not step.firsts]
+    decoding = [step for step in steps if not step.prompt]
     plain = [step.ms for step in decoding]
     arriving = [step.ms for step in decoding if step.adapters]
     ttft = [answer.ttft_ms for answer in answers]
@@ -133,8 +137,13 @@ def report(answers: list[Answer], steps: list[Step], took: float) -> list[tuple[
         ("adapters sent to the device", sum(step.adapters for step in steps), ""),
         ("steps over 3x the median", len(long), ""),
         ("  of them with a prompt's end", sum(step.firsts > 0 for step in long), ""),
-        ("  of them with an adapter coming", sum(step.adapters > 0 for step in long), ""),
-        ("  of them decode only", sum(step.firsts == 0 for step in long), ""),
+        ("  of them that launched such a step", sum(step.prompt and not step.firsts for step in long), ""),
+        (
+            "  of them with an adapter coming and no prompt",
+            sum(step.adapters > 0 and not step.prompt for step in long),
+            "",
+        ),
+        ("  of them decode only", sum(not step.prompt for step in long), ""),
         ("longest decode-only step", max(plain, default=float("nan")), "ms"),
     ]
 
