@@ -19,6 +19,7 @@ from aiolora.engine import warm_up as warm_up_module
 from aiolora.engine.batch import Bucket, InFlight, Packer
 from aiolora.engine.graphs import Outputs, StepGraphs
 from aiolora.engine.plan import graph_buckets
+from aiolora.engine.routes import Places
 from aiolora.engine.runner import ModelRunner
 from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence as Answer
@@ -236,6 +237,27 @@ def test_runs_in_two_parts_take_no_more_tiles_than_a_bucket_has() -> None:
     assert bucket.fits(68, 3, routes)
     numbers = books.packer.lay_out(Batch(runs), routes, InFlight.none(1, "cpu"), bucket)
     assert sorted(numbers["tiles"][:, 1].tolist()) == [1] * 4 + [TILE] * 4, "every tile is used: the bound is exact"
+
+
+def test_an_adapter_that_comes_back_to_other_pages_is_read_from_there() -> None:
+    books = Books(0)
+    here, other = books.mix((2, 1)), books.mix((3, 2))
+    places = Places(PageKinds(KINDS), books.residency)
+    (first, beside), (again,) = places.step([here, other]), places.step([here])
+    assert again is first, "nothing moved"
+    ((version, _),) = here.parts
+    held = dict(books.residency.pages(version))
+    assert books.residency.shelve(version)
+    books.mix((1, 1))  # takes pages that were its own
+    assert books.residency.revive(version)
+    assert books.residency.place(version) is not None
+    books.residency.landed(version)
+    placed = books.residency.pages(version)
+    assert placed != held
+    (moved, still) = places.step([here, other])
+    assert [moved.pages[0].tolist(), moved.pages[1, :1].tolist()] == [placed[0], placed[1]]
+    assert still is not beside, "the step between was without it, so it was forgotten"
+    assert np.array_equal(still.pages, beside.pages)
 
 
 def test_a_mix_that_is_too_wide_fits_no_bucket() -> None:

@@ -4,8 +4,7 @@ import functools
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,21 +13,16 @@ from torch import Tensor
 
 from aiolora.engine.media_rows import rotary_numbers
 from aiolora.engine.own_rows import has, head_blocks, head_numbers, trunk_inputs, trunk_numbers
+from aiolora.engine.routes import Ints, Placed, Places, Routes, int32, padded, routing_numbers
 from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence
 from aiolora.engine.staging import Numbers, Staging
 from aiolora.lora.kinds import PageKinds
-from aiolora.lora.layout import EMBEDDING, HEAD, NORMS
+from aiolora.lora.layout import EMBEDDING, NORMS
 from aiolora.models.inputs import HeadInputs, StepInputs
 from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.linear import Routing, tile_of
-from aiolora.types import AdapterVersion, BlockSpan, Mix
-
-
-class Placed(Protocol):
-    """What the packer asks of `lora.residency.Residency`."""
-
-    def pages(self, version: AdapterVersion) -> Mapping[int, list[int]]: ...
+from aiolora.types import Mix
 
 
 @dataclass(slots=True)
@@ -66,7 +60,7 @@ class Bucket:
         """G: however the tokens are spread over the mixes and none, each but one leaves at most a tile unfilled."""
         return min(self.tokens, -(-self.tokens // tile_of(self.tokens, "cuda")) + min(self.tokens, self.mixes + 1) - 1)
 
-    def fits(self, tokens: int, sequences: int, routes: "Routes | None") -> bool:
+    def fits(self, tokens: int, sequences: int, routes: Routes | None) -> bool:
         """Whether a step of these sizes and mixes can be padded to it."""
         if tokens > self.tokens or sequences > self.sequences or self.decodes != (tokens == sequences):
             return False
@@ -75,39 +69,8 @@ class Bucket:
         return routes.width <= self.pages and len(routes.pages) <= self.mixes
 
 
-class Routes(NamedTuple):
-    """The mixes of a step. Their numbers mean nothing beyond it, so none can be stale."""
-
-    mixes: list[int]  # of each segment, which are the step's tokens in their order; -1: no adapter
-    counts: list[int]  # tokens of each segment
-    pages: list[list[list[int]]]  # of each mix and kind
-    scales: list[list[list[float]]]  # one for each page
-    vector_pages: dict[int, dict[int, int]]  # mix -> kind -> page, of those that have any
-    own: list[list[tuple[BlockSpan, list[int]]]]  # blocks of rows of each mix, and their pages
-    vocabularies: list[int]  # of each mix; 0: the base's
-
-    @property
-    def of_tokens(self) -> NDArray[np.int32]:
-        """The mix of each token [T]; -1: no adapter."""
-        return _int32(self.mixes).repeat(_int32(self.counts))
-
-    @property
-    def width(self) -> int:
-        """W: the most pages of one kind, made even."""
-        return even(max((len(pages) for mix in self.pages for pages in mix), default=0))
-
-    def have(self, kind: int) -> bool:
-        """Whether any mix has pages of `kind`; -1: there is no such kind."""
-        return kind >= 0 and any(mix[kind] for mix in self.pages)
-
-    def changes_head(self, mix: int, kind: int) -> bool:
-        """Whether a mix has its own logits; `kind`: the head's, -1 where it takes no low-rank factors."""
-        ranked = kind >= 0 and bool(self.pages[mix][kind])
-        return ranked or self.vocabularies[mix] > 0 or has([self.own[mix]], HEAD)
-
-
 class Packer:
-    """Lays a step's numbers out, everything from scratch each time. Engine thread only."""
+    """Lays a step's numbers out, everything but `Places` from scratch each time. Engine thread only."""
 
     def __init__(
         self,
@@ -127,7 +90,7 @@ class Packer:
         self._turns_apart = turns_apart
         self._page_size = page_size
         self._kinds = kinds
-        self._residency = residency
+        self._places = Places(kinds, residency)
         self._device = device
         self._lora_pages = lora_pages
         self.own_rows = rows
@@ -151,17 +114,18 @@ class Packer:
         """What adapters do to the head over some of the rows of logits that `batch` wants; None: nothing."""
         if routes is None:
             return None
-        changed = [routes.changes_head(mix, self._kinds.head) for mix in range(len(routes.pages))]
+        changed = [mix.changes_head(self._kinds.head) for mix in routes.pages]
         if not any(changed):
             return None
-        mixes = _int32([mix if mix >= 0 and changed[mix] else -1 for mix in mixes_of_logits(batch, routes)[rows]])
+        mixes = int32([mix if mix >= 0 and changed[mix] else -1 for mix in mixes_of_logits(batch, routes)[rows]])
         if (mixes < 0).all():
             return None
         numbers = self._route(routes, mixes, len(mixes), None) | head_numbers(routes.own, mixes)
         # whole blocks: kernels are compiled for sizes that are multiples of 16
-        widest = -(-max(routes.vocabularies) // ROWS_PER_BLOCK) * ROWS_PER_BLOCK
+        vocabularies = [mix.vocabulary for mix in routes.pages]
+        widest = -(-max(vocabularies) // ROWS_PER_BLOCK) * ROWS_PER_BLOCK
         if widest:
-            numbers["vocabularies"] = _int32([*routes.vocabularies, 0])[mixes]  # -1: the last
+            numbers["vocabularies"] = int32([*vocabularies, 0])[mixes]  # -1: the last
         tensors = self._staging.send(numbers)
         return HeadInputs(
             routing_of(tensors, self._device),
@@ -174,11 +138,10 @@ class Packer:
     def routes(self, batch: Batch) -> Routes | None:
         """The mixes of `batch` in the order of their first run; None: no token has an adapter."""
         numbers: dict[Mix, int] = {}
-        by_id: dict[int, int] = {}  # the same by identity: hashing a mix takes microseconds
         mixes, counts = [], []
         for run in batch.runs:
             seq, count = run.seq, run.count
-            mix, number = seq.request.mix, -1
+            mix = seq.request.mix
             if mix is not None and run.start < seq.active_from:
                 bare = num_bare(run)
                 mixes.append(-1)
@@ -186,24 +149,13 @@ class Packer:
                 count -= bare
                 if not count:
                     continue
-            if mix is not None:
-                number = by_id.get(id(mix), -1)
-                if number < 0:
-                    number = by_id[id(mix)] = numbers.setdefault(mix, len(numbers))
-            mixes.append(number)
+            mixes.append(-1 if mix is None else numbers.setdefault(mix, len(numbers)))
             counts.append(count)
-        if not numbers:
-            return None
-        routes = Routes(mixes, counts, [], [], {}, [], [])
-        for mix in numbers:
-            self._add(routes, mix)
-        return routes
+        return Routes(mixes, counts, self._places.step([*numbers])) if numbers else None
 
     def rows_of(self, mix: Mix | None) -> Callable[[int], Routing]:
         """The routing of so many rows that are all of `mix`, whose adapters are on the device."""
-        routes = Routes([], [], [], [], {}, [], [])
-        if mix is not None:
-            self._add(routes, mix)
+        routes = Routes([], [], [self._places.of(mix)] if mix is not None else [])
         number = 0 if mix is not None else -1
 
         def rows(count: int) -> Routing:
@@ -211,30 +163,6 @@ class Packer:
             return routing_of(self._staging.send(numbers), self._device)
 
         return functools.cache(rows)
-
-    def _add(self, routes: Routes, mix: Mix) -> None:
-        """Number one more mix in `routes`."""
-        sites, number = self._kinds.sites, len(routes.pages)
-        pages: list[list[int]] = [[] for _ in range(sites)]
-        scales: list[list[float]] = [[] for _ in range(sites)]
-        own: list[tuple[BlockSpan, list[int]]] = []
-        for version, weight in mix.parts:
-            placed = self._residency.pages(version)
-            for site in version.pages:
-                if site.kind < sites:
-                    pages[site.kind] += placed[site.kind]
-                    scales[site.kind] += [site.scale * weight] * site.count
-                elif site.kind < self._kinds.blocks:
-                    (page,) = placed[site.kind]
-                    routes.vector_pages.setdefault(number, {})[site.kind - sites] = page
-            first = 0
-            for span in version.blocks:
-                own.append((span, placed[self._kinds.blocks][first : first + span.high - span.low]))
-                first += span.high - span.low
-        routes.pages.append(pages)
-        routes.scales.append(scales)
-        routes.own.append(own)
-        routes.vocabularies.append(mix.vocabulary)
 
     def lay_out(
         self, batch: Batch, routes: Routes | None, in_flight: InFlight, bucket: Bucket | None = None
@@ -262,87 +190,45 @@ class Packer:
             tables.extend(seq.pages)
         size = len(tokens) if bucket is None else bucket.tokens
         num_seqs = len(counts) if bucket is None else bucket.sequences
-        first, count_B, width_B = _int32(starts), _int32(counts), _int32(widths)
+        first, count_B, width_B = int32(starts), int32(counts), int32(widths)
         query_starts = np.arange(num_seqs + 1, dtype=np.int32)
         query_starts[1 : len(counts) + 1] = count_B.cumsum()
         if bucket is not None and not bucket.decodes:
             query_starts[len(counts) + 1 :] = len(tokens)  # sequences without queries
         block_tables = np.zeros((len(counts), max(widths, default=1)), dtype=np.int32)
-        block_tables[np.arange(block_tables.shape[1]) < width_B[:, None]] = _int32(tables)
+        block_tables[np.arange(block_tables.shape[1]) < width_B[:, None]] = int32(tables)
         run_of_token = np.repeat(np.arange(len(counts)), count_B)
         positions = np.arange(len(tokens)) + (first - query_starts[: len(counts)])[run_of_token]
         page, offset = np.divmod(positions, self._page_size)
         turned = rotary_numbers(batch, positions) if self._turns_apart else {}
         numbers: dict[str, NDArray[Any]] = {
-            "tokens": _padded(_int32(tokens), size, 0),
-            "positions": _padded(turned.pop("positions", positions), size, 0),
-            "slots": _padded(block_tables[run_of_token, page] * self._page_size + offset, size, -1),
-            "kv_lengths": _padded(first + count_B, num_seqs, 0),
+            "tokens": padded(int32(tokens), size, 0),
+            "positions": padded(turned.pop("positions", positions), size, 0),
+            "slots": padded(block_tables[run_of_token, page] * self._page_size + offset, size, -1),
+            "kv_lengths": padded(first + count_B, num_seqs, 0),
             "query_starts": query_starts,
         }
         if bucket is None:
-            numbers["logits_at"] = _int32(_logits_at(batch, query_starts))
+            numbers["logits_at"] = int32(_logits_at(batch, query_starts))
         elif not bucket.decodes:
-            numbers["logits_at"] = _padded(_int32(_logits_at(batch, query_starts)), num_seqs, 0)
+            numbers["logits_at"] = padded(int32(_logits_at(batch, query_starts)), num_seqs, 0)
         numbers |= turned
         if routes is not None or (bucket is not None and bucket.mixes):
-            routes = routes or Routes([], [], [], [], {}, [], [])
+            routes = routes or Routes([], [], [])
             numbers |= self._route(routes, routes.of_tokens, size, bucket)
         return numbers | {"block_tables": block_tables}
 
-    def _route(
-        self, routes: Routes, mixes: NDArray[np.int32], size: int, bucket: Bucket | None
-    ) -> dict[str, NDArray[Any]]:
+    def _route(self, routes: Routes, mixes: Ints, size: int, bucket: Bucket | None) -> dict[str, NDArray[Any]]:
         """The routing of `size` tokens, the first of them of `mixes` (-1: none), the others of none."""
-        tile = tile_of(size, self._device)
-        bare = len(routes.pages)  # sorts last
-        mix_of_token = np.full(size, bare, dtype=np.int32)
-        mix_of_token[: len(mixes)] = np.where(mixes >= 0, mixes, bare)
-        tiles: list[tuple[int, int]] = []
-        items: list[tuple[int, int, int, int]] = []
-        mix_of_tile: list[int] = []
-        members = np.bincount(mix_of_token, minlength=bare + 1).tolist()
-        for mix, (end, count) in enumerate(zip(accumulate(members), members)):
-            pairs = 0 if mix == bare else -(-max(map(len, routes.pages[mix])) // 2)
-            for low in range(end - count, end, tile):
-                inside = min(tile, end - low)
-                items += [(len(tiles), pair, low, inside) for pair in range(pairs)]
-                tiles.append((low, inside))
-                mix_of_tile.append(mix)
+        sizes = {"tile": tile_of(size, self._device), "sites": self._kinds.sites}
+        if bucket is not None:
+            tiles = bucket.tiles
+            sizes |= {"width": bucket.pages, "tiles": tiles, "items": tiles * bucket.pages // 2}
+            return routing_numbers(routes, mixes, size, **sizes)
         width = self._lora_pages or routes.width
         while width < routes.width:  # kernels are compiled for a width: few widths, however many adapters a mix has
             width *= 2
-        most_tiles, most_items = len(tiles), max(1, len(items))
-        if bucket is not None:
-            width, most_tiles, most_items = bucket.pages, bucket.tiles, bucket.tiles * bucket.pages // 2
-        pages, scales = self._tables(routes, width)
-        vector_pages = np.full((most_tiles, self._kinds.sites), -1, dtype=np.int32)
-        if routes.vector_pages:
-            for number, mix in enumerate(mix_of_tile):
-                for kind, page in routes.vector_pages.get(mix, {}).items():
-                    vector_pages[number, kind] = page
-        perm = mix_of_token.argsort(kind="stable").astype(np.int32)
-        owners = np.empty(size, dtype=np.int32)
-        owners[perm] = np.repeat(np.arange(len(tiles)), [count for _, count in tiles])
-        return {
-            "perm": perm,
-            "tiles": _padded(_int32(tiles).reshape(-1, 2), most_tiles, 0),
-            "items": _padded(_int32(items).reshape(-1, 4), most_items, (-1, 0, 0, 0)),
-            "pages": _padded(pages[mix_of_tile], most_tiles, -1),
-            "scales": _padded(scales[mix_of_tile], most_tiles, 0.0),
-            "vector_pages": vector_pages,
-            "owners": owners,
-        }
-
-    def _tables(self, routes: Routes, width: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Pages and scales [mixes + 1, kinds, width]: the last are those of tokens without an adapter."""
-        shape = (len(routes.pages) + 1, self._kinds.sites, width)
-        pages, scales = np.full(shape, -1, dtype=np.int32), np.zeros(shape, dtype=np.float32)
-        counts = _int32([[len(held) for held in mix] for mix in routes.pages]).reshape(-1, self._kinds.sites, 1)
-        there = np.arange(width) < counts
-        pages[:-1][there] = [page for mix in routes.pages for held in mix for page in held]
-        scales[:-1][there] = [scale for mix in routes.scales for held in mix for scale in held]
-        return pages, scales
+        return routing_numbers(routes, mixes, size, **sizes, width=width)
 
 
 def step_inputs(tensors: Mapping[str, Tensor], previous: Tensor, device: str) -> StepInputs:
@@ -393,7 +279,7 @@ def num_prompt_logits(run: Scheduled) -> int:
 def mixes_of_logits(batch: Batch, routes: Routes) -> list[int]:
     """The mix in `routes` of each row of logits that `batch` wants, in their order."""
     starts = np.cumsum([0, *(run.count for run in batch.runs)])
-    found: list[int] = routes.of_tokens[_int32(_logits_at(batch, starts))].tolist()
+    found: list[int] = routes.of_tokens[int32(_logits_at(batch, starts))].tolist()
     return found
 
 
@@ -404,20 +290,3 @@ def _logits_at(batch: Batch, query_starts: NDArray[Any]) -> list[int]:
         if count := num_prompt_logits(run):
             wanted += range(start, start + count)
     return wanted
-
-
-def _int32(values: Any) -> NDArray[np.int32]:
-    return np.asarray(values, dtype=np.int32)
-
-
-def _padded(values: NDArray[Any], size: int, neutral: Any) -> NDArray[Any]:
-    """`values` as int32 (or the float32 they are), lengthened to `size` along the first axis."""
-    out = np.empty((size, *values.shape[1:]), dtype=np.float32 if values.dtype == np.float32 else np.int32)
-    out[: len(values)] = values
-    out[len(values) :] = neutral
-    return out
-
-
-def even(pages: int) -> int:
-    """Kernels take rank pages in pairs."""
-    return max(2, -(-pages // 2) * 2)

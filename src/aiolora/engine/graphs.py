@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aiolora.engine.batch import Bucket, InFlight, Packer, Routes, step_inputs
+from aiolora.engine.batch import Bucket, InFlight, Packer, step_inputs
 from aiolora.engine.kv_cache import KVCache
+from aiolora.engine.routes import Routes
 from aiolora.engine.scheduler import Batch
 from aiolora.engine.staging import Numbers, Staging, size_of
 from aiolora.models.inputs import StepInputs

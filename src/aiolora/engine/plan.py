@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from aiolora.config import EngineArgs
-from aiolora.engine.batch import Bucket, even
+from aiolora.engine.batch import Bucket
 from aiolora.engine.kv_cache import page_nbytes
+from aiolora.engine.routes import even
 from aiolora.errors import ConfigError
 from aiolora.lora.kinds import Room
 from aiolora.lora.layout import Layout

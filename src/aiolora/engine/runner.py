@@ -8,11 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aiolora.engine.batch import InFlight, Packer, Routes, num_prompt_logits
+from aiolora.engine.batch import InFlight, Packer, num_prompt_logits
 from aiolora.engine.encoding import Encoding
 from aiolora.engine.graphs import StepGraphs
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.plan import Plan
+from aiolora.engine.routes import Routes
 from aiolora.engine.sampler import Chosen, Sampled, Sampler, read
 from aiolora.engine.scheduler import Batch
 from aiolora.engine.sequence import Sequence
