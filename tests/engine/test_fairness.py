@@ -86,6 +86,25 @@ def test_a_hot_adapter_with_nine_tenths_of_the_traffic_hardly_delays_a_cold_one(
     assert _cold_wait(beside_hot=True) <= 3 * _cold_wait(beside_hot=False)
 
 
+def test_who_comes_beside_a_hot_adapter_finds_a_seat_though_no_answer_ends() -> None:
+    street = Street(slots=4, seats=32)
+    hot, cold, other = map(street.desk.adapter, (1, 2, 3))
+    for _ in range(32):
+        street.come(hot, tokens=60)
+    street.step()
+    assert len(street.waits[hot]) == 32, "while it is alone, all seats are its own"
+    street.come(cold, tokens=2)
+    street.run(40, lambda: street.come(hot, tokens=60))
+    street.run(30, lambda: None)
+    assert street.waits[cold] == [60], "that of the first that ended"
+    street.come(cold, tokens=2)
+    street.come(other, tokens=2)
+    street.step()
+    assert street.waits[cold] == [60, 1]
+    assert street.waits[other] == [1]
+    assert street.num_open(hot) > 32, "its own go on waiting"
+
+
 def _crowd(num_adapters: int, *, slots: int = 8, seats: int = 32, patience_s: float = 1.0) -> list[int]:
     """Steps to the first token of equal traffic, a little more than fits, over so many adapters."""
     street, rng = Street(slots=slots, seats=seats, patience_s=patience_s), random.Random(2)

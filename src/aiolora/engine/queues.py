@@ -72,6 +72,10 @@ class Queues:
     def served(self, mix: Mix | None) -> float:
         return self._served.get(mix, 0.0)
 
+    def shared(self, mix: Mix | None) -> bool:
+        """Whether anything but `mix` was served since nobody waited or ran last, as far as is remembered."""
+        return len(self._served) > (mix in self._served)
+
     def charge(self, mix: Mix | None, count: float) -> None:
         """The device computes so many tokens for `mix`, those that it samples counted twice, all over its weight."""
         self._served[mix] += count

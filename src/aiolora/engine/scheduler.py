@@ -65,9 +65,11 @@ class Scheduler:
 
     Sequences wait in a queue a mix, so that an adapter that is not on the device holds up nobody else. The mix served
     least comes first (`Queues`); within one, and among equals, first come, first served, but for priorities within a
-    mix. The first in line that finds no pages is not overtaken by other mixes: as every running sequence ends, so does
-    its wait. With more mixes than `max_loras` they take turns (`Slots` says how long one waits at most). Under page
-    pressure the latest arrival is preempted and computed again, earlier than it those that said they have time.
+    mix. The last few seats (`max_num_seqs`) are not for a mix that has half of them already, so that who comes beside
+    a hot adapter need not wait for an answer's end. The first in line that finds no pages is not overtaken by other
+    mixes: as every running sequence ends, so does its wait. With more mixes than `max_loras` they take turns (`Slots`
+    says how long one waits at most). Under page pressure the latest arrival is preempted and computed again, earlier
+    than it those that said they have time.
 
     Owns page and lease accounting of sequences; nobody else takes or releases. Engine thread only.
     """
@@ -223,6 +225,8 @@ class Scheduler:
                 continue
             if not (self._slots.admits(seq) and self._on_device(seq.mix)) or self._held_back(seq) or seq.unsure:
                 continue
+            if len(self.running) >= self.limits.max_num_seqs - self._kept_seats and self._crowds(seq.mix):
+                continue
             count = self._start(seq, budget)
             if count == 0:
                 break  # no pages or tokens for the first in line: later ones do not overtake it
@@ -232,6 +236,16 @@ class Scheduler:
                 heapq.heappush(heads, self._queues.rank(seq.mix))
         if limited:
             self._queues.keep_up(limited)
+
+    @property
+    def _kept_seats(self) -> int:
+        """A sixteenth, four at most: a seat comes free with every answer's end, so few serve who comes meanwhile."""
+        return min(4, self.limits.max_num_seqs // 16)
+
+    def _crowds(self, mix: Mix | None) -> bool:
+        """Whether `mix` has half of the seats, and others have been here, too."""
+        mine = sum(seq.mix == mix for seq in self.running)
+        return 2 * mine >= self.limits.max_num_seqs and self._queues.shared(mix)
 
     def _on_device(self, mix: Mix | None) -> bool:
         return mix is None or all(self._residency.on_device(version) for version in mix.versions)
