@@ -9,6 +9,7 @@ Writes sweep.csv and, with matplotlib, sweep.png. One engine a rank. Without a G
 import argparse
 import csv
 import random
+import statistics
 import time
 from dataclasses import asdict, dataclass
 
@@ -65,7 +66,7 @@ def sweep_rank(ours: Ours, rank: int, batches: list[int], steps: int, room: int)
     shape = SHAPES[ours.model]
     nbytes = shape.adapter_nbytes(rank) * (2 if ours.dtype == "float32" else 1)
     count = max(1, min(max(32, *batches), room // nbytes))
-    memory = {"lora_memory": count * nbytes, "kv_tokens": 4096 + max(batches) * (64 + steps)}
+    memory = {"lora_memory": count * nbytes, "kv_tokens": 4096 + max(batches) * (64 + 3 * steps)}
     session = ours.engine(rank=rank, loras=count, max_cpu_loras=count, **memory)
     adapters = publish(session, make_adapters(ours.root, ours.model, 8, rank=rank), count)
     points: list[Point] = []
@@ -80,7 +81,7 @@ def sweep_rank(ours: Ours, rank: int, batches: list[int], steps: int, room: int)
             if loras is None:
                 continue
             with decoding(session, loras) as steady:
-                took = steady.step(steps) / steps * 1e3
+                took = statistics.median(steady.step(steps) for _ in range(3)) / steps * 1e3
                 kv = steady.kv_tokens() * shape.kv_nbytes
                 session.keep(steady.outputs(), loras)
             base = took if popularity == "base" else base
@@ -101,12 +102,12 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--ranks", default="8,16,64")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
-    parser.add_argument("--steps", type=int, default=32, help="timed decode steps, after 8 others")
-    parser.add_argument("--quick", action="store_true", help="batches 1, 8, 32, 128 and 16 steps")
+    parser.add_argument("--steps", type=int, default=12, help="timed decode steps, three times, after 8 others")
+    parser.add_argument("--quick", action="store_true", help="batches 1, 8, 32, 128 and 4 steps")
     parser.add_argument("--lora-gib", type=float, default=40, help="device memory for adapters")
     args = parse(parser)
     batches = [1, 8, 32, 128] if args.quick else [int(batch) for batch in args.batches.split(",")]
-    steps = 16 if args.quick else args.steps
+    steps = 4 if args.quick else args.steps
     ours = Ours(args.model, args.adapters_dir, dtype=args.dtype)
     points: list[Point] = []
     for rank in map(int, args.ranks.split(",")):

@@ -14,6 +14,7 @@ from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.build import READERS, Built, build
 from aiolora.engine.core import Snapshot
 from aiolora.engine.intake import LoRA
+from aiolora.engine.interpreter import INTERPRETER
 from aiolora.engine.names import Names, not_held
 from aiolora.engine.output import Assembler
 from aiolora.errors import AdapterFormatError, AioloraError, RequestError
@@ -374,7 +375,7 @@ class LLM:
 
     def _drain(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
-        with Progress(transient=True, disable=not use_tqdm) as progress:
+        with INTERPRETER.call(), Progress(transient=True, disable=not use_tqdm) as progress:
             task = progress.add_task("prompts", total=len(ids))
             while self._engine.has_unfinished_requests():
                 for assembler in self._engine.advance():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from aiolora import AsyncLLMEngine, EngineArgs
+from aiolora import LLM, AsyncLLMEngine, EngineArgs, SamplingParams
 from aiolora.engine import bridge
 from aiolora.engine.interpreter import SWITCH_INTERVAL, Interpreter
 from tests.conftest import ModelOf
@@ -68,4 +68,24 @@ async def test_an_engine_with_a_thread_of_its_own_sets_python_up_and_leaves_it_a
         assert sys.getswitchinterval() <= SWITCH_INTERVAL * 1.01
         assert gc.get_freeze_count() > 0
     assert sys.getswitchinterval() == found
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_blocking_call_leaves_out_what_was_alive_before_and_gives_it_back(model_of: ModelOf) -> None:
+    llm, counts = LLM(str(model_of("llama")), max_model_len=64), []
+    advance = llm.engine.advance
+    llm.engine.advance = lambda: (counts.append(gc.get_freeze_count()), advance())[1]  # type: ignore[method-assign]
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2), use_tqdm=False)
+    assert counts
+    assert min(counts) > 10_000, "torch alone has more objects"
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_blocking_call_beside_an_engine_takes_nothing_from_it() -> None:
+    interpreter = Interpreter()
+    interpreter.engine_starts()
+    with interpreter.call():
+        pass
+    assert gc.get_freeze_count() > 0
+    interpreter.engine_ends()
     assert gc.get_freeze_count() == 0

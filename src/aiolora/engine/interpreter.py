@@ -5,19 +5,21 @@ adapter's reader or a handler of the application (`benchmarks.stall --switch`, d
 collection walks over every object of torch and transformers, while nobody gets a token.
 """
 
+import contextlib
 import gc
 import sys
 import threading
+from collections.abc import Iterator
 
 SWITCH_INTERVAL = 0.0002  # seconds
 
 
 class Interpreter:
-    """Set up while at least one engine runs; as it was found when the last has ended. Any thread."""
+    """Set up while an engine runs or a blocking call steps; as it was found when the last has ended. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._engines = 0
+        self._engines = self._calls = 0
         self._found = SWITCH_INTERVAL
 
     def engine_starts(self) -> None:
@@ -37,6 +39,20 @@ class Interpreter:
             gc.unfreeze()
             if self._engines == 0:
                 sys.setswitchinterval(self._found)
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """While a blocking call steps, what was alive before it is left out of collections. Takes no time."""
+        with self._lock:
+            self._calls += 1
+            gc.freeze()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if self._engines == self._calls == 0:
+                    gc.unfreeze()
 
 
 INTERPRETER = Interpreter()
