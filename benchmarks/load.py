@@ -1,7 +1,7 @@
 """Where the time of a load goes: an adapter from the page cache into host memory, phase by phase. No model runs.
 
     python -m benchmarks.load --adapters-dir /dev/shm/bench --out results
-    python -m benchmarks.load --threads 14 --rank 64
+    python -m benchmarks.load --threads 8,12,16 --rank 64
 
 One thread has the interpreter and does what names and shapes ask for; compiled code reads, digests, checks and lays
 out in several. Milliseconds of processor, the least of all loads: neighbours only cost. Reading and sha256 are also
@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,12 @@ from typing import Any, NamedTuple
 import torch
 
 from aiolora import LoRARequest
-from aiolora.lora import loader, paging
+from aiolora.lora import loader, outlines, paging, tensorfile
 from aiolora.lora.kinds import Room
 from aiolora.lora.layout import Layout, layout_of
 from aiolora.lora.loader import AdapterWeights
 from aiolora.lora.outline import Limits
+from aiolora.lora.outlines import Outlines
 from aiolora.models.loading import outline
 from aiolora.ops.linear import RANKS_PER_PAGE
 from benchmarks.adapters import factors, make_adapters
@@ -40,8 +42,9 @@ from benchmarks.shapes import make_model
 
 PARTS = {  # what a load calls, outermost first; a part's time is without the parts in it
     (loader, "parse_config"): "config",
-    (loader, "open_tensors"): "file opened, its header read and parsed",
-    (loader, "outline"): "names and shapes",
+    (loader, "open_tensors"): "file opened, its header read",
+    (tensorfile, "_entries"): "header parsed",
+    (outlines, "outline"): "names and shapes",
     (loader, "fill"): "places of the tensors",
     (paging, "_empty"): "memory of the pages",
     (paging, "lay_out"): "compiled code called, waited for and asked",
@@ -186,13 +189,19 @@ def main() -> None:
     parser = arguments(__doc__, dtype=False)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--loads", type=int, default=20, help="of each kind")
-    parser.add_argument("--threads", type=int, default=paging._num_threads(), help="that read an adapter")
-    args = parse(parser)
-    measure(args)
+    parser.add_argument("--threads", default=str(paging._num_threads()), help="that read an adapter; or several counts")
+    measure(parse(parser))
+
+
+def read_by(threads: int) -> None:
+    """So many threads from now on."""
+    paging._num_threads = lambda: threads
+    paging.threads.cache_clear()
 
 
 def measure(args: argparse.Namespace) -> None:
-    paging._num_threads = lambda: args.threads
+    counts_of_threads = list(map(int, args.threads.split(",")))
+    read_by(counts_of_threads[0])
     loras = make_adapters(args.adapters_dir, args.model, 4, rank=args.rank)
     layout = layout_of(outline(make_model(args.adapters_dir, args.model)).decoder, torch.bfloat16)
     limits = Limits(args.rank, Room(*[sys.maxsize] * len(Room._fields)), args.model, pinned=torch.cuda.is_available())
@@ -203,20 +212,25 @@ def measure(args: argparse.Namespace) -> None:
         kept = paging._empty(layout, counts, pinned=False)
         paging._empty = lambda *args, **kwargs: kept
 
-    def load(number: int) -> AdapterWeights:
-        return loader.load_adapter(loras[number % len(loras)], layout, limits)
+    def load(number: int, known: Outlines) -> AdapterWeights:
+        return loader.load_adapter(loras[number % len(loras)], known)
 
-    parts = Parts()
+    parts, known = Parts(), Outlines(layout, limits)
     for number, lora in enumerate(loras):  # into the page cache, and the library compiled
-        check(lora, load(number), layout)
+        check(lora, load(number, known), layout)
     with parts.watched():
-        took = [parts.time(partial(load, number)) for number in range(args.loads)]
-    rows = [*rows_of("a load", took), *alone(loras[0])]
+        new = [parts.time(partial(load, number, Outlines(layout, limits))) for number in range(args.loads)]
+        alike = [parts.time(partial(load, number, known)) for number in range(args.loads)]
+    rows = [*rows_of("first of its kind", new), *rows_of("one more", alike), *alone(loras[0])]
+    for threads in counts_of_threads:
+        read_by(threads)
+        rows += rows_of("one more", [parts.time(partial(load, number, known)) for number in range(args.loads)])[:1]
+        rows[-1] = replace(rows[-1], name=f"one more, {threads} threads: wall clock")
     if limits.pinned:
-        rows.append(copied(load(0)))
+        rows.append(copied(load(0, known)))
     nbytes = (Path(loras[0].lora_path) / loader.TENSORS).stat().st_size
     said = f"{args.model}, rank {args.rank}, {nbytes / 1e6:.1f} MB"
-    print(f"load {os.getloadavg()[0]:.1f}, {said}, {args.threads} threads")
+    print(f"load {os.getloadavg()[0]:.1f}, {said}, {counts_of_threads[0]} threads of {os.cpu_count()}")
     write(rows, args.out / "load.csv")
 
 
