@@ -16,11 +16,12 @@ import random
 import sys
 import threading
 import time
+from typing import Any
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
 from aiolora.engine.interpreter import SWITCH_INTERVAL
 from aiolora.engine.output import Assembler
-from aiolora.lora import paging
+from aiolora.lora import compiled, paging
 from benchmarks.adapters import make_adapters
 from benchmarks.command import arguments, parse
 from benchmarks.harness import machine
@@ -59,11 +60,22 @@ class Streams:
 
 
 def throttle(args: argparse.Namespace) -> None:
-    """Fewer threads that read adapters, and what other threads leave them (Linux: a thread has its own niceness)."""
+    """Fewer threads that read adapters, and what other threads leave them.
+
+    On Linux a thread has a niceness of its own, and those that it starts have the same.
+    """
     paging._MAX_THREADS = args.threads
     paging.threads.cache_clear()
-    threads = paging.threads()
-    threads._initializer = lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), args.nice)
+
+    def be_nice() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), args.nice)
+
+    def nicely(*given: Any) -> dict[str, str] | None:
+        be_nice()
+        return compiled.lay_out(*given)
+
+    paging.threads()._initializer = be_nice
+    vars(paging)["lay_out"] = nicely
 
 
 async def measure(args: argparse.Namespace) -> None:

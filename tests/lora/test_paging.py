@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -187,6 +188,24 @@ def test_every_value_is_rounded_as_torch_rounds_it(dtype: torch.dtype, file_dtyp
     tensors = {"0.q.A": values, "0.q.B": torch.zeros(1, len(values), dtype=file_dtype)}
     a_pages, _ = pages_of(tmp_path, layout, {"0.q": len(values)}, tensors, {})
     torch.testing.assert_close(torch.cat(a_pages[0], 2)[0, 0, : len(values)], values.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("each_way")
+def test_adapters_that_are_read_side_by_side_do_not_mix(tmp_path: Path) -> None:
+    layout, ranks = layout_of(torch.float32), {"0.q": 8, "1.o": 8}
+
+    def first_values(number: int) -> set[float]:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tensors = {
+            name: torch.full_like(tensor, number) for name, tensor in factors(layout, ranks, torch.float32).items()
+        }
+        a_pages, b_pages = pages_of(folder, layout, ranks, tensors, {})
+        found = a_pages[0][0][0, 0], b_pages[0][0][0, :, :40], a_pages[1][0][1, 0], b_pages[1][0][1]
+        return {value for part in found for value in part.unique().tolist()}
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(first_values, range(1, 41))) == [{float(number)} for number in range(1, 41)]
 
 
 @pytest.mark.usefixtures("each_way")

@@ -1,14 +1,13 @@
 """Tensors into rank pages by `ops/csrc/pages.c`, so that loading leaves the interpreter to those who serve.
 
-A load of 448 tensors takes the interpreter's lock once a thread; by numpy, in `paging.py`, some thousand times and two
-to three times as long (docs/performance.md).
+It takes the interpreter's lock once a load, whatever the number of tensors and threads; by numpy, in `paging.py`, some
+thousand times and two to three times as long (docs/performance.md).
 """
 
 import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from concurrent.futures import Executor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -58,12 +57,11 @@ class Packed:
             self.rows = np.array(rows, _TENSOR)
 
 
-def lay_out(
-    file: Tensors, packed: Packed, pages: Sequence[int], threads: Executor, count: int
-) -> dict[str, str] | None:
-    """Read, digest, check and lay out all tensors in `pages` (addresses), by `count` of `threads`: the sha256 of each.
+def lay_out(file: Tensors, packed: Packed, pages: Sequence[int], threads: int) -> dict[str, str] | None:
+    """Read, digest, check and lay out all tensors in `pages` (addresses), the sha256 of each.
 
-    None, and nothing done, where the compiled code does not serve. Raises `AdapterFormatError`.
+    By so many threads, this one among them; other loads wait for them. None, and nothing done, where the compiled code
+    does not serve. Raises `AdapterFormatError`.
     """
     loaded, crypto = library(), _sha256()
     if loaded is None or crypto is None or not packed.served:
@@ -73,13 +71,10 @@ def lay_out(
     addresses = np.array(pages, np.int64)
     digests, states = np.zeros((len(entries), 32), np.uint8), np.zeros(len(entries), np.int64)
     ends = fd, at.ctypes.data, digests.ctypes.data, states.ctypes.data
-    sizes = _TYPES[packed.dtype], len(entries), packed.widest
+    sizes = min(threads, len(entries)), _TYPES[packed.dtype], len(entries), packed.widest
     tables = packed.rows.ctypes.data, addresses.ctypes.data
     shared = np.array([*sizes, *tables, *ends, 0, 0, *crypto], np.int64)
-    address = shared.ctypes.data
-    done = [threads.submit(loaded.lay_out, address) for _ in range(min(count, len(entries)))]
-    wait(done)  # all of them, also after an error: they use the file
-    if all(one.result() for one in done):
+    if loaded.lay_out(shared.ctypes.data):
         raise MemoryError(f"no memory to read adapter {file.adapter!r}")
     for number in np.flatnonzero(states != _DONE):
         _check(file, entries[number], int(states[number]), packed.dtype)

@@ -100,7 +100,7 @@ def fill(file: Tensors, filling: Filling, *, pinned: bool) -> tuple[Pages, Pages
     if not filling.modules:
         return a_pages, b_pages, {}
     addresses = [page.data_ptr() for kind in filling.counts for page in (*a_pages[kind], *b_pages[kind])]
-    contents = lay_out(file, filling.packed, addresses, threads(), _num_threads())
+    contents = lay_out(file, filling.packed, addresses, _num_threads())
     if contents is None:
         contents = _fill(file, filling.modules, a_pages, b_pages, layout)
     return a_pages, b_pages, contents
@@ -235,5 +235,5 @@ def _num_threads() -> int:
 
 @functools.cache
 def threads() -> ThreadPoolExecutor:
-    """Shared by all loads of the process."""
+    """For what is not compiled. Shared by all loads of the process."""
     return ThreadPoolExecutor(_num_threads(), thread_name_prefix="aiolora-load")

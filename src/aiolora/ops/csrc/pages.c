@@ -1,10 +1,11 @@
-/* An adapter's tensors into its rank pages by as many threads as call `lay_out` with one and the same struct: each
-   takes tensor after tensor and brings it through its caches a piece at a time - read, digested, checked and laid out.
-   `lora/compiled.py` packs the structs; all fields have 8 bytes. */
+/* An adapter's tensors into its rank pages, by several threads: each takes tensor after tensor and brings it through its
+   caches a piece at a time - read, digested, checked and laid out. `lora/compiled.py` packs the structs; all fields have
+   8 bytes. */
 
 #define _POSIX_C_SOURCE 200809L /* pread */
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -13,6 +14,7 @@
 
 #define RANKS 8          /* of a page */
 #define PIECE (1 << 16)  /* bytes that are read at a time, where a row of B is not longer */
+#define MOST_THREADS 64  /* beside the caller's */
 #define BLOCK 64         /* out-features that are turned at a time: their ranks stay in the first level cache */
 enum { F16 = 2 };        /* beside F32 and BF16 */
 enum { DONE = 1, NOT_FINITE = 2, SHORTER = 3, FAILED = 1000 }; /* states of a tensor; FAILED + errno */
@@ -26,8 +28,8 @@ typedef struct {
 } tensor;
 
 typedef struct {
-    i64 dtype, count; /* of the pages; tensors */
-    i64 widest;       /* bytes of the longest row of a B */
+    i64 threads, dtype, count; /* the caller's is one of them; of the pages; tensors */
+    i64 widest;                /* bytes of the longest row of a B */
     const tensor *tensors;
     char **pages;
     i64 fd;        /* of the file, or -1 */
@@ -208,17 +210,33 @@ static i64 take(const lay_out_args *c, i64 number, void *digest, char *raw) {
     return c->end(digest, c->sha256[number], NULL) == 1 ? DONE : FAILED + ENOMEM;
 }
 
-int lay_out(lay_out_args *c) { /* ENOMEM, or 0: what became of each tensor stands in its state */
+static void *work(void *shared) { /* what is not NULL where there is no memory to work with */
+    lay_out_args *c = shared;
     char *raw = malloc(3 * MAX(PIECE, c->widest)); /* and as many values converted, float16 to float32 at the worst */
-    void *digest = c->new_digest();
-    if (raw && digest)
+    void *digest = c->new_digest(), *failed = raw && digest ? NULL : c;
+    if (!failed)
         for (i64 i; !c->failed && (i = atomic_fetch_add(&c->next, 1)) < c->count;) {
             c->state[i] = take(c, i, digest, raw);
             if (c->state[i] != DONE)
                 c->failed = 1;
         }
-    int result = raw && digest ? 0 : ENOMEM;
     free(raw);
     c->free_digest(digest);
-    return result;
+    return failed;
+}
+
+int lay_out(lay_out_args *c) { /* ENOMEM, or 0: what became of each tensor stands in its state */
+    static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* one load at a time: threads are bounded, not those of one */
+    pthread_t others[MOST_THREADS];
+    i64 count = 0;
+    pthread_mutex_lock(&turn);
+    while (count < MIN(c->threads - 1, MOST_THREADS) && !pthread_create(&others[count], NULL, work, c))
+        count++;
+    void *failed = work(c), *other_failed;
+    for (i64 i = 0; i < count; i++) {
+        pthread_join(others[i], &other_failed);
+        failed = other_failed ? failed : NULL; /* one that could work has done all */
+    }
+    pthread_mutex_unlock(&turn);
+    return failed ? ENOMEM : 0;
 }
