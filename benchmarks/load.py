@@ -12,6 +12,7 @@ keeps it, elsewhere it is kept here, or taking new memory would be most of a loa
 
 import argparse
 import hashlib
+import json
 import os
 import statistics
 import sys
@@ -25,12 +26,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
 from aiolora import LoRARequest
 from aiolora.lora import compiled, loader, outlines, paging, tensorfile
 from aiolora.lora.kinds import Room
 from aiolora.lora.layout import Layout, layout_of
 from aiolora.lora.loader import AdapterWeights
+from aiolora.lora.memory import InMemory
 from aiolora.lora.outline import Limits
 from aiolora.lora.outlines import Outlines
 from aiolora.models.loading import outline
@@ -167,6 +170,13 @@ def cpu(call: Callable[[], object], repeat: int = 5) -> list[float]:
     return times
 
 
+def in_memory(lora: LoRARequest) -> InMemory:
+    """What `add_lora(name, tensors=..., config=...)` loads."""
+    folder = Path(lora.lora_path)
+    config = json.loads((folder / loader.CONFIG).read_bytes())
+    return InMemory(lora.lora_name, load_file(folder / loader.TENSORS), config)
+
+
 def check(lora: LoRARequest, weights: AdapterWeights, layout: Layout) -> None:
     """Every rank of every page is the file's."""
     for module, (a, b) in factors(lora).items():
@@ -229,7 +239,11 @@ def measure(args: argparse.Namespace) -> None:
     with parts.watched():
         new = [parts.time(partial(load, number, Outlines(layout, limits))) for number in range(args.loads)]
         alike = [parts.time(partial(load, number, known)) for number in range(args.loads)]
+        held = in_memory(loras[0])
+        copies = [parts.time(partial(loader.load_adapter, held, known)) for _ in range(args.loads)][1:]
     rows = [*rows_of("first of its kind", new), *rows_of("one more", alike), *alone(loras[0])]
+    rows += rows_of("one more, from memory", copies)[:2]
+    rows.append(Result("known by name, one more", min(cpu(partial(loader.check_adapter, loras[0], known))), "ms"))
     for threads in counts_of_threads:
         read_by(threads)
         rows += rows_of("one more", [parts.time(partial(load, number, known)) for number in range(args.loads)])[:1]

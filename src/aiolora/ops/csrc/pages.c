@@ -15,7 +15,7 @@
 #define RANKS 8          /* of a page */
 #define PIECE (1 << 16)  /* bytes that are read at a time, where a row of B is not longer */
 #define MOST_THREADS 64  /* beside the caller's */
-#define BLOCK 64         /* out-features that are turned at a time: their ranks stay in the first level cache */
+#define BLOCK 128        /* out-features that are turned at a time: their ranks stay in the first level cache */
 enum { F16 = 2 };        /* beside F32 and BF16 */
 enum { DONE = 1, NOT_FINITE = 2, SHORTER = 3, FAILED = 1000 }; /* states of a tensor; FAILED + errno */
 
