@@ -16,7 +16,6 @@ import random
 import sys
 import threading
 import time
-from typing import Any
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
 from aiolora.engine.interpreter import SWITCH_INTERVAL
@@ -66,16 +65,9 @@ def throttle(args: argparse.Namespace) -> None:
     """
     paging._MAX_THREADS = args.threads
     paging.threads.cache_clear()
-
-    def be_nice() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), args.nice)
-
-    def nicely(*given: Any) -> dict[str, str] | None:
-        be_nice()
-        return compiled.lay_out(*given)
-
-    paging.threads()._initializer = be_nice
-    vars(paging)["lay_out"] = nicely
+    threads = paging.threads()
+    threads._initializer = lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), args.nice)
+    vars(paging)["lay_out"] = lambda *given: threads.submit(compiled.lay_out, *given).result()
 
 
 async def measure(args: argparse.Namespace) -> None:
