@@ -20,7 +20,7 @@ import time
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams
 from aiolora.engine.interpreter import SWITCH_INTERVAL
 from aiolora.engine.output import Assembler
-from aiolora.lora import paging
+from aiolora.lora import compiled, paging
 from benchmarks.adapters import make_adapters
 from benchmarks.command import arguments, parse
 from benchmarks.harness import machine
@@ -59,11 +59,15 @@ class Streams:
 
 
 def throttle(args: argparse.Namespace) -> None:
-    """Fewer threads that read adapters, and what other threads leave them (Linux: a thread has its own niceness)."""
+    """Fewer threads that read adapters, and what other threads leave them.
+
+    On Linux a thread has a niceness of its own, and those that it starts have the same.
+    """
     paging._MAX_THREADS = args.threads
     paging.threads.cache_clear()
     threads = paging.threads()
     threads._initializer = lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), args.nice)
+    vars(paging)["lay_out"] = lambda *given: threads.submit(compiled.lay_out, *given).result()
 
 
 async def measure(args: argparse.Namespace) -> None:

@@ -1,16 +1,18 @@
-"""The blocking faces where they differ from the async one: names that a resolver finds."""
+"""The blocking faces where they differ from the async one: names that a resolver finds, adapters read ahead."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from aiolora import LLM, LoRARequest, SamplingParams
+from aiolora import LLM, LLMEngine, LoRARequest, SamplingParams
 from aiolora.errors import AdapterFormatError, AdapterResolveError, RequestError, UnknownModelError
 from aiolora.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from tests.conftest import ModelOf
-from tests.tiny import make_adapter
+from tests.engine.test_announced import before_each_read
+from tests.tiny import make_adapter, make_loras
 
 SHORT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 PROMPT = [5, 6, 7, 8]
@@ -30,6 +32,31 @@ class Finds(LoRAResolver):
             raise RuntimeError("no network")
         folder = self.folders.get(lora_name)
         return None if folder is None else LoRARequest(lora_name, len(self.asked), str(folder))
+
+
+def test_steps_go_on_while_adapters_beyond_the_slots_are_read(
+    model_of: ModelOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(str(model_of("llama")), dtype="float32", enable_lora=True, max_lora_rank=8, max_loras=2)
+    loras = make_loras(model_of("llama"), tmp_path, 3)
+    wanted = [loras[0], None, loras[1], loras[2], loras[0]]
+    stepped, advance = threading.Event(), LLMEngine.advance
+    monkeypatch.setattr(LLMEngine, "advance", lambda engine: (advance(engine), stepped.set())[0])
+    early: list[str] = []
+
+    def before(adapter: str) -> None:
+        if adapter == loras[2].lora_name:
+            assert stepped.wait(60), "nobody steps before the third adapter is read"
+        elif stepped.is_set():
+            early.append(adapter)
+
+    before_each_read(monkeypatch, before)
+    outputs = llm.generate([PROMPT] * 5, SHORT, lora_request=wanted, use_tqdm=False)
+    assert not early, "the first that have slots begin together"
+    again = llm.generate([PROMPT] * 5, SHORT, lora_request=wanted, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == [output.outputs[0].token_ids for output in again]
+    assert [output.adapter for output in outputs] == [output.adapter for output in again]
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 4
 
 
 @pytest.fixture

@@ -245,6 +245,14 @@ class LLMEngine:
                 read.cancel()
             self._ahead.clear()
 
+    def busy_without(self, lora: LoRA) -> bool:
+        """Whether an adapter that `lora` names is still read ahead, and requests under way have all slots meanwhile."""
+        with contextlib.suppress(AioloraError):  # adding the request will raise it
+            ahead = [self._ahead.get(part) for part, _ in self._intake.parts(lora) if isinstance(part, LoRARequest)]
+            if any(read is not None and not read.done() for read in ahead):
+                return len(set(self._engine.mixes())) >= self._engine.scheduler.limits.max_loras
+        return False
+
     def list_loras(self) -> list[AdapterVersion]:
         """Loaded adapters in the order they came."""
         return self._intake.registry.versions()
@@ -359,29 +367,32 @@ class LLM:
         params = _spread("sampling_params", sampling_params, len(prompts))
         loras = _spread("lora_request", lora_request, len(prompts))
         priorities = _spread("priority", priority, len(prompts))
-        ids = []
-        try:
-            with self._engine.read_ahead(loras):
-                for prompt, one_params, lora, rank in zip(prompts, params, loras, priorities):
-                    request_id = str(self._number)
-                    self._number += 1
-                    self._engine.add_request(request_id, prompt, one_params, lora_request=lora, priority=rank)
-                    ids.append(request_id)
-            return self._drain(ids, use_tqdm)
-        except BaseException:
-            for request_id in ids:
-                self._engine.abort_request(request_id)
-            raise
-
-    def _drain(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        ids: list[str] = []
         done: dict[str, RequestOutput] = {}
         with INTERPRETER.call(), Progress(transient=True, disable=not use_tqdm) as progress:
-            task = progress.add_task("prompts", total=len(ids))
-            while self._engine.has_unfinished_requests():
+            task = progress.add_task("prompts", total=len(prompts))
+
+            def step() -> None:
                 for assembler in self._engine.advance():
                     if assembler.finished:
                         done[assembler.request.id] = assembler.output()
                         progress.advance(task)
+
+            try:
+                with self._engine.read_ahead(loras):
+                    for prompt, one_params, lora, rank in zip(prompts, params, loras, priorities):
+                        while self._engine.busy_without(lora):
+                            step()
+                        request_id = str(self._number)
+                        self._number += 1
+                        self._engine.add_request(request_id, prompt, one_params, lora_request=lora, priority=rank)
+                        ids.append(request_id)
+                while self._engine.has_unfinished_requests():
+                    step()
+            except BaseException:
+                for request_id in ids:
+                    self._engine.abort_request(request_id)
+                raise
         return [done[request_id] for request_id in ids]
 
 

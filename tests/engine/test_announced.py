@@ -3,11 +3,13 @@
 import asyncio
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -61,9 +63,10 @@ def before_each_read(monkeypatch: pytest.MonkeyPatch, call: Callable[[str], None
         call(self.adapter)
         read(self, entry, into)
 
-    def asked(self: TensorFile, entry: Entry) -> tuple[int, int]:
-        call(self.adapter)
-        return where(self, entry)
+    def asked(self: TensorFile, entries: Sequence[Entry]) -> tuple[int, npt.NDArray[np.int64]]:
+        for _ in entries:
+            call(self.adapter)
+        return where(self, entries)
 
     monkeypatch.setattr(TensorFile, "read", reading)
     monkeypatch.setattr(TensorFile, "where", asked)

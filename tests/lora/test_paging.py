@@ -1,7 +1,9 @@
 """From a file's tensors to rank pages: every element of every page, and what no page may hold."""
 
+import hashlib
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from aiolora.errors import AdapterFormatError
 from aiolora.lora import paging
 from aiolora.lora.layout import Kind, Layout, Target
-from aiolora.lora.paging import Module, Pages, fill
+from aiolora.lora.paging import Filling, Module, Pages, fill
 from aiolora.lora.tensorfile import Entry, TensorFile
 from aiolora.ops import native
 from aiolora.ops.linear import RANKS_PER_PAGE
@@ -49,7 +51,7 @@ def pages_of(
             Module(file.entries[f"{name}.A"], file.entries[f"{name}.B"], layout.targets[name], ratios.get(name, 1.0))
             for name in ranks
         ]
-        a_pages, b_pages, _ = fill(file, modules, counts, layout, pinned=False)
+        a_pages, b_pages, _ = fill(file, Filling(layout, modules, counts), pinned=False)
     return a_pages, b_pages
 
 
@@ -119,6 +121,33 @@ def test_every_element_of_every_page_is_the_adapters_or_zero(
             torch.testing.assert_close(torch.cat(b_pages[kind], 1), b, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("dirty", "each_way")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("file_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "rank"),
+    [(5003, 4099, 20), (1 << 16, 3, 2), (3, 1 << 16, 1), (2, 3, 16391)],
+    ids=["several pages", "a rank of A is long", "B is long", "a row of B is long"],
+)
+def test_a_tensor_that_is_read_in_pieces_is_whole_in_its_pages_and_in_its_sha256(
+    inputs: int, outputs: int, rank: int, file_dtype: torch.dtype, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.empty(outputs, inputs, device="meta")
+    layout = Layout((Kind("q", 1, inputs, (0, outputs)),), {"q": Target(0, 0, 0, weight)}, dtype)
+    a, b = torch.randn(rank, inputs).to(file_dtype), torch.randn(outputs, rank).to(file_dtype)
+    with stored(tmp_path, {"A": a, "B": b}) as file:
+        modules = [Module(file.entries["A"], file.entries["B"], layout.targets["q"], 0.5)]
+        filling = Filling(layout, modules, {0: -(-rank // RANKS_PER_PAGE)})
+        (a_pages,), (b_pages,), sha256 = map(list, map(dict.values, fill(file, filling, pinned=False)))
+    a_all, b_all = torch.cat(a_pages, 2)[0, 0], torch.cat(b_pages, 1)[0]
+    assert torch.equal(a_all[:rank], a.to(dtype))
+    assert torch.equal(b_all[:rank], (b.float() * 0.5).to(dtype).T)
+    assert not a_all[rank:].count_nonzero()
+    assert not b_all[rank:].count_nonzero()
+    assert sorted(sha256) == sorted(hashlib.sha256(one.view(torch.uint8).numpy()).hexdigest() for one in (a, b))
+
+
 @pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factor", ["A", "B"])
@@ -162,13 +191,31 @@ def test_every_value_is_rounded_as_torch_rounds_it(dtype: torch.dtype, file_dtyp
 
 
 @pytest.mark.usefixtures("each_way")
+def test_adapters_that_are_read_side_by_side_do_not_mix(tmp_path: Path) -> None:
+    layout, ranks = layout_of(torch.float32), {"0.q": 8, "1.o": 8}
+
+    def first_values(number: int) -> set[float]:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tensors = {
+            name: torch.full_like(tensor, number) for name, tensor in factors(layout, ranks, torch.float32).items()
+        }
+        a_pages, b_pages = pages_of(folder, layout, ranks, tensors, {})
+        found = a_pages[0][0][0, 0], b_pages[0][0][0, :, :40], a_pages[1][0][1, 0], b_pages[1][0][1]
+        return {value for part in found for value in part.unique().tolist()}
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(first_values, range(1, 41))) == [{float(number)} for number in range(1, 41)]
+
+
+@pytest.mark.usefixtures("each_way")
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
     layout, ranks = layout_of(torch.float32), {"0.q": 8, "1.q": 8}
     with stored(tmp_path, factors(layout, ranks, torch.float32)) as file:
         os.truncate(tmp_path / "tensors", (tmp_path / "tensors").stat().st_size // 2)
         modules = [Module(file.entries[f"{n}.A"], file.entries[f"{n}.B"], layout.targets[n], 1.0) for n in ranks]
         with pytest.raises(AdapterFormatError, match="has become shorter"):
-            fill(file, modules, {0: 1}, layout, pinned=False)
+            fill(file, Filling(layout, modules, {0: 1}), pinned=False)
 
 
 ENTRY = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
@@ -205,8 +252,11 @@ ENTRY = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 def test_a_header_that_does_not_describe_its_file_is_refused(header: str, body: int, tmp_path: Path) -> None:
     data = f"{{{header}}}".encode()
     (tmp_path / "tensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(body))
-    with pytest.raises(AdapterFormatError, match="truncated or malformed"):
-        TensorFile.open("adapter", tmp_path / "tensors")
+    with (
+        TensorFile.open("adapter", tmp_path / "tensors") as file,
+        pytest.raises(AdapterFormatError, match="truncated or malformed"),
+    ):
+        assert not file.entries
 
 
 def test_a_header_may_hold_metadata_and_tensors_of_no_elements_in_any_order(tmp_path: Path) -> None:

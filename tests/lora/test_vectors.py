@@ -18,6 +18,7 @@ from aiolora.lora.layout import Layout, layout_of
 from aiolora.lora.loader import AdapterWeights, load_adapter
 from aiolora.lora.memory import InMemory
 from aiolora.lora.outline import Limits
+from aiolora.lora.outlines import Outlines
 from aiolora.models.decoder import Decoder
 from aiolora.models.loading import load_decoder, outline
 from aiolora.types import RequestOutput
@@ -81,7 +82,7 @@ def decoder(base: Path, dtype: str = "float32") -> tuple[Decoder, Layout]:
 
 
 def loaded(folder: Path, layout: Layout) -> AdapterWeights:
-    return load_adapter(LoRARequest("a", 1, str(folder)), layout, LIMITS)
+    return load_adapter(LoRARequest("a", 1, str(folder)), Outlines(layout, LIMITS))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["reference", "compiled"])
@@ -166,7 +167,7 @@ def test_in_memory_it_is_the_adapter_of_the_folder(base: Path, adapters: dict[st
         folder = adapters[name]
         tensors = load_file(folder / "adapter_model.safetensors")
         config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]} | CONFIGS[name]
-        held = load_adapter(InMemory("a", tensors, config), layout, LIMITS)
+        held = load_adapter(InMemory("a", tensors, config), Outlines(layout, LIMITS))
         stored = loaded(folder, layout)
         assert held.version.digest == stored.version.digest
         for kind, vectors in stored.vectors.items():

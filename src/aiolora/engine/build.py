@@ -26,6 +26,7 @@ from aiolora.lora.layout import Layout, layout_of
 from aiolora.lora.loader import AdapterWeights, check_adapter, load_adapter
 from aiolora.lora.memory import InMemory
 from aiolora.lora.outline import Limits as AdapterLimits
+from aiolora.lora.outlines import Outlines
 from aiolora.lora.paging import reserve_soon
 from aiolora.lora.pool import AdapterPool
 from aiolora.lora.registry import AdapterRegistry
@@ -102,17 +103,18 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
     full_ends = args.max_loras * -(-args.max_lora_rank // RANKS_PER_PAGE)
     grammars = Grammars(tokenizer.json, vocab_size=model.config.vocab_size, eos_token_ids=tokenizer.eos_token_ids)
     adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_room, args.model, full_ends, pinned)
+    outlines = None if layout is None else Outlines(layout, adapter_limits)
 
     def load(request: LoRARequest | InMemory) -> AdapterWeights:
-        assert layout is not None, "Intake lets no adapter through where LoRA is off"
-        weights = load_adapter(request, layout, adapter_limits)
+        assert outlines is not None, "Intake lets no adapter through where LoRA is off"
+        weights = load_adapter(request, outlines)
         if weights.folder is not None:
             intake.tokenizers.read(weights.version, weights.folder)
         return weights
 
     def check(request: LoRARequest) -> AnnouncedAdapter:
-        assert layout is not None, "Intake lets no adapter through where LoRA is off"
-        return check_adapter(request, layout, adapter_limits)
+        assert outlines is not None, "Intake lets no adapter through where LoRA is off"
+        return check_adapter(request, outlines)
 
     for request in defaults.values():
         intake.registry.announce(check(request))

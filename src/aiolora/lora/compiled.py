@@ -1,14 +1,13 @@
 """Tensors into rank pages by `ops/csrc/pages.c`, so that loading leaves the interpreter to those who serve.
 
-A load of 448 tensors takes the interpreter's lock once a thread; by numpy, in `paging.py`, some thousand times and two
-to three times as long (docs/performance.md).
+It takes the interpreter's lock once a load, whatever the number of tensors and threads; by numpy, in `paging.py`, some
+thousand times and two to three times as long (docs/performance.md).
 """
 
 import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from concurrent.futures import Executor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -19,54 +18,68 @@ from aiolora.lora.tensorfile import Entry, Tensors, not_finite
 from aiolora.ops.build_native import library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NOT_FINITE, _SHORTER, _FAILED = 2, 3, 1000  # states, as in pages.c
+_DONE, _NOT_FINITE, _SHORTER, _FAILED = 1, 2, 3, 1000  # states, as in pages.c
 _TENSOR = np.dtype(
     [
-        *((name, np.int64) for name in ("fd", "at", "nbytes", "rows", "columns", "stored", "turned")),
+        *((name, np.int64) for name in ("rows", "columns", "stored", "turned")),
         ("ratio", np.float64),
-        *((name, np.int64) for name in ("pages", "count", "stride")),
-        ("sha256", "V32"),
-        ("state", np.int64),
+        *((name, np.int64) for name in ("first", "pages", "offset", "stride")),
     ]
 )
+_CALLS = ("EVP_MD_CTX_new", "EVP_MD_CTX_free", "EVP_DigestInit_ex", "EVP_DigestUpdate", "EVP_DigestFinal_ex")
 
 
 class Placed(NamedTuple):
-    """One tensor, and where in memory its ranks belong."""
+    """One tensor, and where its ranks belong."""
 
     entry: Entry  # [r, K], or with `turned` [N, r]
     turned: bool
     ratio: float  # to be multiplied with
-    pages: list[int]  # address of the first rank of each page
+    first: int  # number of its first page, and how many there are from it on
+    pages: int
+    offset: int  # of its first rank in each of them, in bytes
     stride: int  # bytes from one rank of a page to the next
 
 
-def lay_out(
-    file: Tensors, tensors: Sequence[Placed], dtype: torch.dtype, threads: Executor, count: int
-) -> dict[Entry, str] | None:
-    """Read, digest, check and lay out all `tensors`, by `count` of `threads`: the sha256 of each.
+class Packed:
+    """Tensors as pages.c wants them: worked out once, for any file that is laid out alike and for any pages."""
 
-    None, and nothing done, where the compiled code does not serve. Raises `AdapterFormatError`.
+    def __init__(self, tensors: Sequence[Placed], dtype: torch.dtype) -> None:
+        longest = max(placed.entry.nbytes for placed in tensors)
+        # large ones first, as they lie in the file: a thread left with one at the end would keep the others waiting
+        tensors = sorted(tensors, key=lambda placed: (2 * placed.entry.nbytes < longest, placed.entry.offset))
+        self.dtype = dtype
+        self.entries = [placed.entry for placed in tensors]
+        self.widest = max(placed.entry.nbytes // placed.entry.shape[0] for placed in tensors if placed.turned)
+        self.served = {dtype, *(entry.dtype for entry in self.entries)} <= _TYPES.keys()
+        if self.served:
+            rows = [(*one.entry.shape, _TYPES[one.entry.dtype], *one[1:]) for one in tensors]
+            self.rows = np.array(rows, _TENSOR)
+
+
+def lay_out(file: Tensors, packed: Packed, pages: Sequence[int], threads: int) -> dict[str, str] | None:
+    """Read, digest, check and lay out all tensors in `pages` (addresses), the sha256 of each.
+
+    By so many threads, this one among them; other loads wait for them. None, and nothing done, where the compiled code
+    does not serve. Raises `AdapterFormatError`.
     """
     loaded, crypto = library(), _sha256()
-    if loaded is None or crypto is None or not {dtype, *(placed.entry.dtype for placed in tensors)} <= _TYPES.keys():
+    if loaded is None or crypto is None or not packed.served:
         return None
-    pages = np.array([page for placed in tensors for page in placed.pages], np.int64)
-    jobs, address = [], pages.ctypes.data
-    for entry, turned, ratio, places, stride in tensors:
-        stored = (*file.where(entry), entry.nbytes, *entry.shape, _TYPES[entry.dtype])
-        jobs.append((*stored, turned, ratio, address, len(places), stride, bytes(32), 0))
-        address += pages.itemsize * len(places)
-    rows = np.array(jobs, _TENSOR)
-    longest = max(placed.entry.nbytes for placed in tensors)
-    shared = np.array([_TYPES[dtype], len(tensors), longest, rows.ctypes.data, 0, 0, *crypto], np.int64)
-    done = [threads.submit(loaded.lay_out, shared.ctypes.data) for _ in range(min(count, len(tensors)))]
-    wait(done)  # all of them, also after an error: they use the file
-    if all(one.result() for one in done):
-        raise MemoryError(f"no {longest} bytes to read adapter {file.adapter!r}")
-    for row, placed in zip(rows, tensors):
-        _check(file, placed.entry, int(row["state"]), dtype)
-    return {placed.entry: row["sha256"].tobytes().hex() for row, placed in zip(rows, tensors)}
+    entries = packed.entries
+    fd, at = file.where(entries)
+    addresses = np.array(pages, np.int64)
+    digests, states = np.zeros((len(entries), 32), np.uint8), np.zeros(len(entries), np.int64)
+    ends = fd, at.ctypes.data, digests.ctypes.data, states.ctypes.data
+    sizes = min(threads, len(entries)), _TYPES[packed.dtype], len(entries), packed.widest
+    tables = packed.rows.ctypes.data, addresses.ctypes.data
+    shared = np.array([*sizes, *tables, *ends, 0, 0, *crypto], np.int64)
+    if loaded.lay_out(shared.ctypes.data):
+        raise MemoryError(f"no memory to read adapter {file.adapter!r}")
+    for number in np.flatnonzero(states != _DONE):
+        _check(file, entries[number], int(states[number]), packed.dtype)
+    hexadecimal = digests.tobytes().hex()
+    return {entry.name: hexadecimal[64 * number : 64 * number + 64] for number, entry in enumerate(entries)}
 
 
 def _check(file: Tensors, entry: Entry, state: int, dtype: torch.dtype) -> None:
@@ -80,15 +93,15 @@ def _check(file: Tensors, entry: Entry, state: int, dtype: torch.dtype) -> None:
 
 
 @functools.cache
-def _sha256() -> tuple[int, int] | None:
-    """Addresses of EVP_Digest and of what EVP_sha256() returns, of the OpenSSL that hashlib uses; None: it has none."""
+def _sha256() -> tuple[int, ...] | None:
+    """Addresses of what digests, and what EVP_sha256() returns, of the OpenSSL that hashlib uses; None: it has none."""
     try:
         import _hashlib
 
         crypto = ctypes.CDLL(_hashlib.__file__)
         crypto.EVP_sha256.restype = ctypes.c_void_p
-        address = ctypes.cast(crypto.EVP_Digest, ctypes.c_void_p).value
-        algorithm = crypto.EVP_sha256()
+        calls = [ctypes.cast(getattr(crypto, name), ctypes.c_void_p).value for name in _CALLS]
+        found = *calls, crypto.EVP_sha256()
     except (ImportError, AttributeError, OSError):
         return None
-    return (address, algorithm) if address and algorithm else None
+    return tuple(map(int, found)) if all(found) else None

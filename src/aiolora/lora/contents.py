@@ -97,16 +97,19 @@ def sort(adapter: str, config: PeftConfig, entries: Iterable[Entry], layout: Lay
     known = {A, B, *trained_vectors(config)}
     contents = Contents()
     for entry in entries:
-        part, tokens, whole = part_of(entry.name), _TOKENS.fullmatch(entry.name), _WHOLE.fullmatch(entry.name)
+        part, tokens, whole = part_of(entry.name), None, None
+        if part is None or part.name not in known:  # some hundred others are not matched against what they are not
+            tokens, whole = _TOKENS.fullmatch(entry.name), _WHOLE.fullmatch(entry.name)
         if part is not None:
             named = layout.named(part.module)
-            if named != part.module and (config.rank_pattern or config.alpha_pattern):
-                raise AdapterUnsupportedError(
-                    adapter,
-                    f"rank_pattern or alpha_pattern beside modules under earlier names ({part.module} is {named} now); "
-                    "load it with today's transformers and save it again",
-                )
-            part = part._replace(module=named)
+            if named != part.module:
+                if config.rank_pattern or config.alpha_pattern:
+                    raise AdapterUnsupportedError(
+                        adapter,
+                        f"rank_pattern or alpha_pattern beside modules under earlier names ({part.module} is {named} "
+                        "now); load it with today's transformers and save it again",
+                    )
+                part = part._replace(module=named)
         if part is not None and part.name in known:
             place, key, what, module = contents.parts.setdefault(part.module, {}), part.name, part.name, part.module
         elif tokens is not None and module_of(entry.name, layout):

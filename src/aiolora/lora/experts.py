@@ -80,14 +80,14 @@ def _checked(name: str, config: PeftConfig, parameter: str, own: dict[str, Entry
 
 def fill_fused(
     file: Tensors, modules: Sequence[AllExperts], a_pages: Pages, b_pages: Pages, layout: Layout, threads: Executor
-) -> dict[Entry, str]:
+) -> dict[str, str]:
     """Write what belongs to `modules` into the pages of their kinds; every tensor's sha256.
 
     A is every slice's: gate and up have one. Raises `AdapterFormatError` for values that are not finite.
     """
 
-    def run(module: AllExperts) -> dict[Entry, str]:
-        contents: dict[Entry, str] = {}
+    def run(module: AllExperts) -> dict[str, str]:
+        contents: dict[str, str] = {}
         kind, first, count = module.target[:3]
         own = slice(first, first + count)
         a = _values(file, module.a, 1.0, layout, contents).reshape(count, 1, module.rank, -1)
@@ -103,15 +103,15 @@ def fill_fused(
 
     futures = [threads.submit(run, module) for module in modules]
     wait(futures)  # all of them, also after an error: they use the file
-    contents: dict[Entry, str] = {}
+    contents: dict[str, str] = {}
     for future in futures:
         contents |= future.result()
     return contents
 
 
-def _values(file: Tensors, entry: Entry, ratio: float, layout: Layout, contents: dict[Entry, str]) -> Bits:
+def _values(file: Tensors, entry: Entry, ratio: float, layout: Layout, contents: dict[str, str]) -> Bits:
     raw = np.empty(entry.nbytes, np.uint8)
     file.read(entry, raw.data)
-    contents[entry] = hashlib.sha256(raw.data).hexdigest()
+    contents[entry.name] = hashlib.sha256(raw.data).hexdigest()
     bits = finite(file.adapter, entry, raw, layout.dtype)
     return bits if ratio == 1 else scaled(raw, entry.dtype, layout.dtype, ratio)

@@ -16,6 +16,7 @@ from aiolora.lora.kinds import Room
 from aiolora.lora.layout import Layout, layout_of
 from aiolora.lora.loader import CONFIG, MAX_CONFIG, load_adapter, locate, open_tensors, read_file
 from aiolora.lora.outline import Limits
+from aiolora.lora.outlines import Outlines
 from aiolora.lora.tensorfile import Entry
 from aiolora.models import weights
 from aiolora.models.loading import outline
@@ -79,7 +80,7 @@ def inspect_adapter(path: str, *, model: str | None = None, max_rank: int) -> Re
         if layout is not None and model is not None:
             room = Room(*[sys.maxsize] * len(Room._fields))  # the server's, and not known here
             limits = Limits(max_rank, room, model)
-            version = load_adapter(LoRARequest(name, 1, str(folder)), layout, limits).version
+            version = load_adapter(LoRARequest(name, 1, str(folder)), Outlines(layout, limits)).version
     except AdapterError as error:
         return Report(folder, raw, contents, coverage, refusal=error)
     return Report(folder, raw, contents, coverage, version)

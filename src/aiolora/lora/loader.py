@@ -22,10 +22,11 @@ from aiolora.lora.adapter import PeftConfig, parse_config
 from aiolora.lora.experts import fill_fused
 from aiolora.lora.layout import EMBEDDING, HEAD, Layout
 from aiolora.lora.memory import HeldTensors, InMemory
-from aiolora.lora.outline import Limits, Outline, outline
+from aiolora.lora.outline import Limits, Outline
+from aiolora.lora.outlines import Outlines
 from aiolora.lora.paging import fill, threads
 from aiolora.lora.rows import Block, read_blocks, spans_of
-from aiolora.lora.tensorfile import Entry, TensorFile, Tensors
+from aiolora.lora.tensorfile import TensorFile, Tensors
 from aiolora.lora.tokenizers import FILES as TOKENIZER_FILES
 from aiolora.lora.vectors import Factors, vector_pages
 from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest, SitePages
@@ -52,7 +53,7 @@ class AdapterWeights:
     folder: Path | None = None  # that it was read from
 
 
-def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits) -> AdapterWeights:
+def load_adapter(request: LoRARequest | InMemory, outlines: Outlines) -> AdapterWeights:
     """Read, check and convert the adapter at `request.lora_path` (a folder or a hub repository), or in memory. Blocks.
 
     Raises an `AdapterError` that names the culprit; nothing is kept then.
@@ -60,16 +61,16 @@ def load_adapter(request: LoRARequest | InMemory, layout: Layout, limits: Limits
     name = request.lora_name
     if isinstance(request, InMemory):
         config = parse_config(name, request.config_json())
-        _warn_of_base(name, config, limits)
-        return _build(name, config, HeldTensors(request), layout, limits, request)
+        _warn_of_base(name, config, outlines.limits)
+        return _build(name, config, HeldTensors(request), outlines, request)
     folder = locate(name, request.lora_path)
     config = parse_config(name, read_file(name, folder / CONFIG, MAX_CONFIG))
-    _warn_of_base(name, config, limits)
+    _warn_of_base(name, config, outlines.limits)
     with open_tensors(name, folder) as file:
-        return replace(_build(name, config, file, layout, limits, request), folder=folder)
+        return replace(_build(name, config, file, outlines, request), folder=folder)
 
 
-def check_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> AnnouncedAdapter:
+def check_adapter(request: LoRARequest, outlines: Outlines) -> AnnouncedAdapter:
     """All that the config and the header of the tensors say of the adapter at `request.lora_path`. Blocks.
 
     What only the tensors' bytes can tell (digest, values that are not finite) `load_adapter` finds. Raises as it.
@@ -78,10 +79,9 @@ def check_adapter(request: LoRARequest, layout: Layout, limits: Limits) -> Annou
     folder = locate(name, request.lora_path)
     config = parse_config(name, read_file(name, folder / CONFIG, MAX_CONFIG))
     with open_tensors(name, folder) as file:
-        found = outline(name, config, file.entries, layout, limits)
-    return AnnouncedAdapter(
-        request=request, rank=found.rank, nbytes=layout.pages_nbytes(found.pages), announced_at=time.time()
-    )
+        found = outlines.of(name, config, file)
+    nbytes = outlines.layout.pages_nbytes(found.pages)
+    return AnnouncedAdapter(request=request, rank=found.rank, nbytes=nbytes, announced_at=time.time())
 
 
 def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
@@ -92,13 +92,12 @@ def _warn_of_base(name: str, config: PeftConfig, limits: Limits) -> None:
 
 
 def _build(
-    name: str, config: PeftConfig, file: Tensors, layout: Layout, limits: Limits, request: LoRARequest | InMemory
+    name: str, config: PeftConfig, file: Tensors, outlines: Outlines, request: LoRARequest | InMemory
 ) -> AdapterWeights:
-    plan = outline(name, config, file.entries, layout, limits)
+    layout, limits = outlines.layout, outlines.limits
+    plan = outlines.of(name, config, file)
     kinds, pinned = layout.page_kinds, limits.pinned
-    sites = {kind: count for kind, count in plan.pages.items() if kind < kinds.sites}
-    later = frozenset(place for fused in plan.fused for place in fused.places(layout))
-    a_pages, b_pages, contents = fill(file, plan.modules, sites, layout, pinned=pinned, later=later)
+    a_pages, b_pages, contents = fill(file, plan.filling, pinned=pinned)
     contents |= fill_fused(file, plan.fused, a_pages, b_pages, layout, threads())
     vectors, more = vector_pages(file, plan.vectors, Factors(a_pages, b_pages, plan.kind_scales), layout, pinned=pinned)
     contents |= more
@@ -188,19 +187,10 @@ def open_tensors(name: str, folder: Path) -> TensorFile:
     return TensorFile.open(name, file)
 
 
-def _digest(contents: dict[Entry, str], outline: Outline) -> str:
-    """sha256 over every tensor's own and what the config adds: two configs with one set of tensors differ."""
-    total = hashlib.sha256()
-    for entry in sorted(contents):
-        total.update(f"{entry.name} {entry.dtype} {list(entry.shape)} {contents[entry]}\n".encode())
-    for module, scale in sorted(outline.scales.items()):
-        total.update(f"{module} {scale!r}\n".encode())
-    for one in outline.brought:
-        if one.tokens is not None:
-            total.update(f"{one.weight} {one.tokens.name} {list(one.rows)}\n".encode())
-    if outline.invocation:
-        total.update(f"invocation {outline.invocation}\n".encode())
-    return total.hexdigest()
+def _digest(contents: dict[str, str], outline: Outline) -> str:
+    """sha256 over every tensor's own and what the config adds."""
+    lines = [f"{said}{contents[name]}\n" for name, said in outline.said.items() if name in contents]
+    return hashlib.sha256(("".join(lines) + outline.added).encode()).hexdigest()
 
 
 def _same_base(made_for: str, served: str) -> bool:

@@ -1,6 +1,6 @@
 """An adapter that is in memory already: tensors under PEFT's names and a config, instead of a folder."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -51,12 +51,12 @@ class HeldTensors:
         """Raises `AdapterFormatError` for what is no dense tensor."""
         self.adapter = source.lora_name
         self.entries: dict[str, Entry] = {}
-        self._bytes: dict[str, npt.NDArray[np.uint8]] = {}
+        self._bytes: dict[str, Tensor] = {}
         offset = 0
         for name, tensor in self._on_host(source.tensors).items():
             try:
                 flat = tensor.contiguous().reshape(-1)
-                data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+                data = flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
             except Exception as error:
                 raise self._no_tensor(name, error) from None
             self._bytes[name] = data
@@ -75,8 +75,11 @@ class HeldTensors:
         here: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             try:
-                with torch.cuda.stream(streams.get(tensor.device)):
-                    here[name] = tensor.detach().to("cpu", non_blocking=tensor.is_cuda)  # page-locked then
+                if not tensor.is_cuda:  # asking for a stream takes longer than all else here
+                    here[name] = tensor.detach().to("cpu")
+                    continue
+                with torch.cuda.stream(streams[tensor.device]):
+                    here[name] = tensor.detach().to("cpu", non_blocking=True)  # page-locked then
             except Exception as error:
                 raise self._no_tensor(name, error) from None
         for stream in streams.values():
@@ -86,14 +89,19 @@ class HeldTensors:
     def _no_tensor(self, name: str, error: Exception) -> AdapterFormatError:
         return AdapterFormatError(self.adapter, f"{name!r} is no dense tensor: {error!r}")
 
+    @property
+    def likeness(self) -> Hashable:
+        """What there is, in order."""
+        return tuple(self.entries.values())
+
     def read(self, entry: Entry, into: memoryview) -> None:
         """Fill the first `entry.nbytes` bytes of `into` from `entry.offset` on, a whole tensor or a part of it."""
         first = entry.offset - self.entries[entry.name].offset
-        into[: entry.nbytes] = self._bytes[entry.name][first : first + entry.nbytes].data
+        into[: entry.nbytes] = self._bytes[entry.name][first : first + entry.nbytes].numpy().data
 
-    def where(self, entry: Entry) -> tuple[int, int]:
-        """(-1, address) of its bytes."""
-        return -1, self._bytes[entry.name].ctypes.data
+    def where(self, entries: Sequence[Entry]) -> tuple[int, npt.NDArray[np.int64]]:
+        """(-1, addresses) of their bytes."""
+        return -1, np.array([self._bytes[entry.name].data_ptr() for entry in entries], np.int64)
 
 
 def in_memory(name: str, tensors: Mapping[str, Tensor] | None, config: AnyConfig | None) -> InMemory:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 from aiolora.errors import (
     AdapterFormatError,
@@ -18,7 +18,7 @@ from aiolora.lora.contents import BIAS, VECTORS, A, B, Contents, sort, stands_fo
 from aiolora.lora.experts import AllExperts, take_fused
 from aiolora.lora.kinds import Room
 from aiolora.lora.layout import Layout, Place, Target
-from aiolora.lora.paging import Module
+from aiolora.lora.paging import Filling, Module
 from aiolora.lora.tensorfile import Entry
 from aiolora.lora.vectors import Vectors
 from aiolora.ops.linear import RANKS_PER_PAGE
@@ -37,10 +37,12 @@ class Limits:
     pinned: bool = False  # pages in page-locked memory, from where a GPU copies while it computes
 
 
-class Outline(NamedTuple):
-    """All of it but the values, and which of its rows are the base's."""
+@dataclass(frozen=True)
+class Outline:
+    """All of it but the values, and which of its rows are the base's. Nobody writes it: it is of all that are alike."""
 
-    modules: list[Module]
+    entries: dict[str, Entry]
+    filling: Filling
     fused: list[AllExperts]
     vectors: list[Vectors]
     scales: dict[str, float]  # of each module
@@ -50,6 +52,21 @@ class Outline(NamedTuple):
     vocabulary: int  # 0: the base's
     brought: list[Brought]
     invocation: tuple[int, ...]
+
+    @cached_property
+    def said(self) -> dict[str, str]:
+        """What the digest says of each tensor beside its own, by name, in order."""
+        entries = sorted(self.entries.values())
+        return {entry.name: f"{entry.name} {entry.dtype} {list(entry.shape)} " for entry in entries}
+
+    @cached_property
+    def added(self) -> str:
+        """What the digest says beside the tensors: two configs with one set of tensors differ."""
+        lines = [f"{module} {scale!r}\n" for module, scale in sorted(self.scales.items())]
+        lines += [f"{one.weight} {one.tokens.name} {list(one.rows)}\n" for one in self.brought if one.tokens]
+        if self.invocation:
+            lines.append(f"invocation {self.invocation}\n")
+        return "".join(lines)
 
 
 def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: Layout, limits: Limits) -> Outline:
@@ -91,7 +108,10 @@ def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: La
     ]
     pages |= dict.fromkeys(sorted({layout.page_kinds.vectors_of(one.target.kind) for one in vectors}), 1)
     rank = max(ranks.values())
-    return Outline(modules, whole, vectors, scales, kind_scales, pages, rank, vocabulary, rows, invocation)
+    later = frozenset(place for one in whole for place in one.places(layout))
+    sites = {kind: count for kind, count in pages.items() if kind < layout.page_kinds.sites}
+    filling = Filling(layout, modules, sites, later)
+    return Outline(entries, filling, whole, vectors, scales, kind_scales, pages, rank, vocabulary, rows, invocation)
 
 
 def _check_parts(

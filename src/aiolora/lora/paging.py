@@ -6,9 +6,11 @@ A tensor passes through one small buffer, so that its bytes are still in the pro
 
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aiolora.lora.compiled import Placed, lay_out
+from aiolora.lora.compiled import Packed, Placed, lay_out
 from aiolora.lora.layout import Layout, Place, Target
 from aiolora.lora.tensorfile import Entry, Tensors, not_finite
 from aiolora.ops.build_native import library
@@ -45,38 +47,62 @@ class Module(NamedTuple):
     ratio: float  # to be folded into B
 
 
-def fill(
-    file: Tensors,
-    modules: list[Module],
-    counts: dict[int, int],
-    layout: Layout,
-    *,
-    pinned: bool,
-    later: frozenset[Place] = frozenset(),
-) -> tuple[Pages, Pages, dict[Entry, str]]:
-    """`counts` pages of each kind, A's [L, S, 8, K] and B's [L, 8, N], and every tensor's sha256.
+@dataclass(frozen=True)
+class Filling:
+    """What of which pages is filled from where; worked out when it is asked first, for any file that is alike."""
 
-    `later`: what the caller will fill.
+    layout: Layout
+    modules: list[Module]
+    counts: dict[int, int]  # kind -> pages of A, and of B
+    later: frozenset[Place] = frozenset()  # what somebody else will fill
+
+    @functools.cached_property
+    def bare(self) -> list[Place]:
+        """Slices without a module."""
+        present = self.later | {module.target.place for module in self.modules}
+        bare: list[Place] = []
+        for kind in self.counts:
+            shape = self.layout.kinds[kind]
+            every = itertools.product((kind,), range(shape.layers), range(shape.slices))
+            bare += [place for place in every if place not in present]
+        return bare
+
+    @functools.cached_property
+    def packed(self) -> Packed:
+        """The tensors, to be laid out in all pages: of each kind those of A, then those of B."""
+        first, pages = {}, 0
+        for kind, count in self.counts.items():
+            first[kind] = pages
+            pages += 2 * count
+        return Packed([one for module in self.modules for one in self._placed(module, first)], self.layout.dtype)
+
+    def _placed(self, module: Module, first: Mapping[int, int]) -> tuple[Placed, Placed]:
+        kind, layer, index = module.target.place
+        shape, width, count = self.layout.kinds[kind], self.layout.dtype.itemsize, self.counts[kind]
+        a_stride, b_stride = shape.inputs * width, shape.bounds[-1] * width
+        a_offset = (layer * shape.slices + index) * RANKS_PER_PAGE * a_stride
+        b_offset = layer * RANKS_PER_PAGE * b_stride + shape.bounds[index] * width
+        return (
+            Placed(module.a, False, 1.0, first[kind], count, a_offset, a_stride),
+            Placed(module.b, True, module.ratio, first[kind] + count, count, b_offset, b_stride),
+        )
+
+
+def fill(file: Tensors, filling: Filling, *, pinned: bool) -> tuple[Pages, Pages, dict[str, str]]:
+    """The pages of each kind, A's [L, S, 8, K] and B's [L, 8, N], and every tensor's sha256.
+
     Raises `AdapterFormatError` for values that are not finite in the layout's dtype.
     """
-    a_pages, b_pages = _empty(layout, counts, pinned=pinned)
-    modules = sorted(modules, key=lambda module: module.a.offset)
-    present = later | {module.target.place for module in modules}
-    for kind in counts:
-        shape = layout.kinds[kind]
-        for layer in range(shape.layers):
-            for index in range(shape.slices):
-                if (kind, layer, index) not in present:
-                    _clear(a_pages[kind], b_pages[kind], layer, index, shape.bounds)
-    if not modules:
+    layout = filling.layout
+    a_pages, b_pages = _empty(layout, filling.counts, pinned=pinned)
+    for kind, layer, index in filling.bare:
+        _clear(a_pages[kind], b_pages[kind], layer, index, layout.kinds[kind].bounds)
+    if not filling.modules:
         return a_pages, b_pages, {}
-    a, b = _addresses(a_pages), _addresses(b_pages)
-    placed = [
-        one for module in modules for one in _places(module, a[module.target.kind], b[module.target.kind], layout)
-    ]
-    contents = lay_out(file, placed, layout.dtype, threads(), _num_threads())
+    addresses = [page.data_ptr() for kind in filling.counts for page in (*a_pages[kind], *b_pages[kind])]
+    contents = lay_out(file, filling.packed, addresses, _num_threads())
     if contents is None:
-        contents = _fill(file, modules, a_pages, b_pages, layout)
+        contents = _fill(file, filling.modules, a_pages, b_pages, layout)
     return a_pages, b_pages, contents
 
 
@@ -95,15 +121,15 @@ def reserve_soon(layout: Layout, counts: Mapping[int, int]) -> None:
     threads().submit(reserve, layout, counts)
 
 
-def _fill(file: Tensors, modules: list[Module], a_pages: Pages, b_pages: Pages, layout: Layout) -> dict[Entry, str]:
+def _fill(file: Tensors, modules: list[Module], a_pages: Pages, b_pages: Pages, layout: Layout) -> dict[str, str]:
     """`compiled.lay_out` for any dtype, without a compiler."""
     a, b = ({kind: list(map(bits_of, some)) for kind, some in pages.items()} for pages in (a_pages, b_pages))
     work = _Fill(file, layout, a, b)
-    remaining = iter(modules)
+    remaining = iter(sorted(modules, key=lambda module: module.a.offset))
     longest = max(max(module.a.nbytes, module.b.nbytes) for module in modules)
     futures = [threads().submit(work.run, remaining, longest) for _ in range(min(_num_threads(), len(modules)))]
     wait(futures)  # all of them, also after an error: they use the file
-    contents: dict[Entry, str] = {}
+    contents: dict[str, str] = {}
     for future in futures:
         contents |= future.result()
     return contents
@@ -118,10 +144,10 @@ class _Fill:
         self._a = a
         self._b = b
 
-    def run(self, remaining: Iterator[Module], longest: int) -> dict[Entry, str]:
+    def run(self, remaining: Iterator[Module], longest: int) -> dict[str, str]:
         """Take module after module from what all share; the sha256 of every tensor taken."""
         buffer = np.empty(longest, np.uint8)
-        contents: dict[Entry, str] = {}
+        contents: dict[str, str] = {}
         for module in remaining:
             kind, layer, index = module.target[:3]
             low, high = self._layout.kinds[kind].bounds[index : index + 2]
@@ -133,12 +159,12 @@ class _Fill:
                 _put(page[layer, :, low:high], b[start : start + RANKS_PER_PAGE])
         return contents
 
-    def _values(self, entry: Entry, ratio: float, buffer: npt.NDArray[np.uint8], contents: dict[Entry, str]) -> Bits:
+    def _values(self, entry: Entry, ratio: float, buffer: npt.NDArray[np.uint8], contents: dict[str, str]) -> Bits:
         """One tensor in the layout's dtype, times `ratio`; it stays in `buffer` where nothing had to be converted."""
         dtype = self._layout.dtype
         self._file.read(entry, buffer.data)
         raw = buffer[: entry.nbytes]
-        contents[entry] = hashlib.sha256(raw.data).hexdigest()
+        contents[entry.name] = hashlib.sha256(raw.data).hexdigest()
         bits = finite(self._file.adapter, entry, raw, dtype)
         if ratio != 1:
             bits = scaled(raw, entry.dtype, dtype, ratio)
@@ -156,23 +182,6 @@ def finite(adapter: str, entry: Entry, raw: npt.NDArray[np.uint8], dtype: torch.
     if bits.max() >= infinity or int(bits.view(unsigned).max()) >= infinity + (1 << 8 * bits.itemsize - 1):
         raise not_finite(adapter, entry, dtype)
     return bits
-
-
-def _addresses(pages: Pages) -> dict[int, list[int]]:
-    return {kind: [page.data_ptr() for page in some] for kind, some in pages.items()}
-
-
-def _places(module: Module, a: list[int], b: list[int], layout: Layout) -> tuple[Placed, Placed]:
-    """Where both tensors of a module belong in the pages at the addresses `a` and `b`."""
-    kind, layer, index = module.target[:3]
-    shape, width = layout.kinds[kind], layout.dtype.itemsize
-    a_stride, b_stride = shape.inputs * width, shape.bounds[-1] * width
-    a_offset = (layer * shape.slices + index) * RANKS_PER_PAGE * a_stride
-    b_offset = layer * RANKS_PER_PAGE * b_stride + shape.bounds[index] * width
-    return (
-        Placed(module.a, False, 1.0, [page + a_offset for page in a], a_stride),
-        Placed(module.b, True, module.ratio, [page + b_offset for page in b], b_stride),
-    )
 
 
 def _clear(a_pages: list[Tensor], b_pages: list[Tensor], layer: int, index: int, bounds: tuple[int, ...]) -> None:
@@ -226,5 +235,5 @@ def _num_threads() -> int:
 
 @functools.cache
 def threads() -> ThreadPoolExecutor:
-    """Shared by all loads of the process."""
+    """For what is not compiled. Shared by all loads of the process."""
     return ThreadPoolExecutor(_num_threads(), thread_name_prefix="aiolora-load")

@@ -41,7 +41,7 @@ def read_blocks(
     enough: Callable[[int], int],
     *,
     pinned: bool,
-) -> tuple[list[Block], dict[Entry, str]]:
+) -> tuple[list[Block], dict[str, str]]:
     """The blocks that differ from the base, in the order of weights and numbers; every tensor's sha256.
 
     Raises `AdapterFormatError` for values that are not finite in the base's dtype, `AdapterMismatchError` for rows of a
@@ -49,7 +49,7 @@ def read_blocks(
     for; `enough(blocks)` is the memory that has it.
     """
     blocks: list[Block] = []
-    contents: dict[Entry, str] = {}
+    contents: dict[str, str] = {}
 
     def check_room(count: int) -> None:
         if count > room:
@@ -76,14 +76,14 @@ def read_blocks(
                     check_open(one, first)
                     own.put(row, values)
                     check_room(len(blocks) + len(own.blocks))
-            contents[entry] = digest.hexdigest()
+            contents[entry.name] = digest.hexdigest()
         if one.tokens is not None:
             check_open(one, 0)
             digest = hashlib.sha256()
             for start, values in _pieces(file, one.tokens, 0, own.weight, digest):
                 for row, value in zip(one.rows[start:], values):
                     own.put(row, value.unsqueeze(0))
-            contents[one.tokens] = digest.hexdigest()
+            contents[one.tokens.name] = digest.hexdigest()
             check_room(len(blocks) + len(own.blocks))
         blocks += [own.blocks[number] for number in sorted(own.blocks)]
     return blocks, contents

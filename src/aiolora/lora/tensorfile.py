@@ -1,4 +1,4 @@
-"""A safetensors file, never mapped: a header that was checked whole, and tensors read into the caller's own memory.
+"""A safetensors file, never mapped: a header that is checked whole, and tensors read into the caller's own memory.
 
 Format: https://github.com/huggingface/safetensors#format. A file truncated while it is mapped would kill the process.
 """
@@ -7,11 +7,15 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from aiolora.errors import AdapterFormatError
@@ -59,33 +63,39 @@ class Tensors(Protocol):
     @property
     def entries(self) -> dict[str, Entry]: ...
 
+    @property
+    def likeness(self) -> Hashable:
+        """Equal where the entries are."""
+        ...
+
     def read(self, entry: Entry, into: memoryview) -> None:
         """Fill the first `entry.nbytes` bytes of `into`. Raises `AdapterFormatError`."""
         ...
 
-    def where(self, entry: Entry) -> tuple[int, int]:
-        """(file descriptor, offset) of its bytes, or (-1, address) of what is in memory."""
+    def where(self, entries: Sequence[Entry]) -> tuple[int, npt.NDArray[np.int64]]:
+        """(file descriptor, offsets) of their bytes, or (-1, addresses) of what is in memory."""
         ...
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open file of tensors and where in it they lie. Any thread may read."""
+    """An open file of tensors. Any thread may read."""
 
     adapter: str
     name: str
     fd: int
-    entries: dict[str, Entry]
+    size: int
+    header: bytes
 
     @classmethod
     def open(cls, adapter: str, file: Path) -> "TensorFile":
-        """Open `file` and check its header. Raises `AdapterFormatError`."""
+        """Open `file` and read its header. Raises `AdapterFormatError`."""
         try:
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise AdapterFormatError(adapter, f"{file.name} cannot be read: {error.strerror}") from error
         try:
-            return cls(adapter, file.name, fd, _entries(adapter, file.name, fd))
+            return cls(adapter, file.name, fd, *_header(adapter, file.name, fd))
         except BaseException:
             os.close(fd)
             raise
@@ -98,6 +108,19 @@ class TensorFile:
     ) -> None:
         os.close(self.fd)
 
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The tensors that the header names, which fill the file to its last byte without gap or overlap.
+
+        Raises `AdapterFormatError` where they do not.
+        """
+        return _entries(self)
+
+    @property
+    def likeness(self) -> Hashable:
+        """All that `entries` follow from."""
+        return self.size, self.header
+
     def read(self, entry: Entry, into: memoryview) -> None:
         """Fill the first `entry.nbytes` bytes of `into`. Raises `AdapterFormatError` where the file has shrunk."""
         try:
@@ -105,9 +128,9 @@ class TensorFile:
         except OSError as error:
             raise AdapterFormatError(self.adapter, f"{self.name} cannot be read: {error}") from error
 
-    def where(self, entry: Entry) -> tuple[int, int]:
-        """(file descriptor, offset) of its bytes."""
-        return self.fd, entry.offset
+    def where(self, entries: Sequence[Entry]) -> tuple[int, npt.NDArray[np.int64]]:
+        """(file descriptor, offsets) of their bytes."""
+        return self.fd, np.array([entry.offset for entry in entries], np.int64)
 
 
 def _read(fd: int, into: memoryview, offset: int) -> None:
@@ -118,8 +141,8 @@ def _read(fd: int, into: memoryview, offset: int) -> None:
         into, offset = into[count:], offset + count
 
 
-def _entries(adapter: str, name: str, fd: int) -> dict[str, Entry]:
-    """The tensors that the header names, which fill the file to its last byte without gap or overlap."""
+def _header(adapter: str, name: str, fd: int) -> tuple[int, bytes]:
+    """(size of the file, its header)."""
     try:
         size = os.fstat(fd).st_size
         start = bytearray(min(size, 8))
@@ -133,8 +156,13 @@ def _entries(adapter: str, name: str, fd: int) -> dict[str, Entry]:
         _read(fd, memoryview(header), 8)
     except OSError as error:
         raise AdapterFormatError(adapter, f"{name} cannot be read: {error}") from error
+    return size, bytes(header)
+
+
+def _entries(file: TensorFile) -> dict[str, Entry]:
+    adapter, name = file.adapter, file.name
     try:
-        pairs = json.loads(header.decode(), object_pairs_hook=_Object)
+        pairs = json.loads(file.header.decode(), object_pairs_hook=_Object)
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(adapter, f"{name} has no JSON header: {error}") from None
     if not isinstance(pairs, _Object):
@@ -145,7 +173,7 @@ def _entries(adapter: str, name: str, fd: int) -> dict[str, Entry]:
     if twice:
         raise AdapterFormatError(adapter, f"{name} names {twice[0]!r} twice")
     entries: dict[str, Entry] = {}
-    end = 8 + length
+    end = 8 + len(file.header)
     try:
         found = [_entry(key, value, end) for key, value in pairs if key != "__metadata__"]
         for entry in sorted(found, key=lambda entry: (entry.offset, entry.nbytes)):
@@ -153,8 +181,8 @@ def _entries(adapter: str, name: str, fd: int) -> dict[str, Entry]:
                 raise ValueError(f"{entry.name!r} begins at byte {entry.offset}, what is before it ends at {end}")
             entries[entry.name] = entry
             end += entry.nbytes
-        if end != size:
-            raise ValueError(f"its tensors end at byte {end} of {size}")
+        if end != file.size:
+            raise ValueError(f"its tensors end at byte {end} of {file.size}")
     except ValueError as error:
         raise AdapterFormatError(adapter, f"{name} is truncated or malformed: {error}") from None
     return entries

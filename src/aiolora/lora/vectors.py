@@ -41,14 +41,14 @@ class Factors(NamedTuple):
 
 def vector_pages(
     file: Tensors, modules: Iterable[Vectors], factors: Factors, layout: Layout, *, pinned: bool
-) -> tuple[dict[int, Tensor], dict[Entry, str]]:
+) -> tuple[dict[int, Tensor], dict[str, str]]:
     """Kind -> vector page [L, 2, N] float32 where any module has vectors, and the sha256 of every tensor read.
 
     Norms are taken on the device of the base's weights; gains of a base on "meta" stay 1. Raises `AdapterFormatError`
     for values that are not finite, among them the gain of a row of zeros.
     """
     pages: dict[int, Tensor] = {}
-    contents: dict[Entry, str] = {}
+    contents: dict[str, str] = {}
     for module in modules:
         kind, layer, index = module.target[:3]
         shape = layout.kinds[kind]
@@ -72,11 +72,11 @@ def vector_pages(
     return pages, contents
 
 
-def _read(file: Tensors, entry: Entry, contents: dict[Entry, str]) -> Tensor:
+def _read(file: Tensors, entry: Entry, contents: dict[str, str]) -> Tensor:
     """One tensor [N], float32."""
     data = bytearray(entry.nbytes)
     file.read(entry, memoryview(data))
-    contents[entry] = hashlib.sha256(data).hexdigest()
+    contents[entry.name] = hashlib.sha256(data).hexdigest()
     values = torch.frombuffer(data, dtype=entry.dtype).float()
     if not values.isfinite().all():
         raise AdapterFormatError(file.adapter, f"{entry.name} ({entry.dtype}) holds values that are not finite floats")

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from aiolora.config import Environment
 
 SOURCES = Path(__file__).with_name("csrc")
-_COMMON = ("-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-lm")
+_MATH = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+_COMMON = ("-std=c11", "-O3", *_MATH, "-shared", "-fPIC", "-pthread", "-lm")
 _FLAGS = (  # the first that compiles; Apple's clang has no OpenMP, some compilers do not know -march=native
     ("-march=native", "-fopenmp"),
     ("-mcpu=native", "-fopenmp"),

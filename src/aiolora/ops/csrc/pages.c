@@ -1,38 +1,47 @@
-/* An adapter's tensors into its rank pages: read, digested, checked and laid out, one tensor at a time by as many
-   threads as call `lay_out` with one and the same struct. `lora/compiled.py` packs it; all fields have 8 bytes. */
+/* An adapter's tensors into its rank pages, by several threads: each takes tensor after tensor and brings it through its
+   caches a piece at a time - read, digested, checked and laid out. `lora/compiled.py` packs the structs; all fields have
+   8 bytes. */
+
+#define _POSIX_C_SOURCE 200809L /* pread */
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
 
 #include "vectors.h"
 
-#define RANKS 8   /* of a page */
-#define BLOCK 64  /* out-features that are turned at a time: their ranks stay in the first level cache */
-enum { F16 = 2 }; /* beside F32 and BF16 */
+#define RANKS 8          /* of a page */
+#define PIECE (1 << 16)  /* bytes that are read at a time, where a row of B is not longer */
+#define MOST_THREADS 64  /* beside the caller's */
+#define BLOCK 128        /* out-features that are turned at a time: their ranks stay in the first level cache */
+enum { F16 = 2 };        /* beside F32 and BF16 */
 enum { DONE = 1, NOT_FINITE = 2, SHORTER = 3, FAILED = 1000 }; /* states of a tensor; FAILED + errno */
 
 typedef struct {
-    i64 fd, at, nbytes;         /* bytes from `at` of a file, or with fd -1 from the address `at` */
-    i64 rows, columns, stored;  /* as stored: A [r, K], B [N, r] */
-    i64 turned;                 /* whether a rank is a column (B) */
-    double ratio;               /* to be multiplied with */
-    char **pages;               /* where the first rank of each page belongs */
-    i64 count, stride;          /* pages; bytes from one rank of a page to the next */
-    unsigned char sha256[32];   /* out */
-    i64 state;                  /* out; 0: not looked at, another one has failed */
+    i64 rows, columns, stored; /* as stored: A [r, K], B [N, r] */
+    i64 turned;                /* whether a rank is a column (B); else a page's ranks follow each other */
+    double ratio;              /* to be multiplied with */
+    i64 first, pages;          /* number of its first page, and how many there are from it on */
+    i64 offset, stride;        /* in bytes: where in each page it begins, from one rank to the next */
 } tensor;
 
-typedef int digest(const void *, size_t, unsigned char *, unsigned int *, const void *, void *); /* EVP_Digest */
-
 typedef struct {
-    i64 dtype, count, longest; /* of the pages; tensors; bytes of the largest */
-    tensor *tensors;
-    _Atomic i64 next;
-    _Atomic i64 failed;
-    digest *digest;
-    const void *sha256; /* EVP_sha256() */
+    i64 threads, dtype, count; /* the caller's is one of them; of the pages; tensors */
+    i64 widest;                /* bytes of the longest row of a B */
+    const tensor *tensors;
+    char **pages;
+    i64 fd;        /* of the file, or -1 */
+    const i64 *at; /* of each tensor: where in the file it begins, or its address */
+    unsigned char (*sha256)[32]; /* out */
+    i64 *state;                  /* out; 0: not looked at, another one has failed */
+    _Atomic i64 next, failed;
+    void *(*new_digest)(void), (*free_digest)(void *); /* EVP_MD_CTX_new and _free */
+    int (*begin)(void *, const void *, void *);        /* EVP_DigestInit_ex, _Update, _Final_ex: 1 is well */
+    int (*update)(void *, const void *, size_t);
+    int (*end)(void *, unsigned char *, unsigned *);
+    const void *algorithm; /* EVP_sha256() */
 } lay_out_args;
 
 INLINE float half_to_float(uint16_t bits) {
@@ -133,63 +142,101 @@ INLINE void turn(const char *from, char *to, i64 rows, i64 columns, i64 width) {
             memcpy(to + 4 * n, from + 4 * n * columns, 4);
 }
 
-static void put(const tensor *t, const char *values, i64 width) { /* every rank to its place, zeros where none is */
-    i64 ranks = t->turned ? t->columns : t->rows, length = t->turned ? t->rows : t->columns;
-    for (i64 low = 0; low < (t->turned ? length : 1); low += BLOCK)
-        for (i64 rank = 0; rank < t->count * RANKS; rank++) {
-            char *to = t->pages[rank / RANKS] + rank % RANKS * t->stride;
-            if (!t->turned) {
-                if (rank < ranks)
-                    memcpy(to, values + rank * length * width, length * width);
-                else
-                    memset(to, 0, length * width);
-            } else if (rank < ranks)
-                turn(values + (low * ranks + rank) * width, to + low * width, MIN(BLOCK, length - low), ranks, width);
-            else
-                memset(to + low * width, 0, MIN(BLOCK, length - low) * width);
-        }
+INLINE i64 bytes_of(int type) { return type == F32 ? 4 : 2; }
+
+static char *place_of(const lay_out_args *c, const tensor *t, i64 rank) {
+    return c->pages[t->first + rank / RANKS] + t->offset + rank % RANKS * t->stride;
 }
 
-static i64 take(const lay_out_args *c, tensor *t, char *raw, char *converted) {
-    i64 values = t->rows * t->columns, width = size(c->dtype == F32 ? F32 : BF16);
-    if (t->fd < 0)
-        memcpy(raw, (const char *)t->at, t->nbytes);
-    else
-        for (i64 have = 0; have < t->nbytes;) {
-            ssize_t count = pread(t->fd, raw + have, t->nbytes - have, t->at + have);
-            if (count < 0 && errno == EINTR)
-                continue;
-            if (count <= 0)
-                return count ? FAILED + errno : SHORTER;
-            have += count;
-        }
-    c->digest(raw, t->nbytes, t->sha256, NULL, c->sha256, NULL);
-    const char *ready = raw;
-    if (t->stored != c->dtype) {
-        convert(raw, converted, values, t->stored, c->dtype);
-        ready = converted;
+static i64 fetch(i64 fd, i64 at, char *to, i64 nbytes) { /* 0, or what becomes of the tensor */
+    if (fd < 0) {
+        memcpy(to, (const char *)at, nbytes);
+        return 0;
     }
-    if (not_finite(ready, values, c->dtype))
+    while (nbytes) {
+        ssize_t count = pread(fd, to, nbytes, at);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count <= 0)
+            return count ? FAILED + errno : SHORTER;
+        to += count, at += count, nbytes -= count;
+    }
+    return 0;
+}
+
+/* `count` values from the `first` on, of B whole rows, of A what belongs to one page. */
+static i64 take_piece(const lay_out_args *c, const tensor *t, i64 at, i64 first, i64 count, void *digest, char *raw) {
+    i64 stored = bytes_of(t->stored), width = bytes_of(c->dtype);
+    int alike = t->stored == c->dtype;
+    char *converted = raw + MAX(PIECE, c->widest), *ready = converted;
+    if (!t->turned) /* a page is written by nobody else, and read by nobody before all is done */
+        ready = place_of(c, t, first / t->columns) + first % t->columns * width;
+    char *read = alike && (!t->turned || t->ratio == 1) ? ready : raw;
+    i64 state = fetch(c->fd, at + first * stored, read, count * stored);
+    if (state)
+        return state;
+    if (c->update(digest, read, count * stored) != 1)
+        return FAILED + ENOMEM;
+    if (!alike)
+        convert(read, ready, count, t->stored, c->dtype);
+    if (not_finite(alike ? read : ready, count, c->dtype))
         return NOT_FINITE;
-    if (t->ratio != 1) {
-        for (i64 i = 0; i < values; i++)
-            put_value(converted, i, c->dtype, value_of(raw, i, t->stored) * (float)t->ratio);
-        ready = converted;
+    if (t->ratio != 1)
+        for (i64 i = 0; i < count; i++)
+            put_value(ready, i, c->dtype, value_of(read, i, t->stored) * (float)t->ratio);
+    if (t->turned)
+        for (i64 row = first / t->columns, end = row + count / t->columns; row < end; row += BLOCK)
+            for (i64 rank = 0; rank < t->columns; rank++)
+                turn(ready + ((row * t->columns - first) + rank) * width, place_of(c, t, rank) + row * width,
+                     MIN(BLOCK, end - row), t->columns, width);
+    return 0;
+}
+
+static i64 take(const lay_out_args *c, i64 number, void *digest, char *raw) {
+    const tensor *t = &c->tensors[number];
+    i64 values = t->rows * t->columns, ranks = t->turned ? t->columns : t->rows, stored = bytes_of(t->stored);
+    i64 most = t->turned ? MAX(1, PIECE / (t->columns * stored)) * t->columns : PIECE / stored;
+    if (c->begin(digest, c->algorithm, NULL) != 1)
+        return FAILED + ENOMEM;
+    for (i64 first = 0, count; first < values; first += count) {
+        i64 left = t->turned ? values : RANKS * t->columns - first % (RANKS * t->columns);
+        count = MIN(most, MIN(left, values - first));
+        i64 state = take_piece(c, t, c->at[number], first, count, digest, raw);
+        if (state)
+            return state;
     }
-    put(t, ready, width);
-    return DONE;
+    for (i64 rank = ranks; rank < t->pages * RANKS; rank++)
+        memset(place_of(c, t, rank), 0, (t->turned ? t->rows : t->columns) * bytes_of(c->dtype));
+    return c->end(digest, c->sha256[number], NULL) == 1 ? DONE : FAILED + ENOMEM;
+}
+
+static void *work(void *shared) { /* what is not NULL where there is no memory to work with */
+    lay_out_args *c = shared;
+    char *raw = malloc(3 * MAX(PIECE, c->widest)); /* and as many values converted, float16 to float32 at the worst */
+    void *digest = c->new_digest(), *failed = raw && digest ? NULL : c;
+    if (!failed)
+        for (i64 i; !c->failed && (i = atomic_fetch_add(&c->next, 1)) < c->count;) {
+            c->state[i] = take(c, i, digest, raw);
+            if (c->state[i] != DONE)
+                c->failed = 1;
+        }
+    free(raw);
+    c->free_digest(digest);
+    return failed;
 }
 
 int lay_out(lay_out_args *c) { /* ENOMEM, or 0: what became of each tensor stands in its state */
-    char *raw = malloc(c->longest), *converted = malloc(2 * c->longest); /* float16 to float32 at the worst */
-    if (raw && converted)
-        for (i64 i; !c->failed && (i = atomic_fetch_add(&c->next, 1)) < c->count;) {
-            c->tensors[i].state = take(c, &c->tensors[i], raw, converted);
-            if (c->tensors[i].state != DONE)
-                c->failed = 1;
-        }
-    int result = raw && converted ? 0 : ENOMEM;
-    free(raw);
-    free(converted);
-    return result;
+    static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* one load at a time: threads are bounded, not those of one */
+    pthread_t others[MOST_THREADS];
+    i64 count = 0;
+    pthread_mutex_lock(&turn);
+    while (count < MIN(c->threads - 1, MOST_THREADS) && !pthread_create(&others[count], NULL, work, c))
+        count++;
+    void *failed = work(c), *other_failed;
+    for (i64 i = 0; i < count; i++) {
+        pthread_join(others[i], &other_failed);
+        failed = other_failed ? failed : NULL; /* one that could work has done all */
+    }
+    pthread_mutex_unlock(&turn);
+    return failed ? ENOMEM : 0;
 }
