@@ -44,7 +44,7 @@ class Case:
 
 def attention_case(name: str, kernel: Any, blocks: dict[str, int], expects: tuple[str, ...], **shape: Any) -> Case:
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-    constexprs = {"PAGE": 16, "PDL": True, "WINDOWED": False, "CAP": 0.0, **blocks, **shape}
+    constexprs = {"PAGE": 16, "PDL": True, "WINDOWED": False, "CAP": 0.0, "sinks_ptr": None, **blocks, **shape}
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
     signature |= dict.fromkeys(("tables_ptr", "lengths_ptr", "starts_ptr", "counters_ptr"), "*i32")
     signature |= {"parts_ptr": "*fp32", "scale": "fp32", "window": "i32", "num_tokens": "i32", "num_sequences": "i32"}

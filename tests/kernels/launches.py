@@ -121,16 +121,16 @@ class Step:
 
     def gate(self, owing: bool) -> None:
         y, _, owed, where = self._partial("gate", owing)
-        routes.choose_experts(y, owed, where, TOP_K, True, self.rows_of_tile)
+        routes.choose_experts(y, None, owed, where, TOP_K, True, self.rows_of_tile)
 
     def gated_experts(self, owing: bool) -> None:
         x, weight = halves(self.tokens, MOE_HIDDEN), halves(EXPERTS, 2 * MOE_INNER, MOE_HIDDEN)
-        experts.gated_experts(x, weight, self._chosen(), *self._adapters(MOE_HIDDEN, 2 * MOE_INNER, 2, owing))
+        experts.gated_experts(x, weight, None, self._chosen(), *self._adapters(MOE_HIDDEN, 2 * MOE_INNER, 2, owing))
 
     def summed_experts(self, owing: bool) -> None:
         inner, weight = halves(self.tokens * TOP_K, MOE_INNER), halves(EXPERTS, MOE_HIDDEN, MOE_INNER)
         adapters = self._adapters(MOE_INNER, MOE_HIDDEN, 1, owing)
-        experts.summed_experts(inner, weight, floats(self.tokens, TOP_K), self._chosen(), *adapters)
+        experts.summed_experts(inner, weight, None, floats(self.tokens, TOP_K), self._chosen(), *adapters)
 
     @property
     def rows_of_tile(self) -> int:

@@ -54,6 +54,7 @@ KNOWN_AS = {
     "gemma": "Gemma, CodeGemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text: 270M, 1B)",
+    "gpt_oss": "gpt-oss",
     "granite": "Granite 3, dense",
     "granitemoe": "Granite 3 MoE",
     "granitemoehybrid": "Granite 4, dense with attention in all layers (350M, 1B, Micro)",
@@ -161,7 +162,11 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
         }
     )
     modules += sorted(
-        {"experts" + name.partition(".experts")[2] for name, _ in base.named_parameters() if ".experts." in name}
+        {
+            "experts" + name.partition(".experts")[2]
+            for name, parameter in base.named_parameters()
+            if ".experts." in name and parameter.dim() == 3
+        }
     )
     return Outcome(shape, tuple(modules), max(errors), refused, sorted(alike))
 
