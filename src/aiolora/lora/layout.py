@@ -84,7 +84,7 @@ class Fused(NamedTuple):
     inputs: int  # K
     outputs: int  # N
     taken: bool  # whether it may be changed
-    in_turn: int = 1  # so many slices lie in it column by column in turn (gate and up of GPT-OSS)
+    in_turn: int = 1  # so many slices lie in it column by column in turn (gate and up of gpt-oss)
 
 
 class Weight(NamedTuple):

@@ -65,7 +65,7 @@ class DecoderConfig:
     qk_norm: str = ""  # RMSNorm of q and k before the rotation, of each "head" (Qwen3) or of "all" at once (OLMo 2)
     attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
     attention_cap: float = 0.0  # scores are cap * tanh(score / cap) (Gemma 2); 0: as they are
-    sinks: bool = False  # each head has a score that takes weight to nowhere (GPT-OSS)
+    sinks: bool = False  # each head has a score that takes weight to nowhere (gpt-oss)
     activation: str = "silu gated"  # one of ACTIVATIONS
     norms: LayerNorms = INPUTS_NORMED
     norm_offset: float = 0.0  # added to every norm's weight (Gemma)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aiolora.models.layers import Linear
+from aiolora.models.mxfp4 import BLOCKS
 from aiolora.ops.activation import gated
 from aiolora.ops.experts import SILU, ExpertSite, Gate, choose, gated_by, summed_by
 from aiolora.ops.linear import Partial, Routing, completed
@@ -27,7 +28,7 @@ class MoEConfig:
     gate: str = "gate"
     bias: bool = False  # of the gate and of every expert
     activation: Gate = SILU
-    turned: bool = False  # fused in a checkpoint they are [E, K, N], gate and up column by column in turn (GPT-OSS)
+    turned: bool = False  # fused in a checkpoint they are [E, K, N], gate and up column by column in turn (gpt-oss)
 
 
 class Stored(NamedTuple):
@@ -93,7 +94,7 @@ class ExpertLinear(nn.Module):
                     yield f"{self.of(part, expert)}.bias", self.bias[expert, low:high]
 
     def stored(self) -> Iterator[tuple[str, Stored]]:
-        """(name in a checkpoint, what it holds) of the fused tensors."""
+        """(name in a checkpoint, what it holds) of the fused tensors, once they are unpacked (`mxfp4`)."""
         names = [name for name, _ in self.checkpoint()]
         for name, weight in ((self.fused, self.weight), (f"{self.fused}_bias", self.bias)):
             if weight is None:
@@ -101,8 +102,10 @@ class ExpertLinear(nn.Module):
             parts = [part for part in names if part.endswith(".bias") == (weight is self.bias)]
             shape, view = tuple(weight.shape), weight.data
             if self.turned:
-                view = weight.data.view(shape[0], len(self.parts), -1, *shape[2:]).movedim((1, 2), (-1, -2))
-                shape = (shape[0], *shape[:0:-1])
+                in_turn = weight.data.view(shape[0], len(self.parts), -1, *shape[2:]).transpose(1, 2)
+                if weight is self.weight:
+                    yield f"{name}{BLOCKS}", Stored(shape, in_turn, parts)
+                shape, view = (shape[0], *shape[:0:-1]), in_turn.movedim((1, 2), (-2, -1))
             yield name, Stored(shape, view, parts)
 
 

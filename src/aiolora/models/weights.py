@@ -14,6 +14,7 @@ from aiolora.hub import fetch
 from aiolora.models.decoder import Decoder
 from aiolora.models.embedded import EMBEDDED, pull
 from aiolora.models.moe import Stored
+from aiolora.models.mxfp4 import unpacked
 from aiolora.types import Report, unreported
 
 _DERIVED = ("rotary_emb.inv_freq", ".position_ids")  # tensors that old checkpoints hold for no need
@@ -58,7 +59,7 @@ def load_weights(
     tied = {"lm_head.weight"} if model.config.tied_head else set()
     unknown: list[str] = []
     seen: set[str] = set()
-    for written, tensor in _tensors(folder):
+    for written, tensor in unpacked(_tensors(folder), model.embed.weight.device):
         name = current_name(spelled.get(written, written))
         if name in targets:
             target = targets[name]

@@ -69,7 +69,7 @@ def attention(
     Sequence b has queries `query_starts[b] : query_starts[b + 1]`, the last of its `kv_lengths[b]` tokens, whose keys
     lie in pages `block_tables[b]` [B, max pages]. `window` > 0: a token sees itself and the window - 1 before it.
     `cap` > 0: a score is cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118). `sinks` [H]: each query of a head sees a
-    key of this score, too, whose value is zero (GPT-OSS, arXiv 2508.10925).
+    key of this score, too, whose value is zero (gpt-oss, arXiv 2508.10925).
     """
     out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
     _attend(out, q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, cap, sinks)

@@ -34,7 +34,7 @@ class ExpertSite(NamedTuple):
 class Gate(NamedTuple):
     """How an expert's gate opens.
 
-    With a `limit` (GPT-OSS, arXiv 2508.10925) gate is at most that and up between it and its negative:
+    With a `limit` (gpt-oss, arXiv 2508.10925) gate is at most that and up between it and its negative:
     gate * sigmoid(alpha * gate) * (up + 1). Without (0): silu(gate) * up.
     """
 
