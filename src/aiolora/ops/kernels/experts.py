@@ -201,6 +201,17 @@ def _shrink_tile_kernel(
             left = left & (mine == 0)
 
 
+@triton.jit
+def _begin(tiles, LORA: tl.constexpr, PDL: tl.constexpr):
+    """Expert, first position in rows and count of the tile of a product's program; what owes waits at its end."""
+    if PDL:
+        if not LORA:
+            gdc_wait()
+        gdc_launch_dependents()
+    at = tiles + tl.program_id(1) * 3
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
 @triton.jit(do_not_specialize=["kind", "kinds"])
 def _gated_kernel(
     x, w, bias, out, h, rows, tiles, b, pages, owners, kind, kinds, b_page, b_expert, b_rank,
@@ -209,12 +220,7 @@ def _gated_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """BN columns of gate and of up for a tile of rows, and one opened by the other: `experts.Gate`."""
-    if PDL:
-        if not LORA:
-            gdc_wait()
-        gdc_launch_dependents()
-    tile = tl.program_id(1)
-    expert, start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    expert, start, count = _begin(tiles, LORA, PDL)
     if count > 0:
         m, k = tl.arange(0, BM), tl.arange(0, BK)
         n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -270,12 +276,7 @@ def _summed_kernel(
     BK: tl.constexpr, LORA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN columns of a tile of rows, times the weight of each."""
-    if PDL:
-        if not LORA:
-            gdc_wait()
-        gdc_launch_dependents()
-    tile = tl.program_id(1)
-    expert, start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    expert, start, count = _begin(tiles, LORA, PDL)
     if count > 0:
         m, k = tl.arange(0, BM), tl.arange(0, BK)
         n = tl.program_id(0) * BN + tl.arange(0, BN)
