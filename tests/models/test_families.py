@@ -98,7 +98,8 @@ to which a model is served: there is none. Longrope turns by the long factors wh
 transformers chooses for each text anew.
 
 Weights are float32, bfloat16 or float16 in safetensors. Experts of gpt-oss may be packed in MXFP4: they are unpacked,
-exactly, when they are loaded, and take the memory of the dtype that is served (gpt-oss-20b: 42 GB in bfloat16).
+exactly, when they are loaded, and take the memory of the dtype that is served (gpt-oss-20b: 42 GB in bfloat16). Its
+answers come in the channels of its chat format (harmony), as it writes them: nothing takes them apart.
 """
 
 
