@@ -64,7 +64,6 @@ SERVED: dict[str, tuple[str, dict[str, object]]] = {
     "gpt_bigcode": ("gpt_bigcode", {"multi_query": True}),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox one norm after the other": ("gpt_neox", {"use_parallel_residual": False}),
-    "gpt_oss": ("gpt_oss", _EXPERTS | _MIXED | _HEAD),
     "granite_swa": ("granite_swa", _MIXED),
     "granitemoeshared": ("granitemoeshared", _EXPERTS),
     "helium": ("helium", _HEAD),

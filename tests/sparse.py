@@ -1,6 +1,7 @@
 """Shapes of mixtures of experts that are tested, by name: transformers' config and what differs from the usual."""
 
 from transformers import (
+    GptOssConfig,
     GraniteMoeConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -9,6 +10,22 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+_GPT_OSS = {
+    "head_dim": 16,
+    "intermediate_size": 24,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "sliding_window": 9,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 32,
+    },
+}
 SPARSE: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     "mixtral": (MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 11}),
     "qwen2-moe": (
@@ -53,6 +70,17 @@ SPARSE: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
             "logits_scaling": 2.0,
             "residual_multiplier": 0.4,
             "attention_multiplier": 0.2,
+        },
+    ),
+    "gpt-oss": (GptOssConfig, _GPT_OSS | {"swiglu_limit": 0.8}),
+    "gpt-oss without biases, one key head": (
+        GptOssConfig,
+        _GPT_OSS
+        | {
+            "attention_bias": False,
+            "num_key_value_heads": 1,
+            "swiglu_alpha": 1.1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
         },
     ),
 }

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aiolora.ops.kernels import attention
-from tests.kernels.launches import Launch, Step, launches
+from tests.kernels.launches import GPT_OSS, Launch, Step, launches
 
 TARGET = GPUTarget("cuda", 90, 32)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -42,18 +42,24 @@ class Case:
     expects: tuple[str, ...] = ()
 
 
-def attention_case(name: str, kernel: Any, blocks: dict[str, int], expects: tuple[str, ...], **shape: Any) -> Case:
+def attention_case(
+    name: str, kernel: Any, blocks: dict[str, int], expects: tuple[str, ...], sinks: bool, **shape: Any
+) -> Case:
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
     constexprs = {"PAGE": 16, "PDL": True, "WINDOWED": False, "CAP": 0.0, **blocks, **shape}
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
     signature |= dict.fromkeys(("tables_ptr", "lengths_ptr", "starts_ptr", "counters_ptr"), "*i32")
+    if sinks:
+        signature["sinks_ptr"] = "*fp32"
+    else:
+        constexprs["sinks_ptr"] = None
     signature |= {"parts_ptr": "*fp32", "scale": "fp32", "window": "i32", "num_tokens": "i32", "num_sequences": "i32"}
     signature |= {argument: "i32:16" for argument in kernel.arg_names if argument.startswith("stride_")}
     return Case(name, kernel, signature, constexprs, {"launch_pdl": True, **options}, expects)
 
 
 def attention_cases() -> list[Case]:
-    """Heads of Llama-3.1-8B, the same in a window, Qwen2.5-0.5B, Phi-2 and Gemma-2-2B."""
+    """Heads of Llama-3.1-8B, the same in a window, Qwen2.5-0.5B, Phi-2, Gemma-2-2B and gpt-oss-20b."""
     cases = []
     for model, group, dim, windowed in (
         ("llama-8b", 4, 128, False),
@@ -62,15 +68,18 @@ def attention_cases() -> list[Case]:
         ("phi-2", 1, 80, False),
         ("gemma-2b", 2, 256, False),
         ("gemma-2b capped", 2, 256, True),
+        ("gpt-oss sunk", 8, 64, False),
+        ("gpt-oss windowed sunk", 8, 64, True),
     ):
         shape = {"GROUP": group, "HEAD_DIM": dim, "BLOCK_D": triton.next_power_of_2(dim), "WINDOWED": windowed}
         shape["CAP"] = 50.0 if model.endswith("capped") else 0.0
         decode = attention.decode_blocks(group, dim, torch.bfloat16)
         prefill = attention.prefill_blocks(dim, torch.bfloat16)
         prefill["SEARCH"] = attention.SEARCH
+        sinks = model.endswith("sunk")
         cases += [
-            attention_case(f"decode {model}", attention.decode_kernel, decode, (HMMA, COPY_16), **shape),
-            attention_case(f"prefill {model}", attention.prefill_kernel, prefill, (HGMMA, COPY_16), **shape),
+            attention_case(f"decode {model}", attention.decode_kernel, decode, (HMMA, COPY_16), sinks, **shape),
+            attention_case(f"prefill {model}", attention.prefill_kernel, prefill, (HGMMA, COPY_16), sinks, **shape),
         ]
     return cases
 
@@ -153,6 +162,16 @@ def step_cases() -> list[Case]:
         *launch_cases("summed experts owing 16", lambda: few.summed_experts(True), (LOAD_16,), narrow, ()),
         *launch_cases("summed experts 512", lambda: most.summed_experts(False), wide, ()),
         *launch_cases("summed experts owing 512", lambda: most.summed_experts(True), wide, wide, ()),
+        *launch_cases("gate biased 16", lambda: few.gate(False, GPT_OSS), ()),
+        *launch_cases("gate biased owing 512", lambda: most.gate(True, GPT_OSS), (HGMMA,), (), (), ()),
+        *launch_cases("gated experts limited 16", lambda: few.gated_experts(False, GPT_OSS), narrow),
+        *launch_cases("gated experts limited owing 16", lambda: few.gated_experts(True, GPT_OSS), (LOAD_16,), narrow),
+        *launch_cases("gated experts limited 512", lambda: most.gated_experts(False, GPT_OSS), wide),
+        *launch_cases("gated experts limited owing 512", lambda: most.gated_experts(True, GPT_OSS), (LOAD_16,), wide),
+        *launch_cases("summed experts biased 16", lambda: few.summed_experts(False, GPT_OSS), narrow, ()),
+        *launch_cases(
+            "summed experts biased owing 512", lambda: most.summed_experts(True, GPT_OSS), (LOAD_16,), wide, ()
+        ),
         *launch_cases("embed", few.embed, (LOAD_16,)),
         *launch_cases("own_logits 16", few.own_logits, (HMMA, COPY_16)),
         *launch_cases("own_logits 512", most.own_logits, (HGMMA, COPY_16)),

@@ -13,15 +13,32 @@ from aiolora.ops.experts import most_tiles, rows_of_tile
 from aiolora.ops.kernels import activation, blocks, embedding, experts, linear, norm, rope, routes, sampling
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY = 4096, 14336, 32, 8, 128, 128256
-EXPERTS, TOP_K, MOE_HIDDEN, MOE_INNER = 128, 8, 2048, 768  # of Qwen3-30B-A3B
 BOUNDS = {  # of the slices of its projections
     "qkv": [0, HIDDEN, HIDDEN + KV_HEADS * DIM, HIDDEN + 2 * KV_HEADS * DIM],
     "o": [0, HIDDEN],
     "gate_up": [0, INNER, 2 * INNER],
-    "gate": [0, EXPERTS],
+    "gate": [0, 128],
+    "biased gate": [0, 32],
 }
 PAGES, VECTORS = 512, 32  # of ranks in the pool, of gains and shifts
 PROCESSORS = 132  # of an H200
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sizes and switches of experts."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    gate: str = "gate"  # of BOUNDS
+    limit: float = 0.0
+    biased: bool = False
+
+
+QWEN = Mixture(128, 8, 2048, 768)  # Qwen3-30B-A3B
+GPT_OSS = Mixture(32, 4, 2880, 2880, "biased gate", 7.0, True)  # gpt-oss-20b
 
 
 @dataclass(frozen=True)
@@ -119,33 +136,38 @@ class Step:
         where = floats(8192, turned), self.positions, self.slots
         rope.rope_store(*self._partial("qkv", owing), None, None, 1e-5, *where, *caches, HEADS)
 
-    def gate(self, owing: bool) -> None:
-        y, _, owed, where = self._partial("gate", owing)
-        routes.choose_experts(y, owed, where, TOP_K, True, self.rows_of_tile)
+    def gate(self, owing: bool, of: Mixture = QWEN) -> None:
+        y, _, owed, where = self._partial(of.gate, owing)
+        bias = halves(of.experts) if of.biased else None
+        routes.choose_experts(y, bias, owed, where, of.top_k, True, self._tile(of))
 
-    def gated_experts(self, owing: bool) -> None:
-        x, weight = halves(self.tokens, MOE_HIDDEN), halves(EXPERTS, 2 * MOE_INNER, MOE_HIDDEN)
-        experts.gated_experts(x, weight, self._chosen(), *self._adapters(MOE_HIDDEN, 2 * MOE_INNER, 2, owing))
+    def gated_experts(self, owing: bool, of: Mixture = QWEN) -> None:
+        x, weight = halves(self.tokens, of.hidden), halves(of.experts, 2 * of.inner, of.hidden)
+        bias = halves(of.experts, 2 * of.inner) if of.biased else None
+        adapters = self._adapters(of, of.hidden, 2 * of.inner, 2, owing)
+        experts.gated_experts(x, weight, bias, self._chosen(of), *adapters, 1.702, of.limit)
 
-    def summed_experts(self, owing: bool) -> None:
-        inner, weight = halves(self.tokens * TOP_K, MOE_INNER), halves(EXPERTS, MOE_HIDDEN, MOE_INNER)
-        adapters = self._adapters(MOE_INNER, MOE_HIDDEN, 1, owing)
-        experts.summed_experts(inner, weight, floats(self.tokens, TOP_K), self._chosen(), *adapters)
+    def summed_experts(self, owing: bool, of: Mixture = QWEN) -> None:
+        inner, weight = halves(self.tokens * of.top_k, of.inner), halves(of.experts, of.hidden, of.inner)
+        bias = halves(of.experts, of.hidden) if of.biased else None
+        adapters = self._adapters(of, of.inner, of.hidden, 1, owing)
+        experts.summed_experts(inner, weight, bias, floats(self.tokens, of.top_k), self._chosen(of), *adapters)
 
-    @property
-    def rows_of_tile(self) -> int:
-        return rows_of_tile(self.tokens, TOP_K, EXPERTS, "cuda")
+    def _tile(self, of: Mixture) -> int:
+        return rows_of_tile(self.tokens, of.top_k, of.experts, "cuda")
 
-    def _chosen(self) -> list[Tensor]:
-        groups = most_tiles(self.tokens, TOP_K, EXPERTS, self.rows_of_tile)
-        return [ints(self.tokens, TOP_K), ints(self.tokens * TOP_K), ints(groups, 3)]
+    def _chosen(self, of: Mixture) -> list[Tensor]:
+        groups = most_tiles(self.tokens, of.top_k, of.experts, self._tile(of))
+        return [ints(self.tokens, of.top_k), ints(self.tokens * of.top_k), ints(groups, 3)]
 
-    def _adapters(self, depth: int, columns: int, slices: int, owing: bool) -> tuple[list[Tensor], list[int]]:
+    def _adapters(
+        self, of: Mixture, depth: int, columns: int, slices: int, owing: bool
+    ) -> tuple[list[Tensor], list[int]]:
         if not owing:
-            return [], [self.rows_of_tile]
-        a, b = halves(PAGES, EXPERTS, slices, 8, depth), halves(PAGES, EXPERTS, 8, columns)
+            return [], [self._tile(of)]
+        a, b = halves(PAGES, of.experts, slices, 8, depth), halves(PAGES, of.experts, 8, columns)
         scales = floats(*self.pages.shape)
-        return [a, b, self.pages, scales, self.owners], [self.rows_of_tile, 0]
+        return [a, b, self.pages, scales, self.owners], [self._tile(of), 0]
 
     def embed(self) -> None:
         embedding.embed(self.perm, self.owners, halves(VOCABULARY, HIDDEN))

@@ -30,9 +30,9 @@ class Step(NamedTuple):
     kv_lengths: Tensor
     query_starts: Tensor
 
-    def exact(self, scale: float, window: int, cap: float = 0.0) -> Tensor:
+    def exact(self, scale: float, window: int, cap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
         wide = [x.double() for x in self[:3]]
-        return reference.attention(*wide, *self[3:], scale, window, cap)
+        return reference.attention(*wide, *self[3:], scale, window, cap, sinks)
 
 
 def step(
@@ -79,8 +79,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", filled)
 
 
-def check(made: Step, window: int = 0, scale: float = 0.2, cap: float = 0.0) -> None:
-    out = kernels.attention(*made, scale, window, cap)
+def check(made: Step, window: int = 0, scale: float = 0.2, cap: float = 0.0, sinks: Tensor | None = None) -> None:
+    out = kernels.attention(*made, scale, window, cap, sinks)
     assert out.dtype == made.q.dtype
     # the reference multiplies what is not seen by zero: it gets the same caches without NaN, and tables within them
     safe = made._replace(
@@ -88,7 +88,7 @@ def check(made: Step, window: int = 0, scale: float = 0.2, cap: float = 0.0) -> 
         v_cache=made.v_cache.nan_to_num(),
         block_tables=made.block_tables % len(made.k_cache),
     )
-    assert_near(out, safe.exact(scale, window, cap))
+    assert_near(out, safe.exact(scale, window, cap, sinks))
 
 
 CASES = {
@@ -122,6 +122,18 @@ def test_scores_may_have_a_cap(
     check(made._replace(q=made.q * 1000), window, cap=cap)
 
 
+@pytest.mark.parametrize("case", ["chunks behind a prefix", "a mixed step", "decoding"])
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (37, 0.0), (0, 30.0)])
+def test_each_head_may_have_a_sink(
+    case: str, window: int, cap: float, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch)
+    made = step(*CASES[case], dtype, device, (6, 2), window=window)
+    for sinks in (torch.linspace(-3, 4, 6, device=device), torch.tensor([9.0, -9, 0, 90, -90, 3], device=device)):
+        check(made, window, cap=cap, sinks=sinks)
+    check(made, window, cap=cap, sinks=sinks.to(dtype))
+
+
 @pytest.mark.parametrize(("heads", "dim"), [((2, 2), 128), ((8, 2), 64), ((7, 1), 80), ((2, 1), 256)])
 def test_heads_share_keys_in_groups(
     heads: tuple[int, int], dim: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
@@ -140,6 +152,7 @@ def test_a_long_sequence_is_shared_out(
     monkeypatch.setattr(kernels, "_splits", lambda tiles, device: 8)
     made = step(lengths, [1] * len(lengths), dtype, device, (6, 2), window=window)
     check(made, window)
+    check(made, window, sinks=torch.linspace(-3, 6, 6, device=device))
     assert (kernels._counters(made.q.device) == 0).all()
     out, again = (kernels.attention(*made, 0.2, window) for _ in range(2))
     assert torch.equal(out, again), "parts are added in one order"
@@ -161,10 +174,13 @@ def test_padding_rows_are_zero_and_touch_no_page(
     """A decode step of a graph: rows without keys, starts that nobody set; or a mixed one with such a row."""
     poisoned(monkeypatch)
     made = step([20, 33, 0, 0] if padded else [20, 0, 40, 40], [1, 1, 1, 1] if padded else [1, 1, 9, 40], dtype, device)
-    out = kernels.attention(*(made._replace(query_starts=made.query_starts * 0) if padded else made), 0.2, 0)
+    given = made._replace(query_starts=made.query_starts * 0) if padded else made
+    out = kernels.attention(*given, 0.2, 0)
+    sunk = kernels.attention(*given, 0.2, 0, 0.0, torch.zeros(4, device=device))
     held = [0, 1] if padded else [0, *range(2, 51)]
     rest = [2, 3] if padded else [1]
     assert (out[rest] == 0).all()
+    assert (sunk[rest] == 0).all()
     kept = [0, 1] if padded else [0, 2, 3]
     alone = made._replace(
         q=made.q[held],

@@ -85,6 +85,13 @@ def test_prompts_are_asked_of_it_when_it_is_there(case: str, window: int, device
     assert_near(out, safe.exact(0.2, window))
 
 
+def test_heads_with_sinks_stay_with_our_own(device: str, standing_in: list[Any]) -> None:
+    made, sinks = tame(step([40], [40], torch.float16, device)), torch.linspace(-1, 2, 4, device=device)
+    safe = made._replace(k_cache=made.k_cache.nan_to_num(), v_cache=made.v_cache.nan_to_num())
+    assert_near(kernels.attention(*made, 0.2, 0, 0.0, sinks), safe.exact(0.2, 0, 0.0, sinks))
+    assert standing_in == []
+
+
 @pytest.mark.parametrize(
     "made",
     [

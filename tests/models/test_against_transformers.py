@@ -245,6 +245,7 @@ def test_an_unserved_activation_is_refused(copied: Path) -> None:
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not served"),
         ("starcoder2", {"hidden_act": "relu"}, "hidden_act 'relu' without a gate is not served"),
         ("granite 4", {"num_local_experts": 2}, "num_local_experts=2"),
+        ("gpt-oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0 is not served"),
         ("granite 4", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention is not served"),
     ],
 )

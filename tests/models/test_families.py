@@ -54,6 +54,7 @@ KNOWN_AS = {
     "gemma": "Gemma, CodeGemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text: 270M, 1B)",
+    "gpt_oss": "gpt-oss",
     "granite": "Granite 3, dense",
     "granitemoe": "Granite 3 MoE",
     "granitemoehybrid": "Granite 4, dense with attention in all layers (350M, 1B, Micro)",
@@ -95,6 +96,10 @@ Ropes: default, linear, dynamic, llama3, yarn and longrope. Dynamic scaling begi
 to which a model is served: there is none. Longrope turns by the long factors wherever the context that is served
 (`--max-model-len`, by default the model's) is longer than the one it was trained on, else by the short ones;
 transformers chooses for each text anew.
+
+Weights are float32, bfloat16 or float16 in safetensors. Experts of gpt-oss may be packed in MXFP4: they are unpacked,
+exactly, when they are loaded, and take the memory of the dtype that is served (gpt-oss-20b: 42 GB in bfloat16). Its
+answers come in the channels of its chat format (harmony), as it writes them: nothing takes them apart.
 """
 
 
@@ -161,7 +166,11 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
         }
     )
     modules += sorted(
-        {"experts" + name.partition(".experts")[2] for name, _ in base.named_parameters() if ".experts." in name}
+        {
+            "experts" + name.partition(".experts")[2]
+            for name, parameter in base.named_parameters()
+            if ".experts." in name and parameter.dim() == 3
+        }
     )
     return Outcome(shape, tuple(modules), max(errors), refused, sorted(alike))
 

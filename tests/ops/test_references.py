@@ -616,13 +616,14 @@ def _choose(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     rows, _, _ = routed(MIXES["some none"])
     owed = owing(torch.randn(7, 1, 32), torch.randn(10, 8, 5).to(dtype), torch.randn(len(RANKS), 2, 5), rows)
     y = torch.randn(7, 5).to(dtype)
-    return [(y, owed, [1, 2, 0, 5], 2, True, 2), (y, [], [], 3, False, 16)]
+    bias = torch.randn(5).to(dtype)
+    return [(y, bias, owed, [1, 2, 0, 5], 2, True, 2), (y, None, [], [], 3, False, 16)]
 
 
 def _chosen(dtype: torch.dtype, slices: int, inputs: int, outputs: int) -> tuple[list[Tensor], list[list[Tensor]]]:
     """[weights, experts, rows, tiles] of seven tokens through two of five experts each; adapters there and not."""
     rows, _, _ = routed(MIXES["some none"])
-    chosen = [*choose_experts(torch.randn(7, 5), [], [], 2, True, 2)]
+    chosen = [*choose_experts(torch.randn(7, 5), None, [], [], 2, True, 2)]
     a, b = torch.randn(10, 5, slices, 8, inputs).to(dtype), torch.randn(10, 5, 8, outputs).to(dtype)
     owners = torch.arange(7, dtype=torch.int32) % len(rows[1])
     return chosen, [[a, b, rows[2], rows[3], owners], []]
@@ -631,13 +632,18 @@ def _chosen(dtype: torch.dtype, slices: int, inputs: int, outputs: int) -> tuple
 def _gated_experts(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     x, weight = torch.randn(7, 6).to(dtype), torch.randn(5, 8, 6).to(dtype)
     (_, *chosen), adapters = _chosen(dtype, 2, 6, 8)
-    return [(x, weight, chosen, own, [2, 1] if own else [2]) for own in adapters]
+    bias = torch.randn(5, 8).to(dtype)
+    plain, biased = [(x, weight, term, chosen) for term in (None, bias)]
+    return [(*plain, adapters[0], [2, 1]), (*biased, adapters[1], [2], 1.7, 0.5), (*biased, adapters[0], [2, 1])]
 
 
 def _summed_experts(dtype: torch.dtype) -> list[tuple[Any, ...]]:
     inner, weight = torch.randn(14, 4).to(dtype), torch.randn(5, 6, 4).to(dtype)
     (weights, *chosen), adapters = _chosen(dtype, 1, 4, 6)
-    return [(inner, weight, weights, chosen, own, [2, 1] if own else [2]) for own in adapters]
+    bias = torch.randn(5, 6).to(dtype)
+    return [
+        (inner, weight, term, weights, chosen, own, [2, 1] if own else [2]) for own in adapters for term in (None, bias)
+    ]
 
 
 def _rope_store(dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -657,7 +663,9 @@ def _rope_store(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 
 def _attention(dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    return [(*paged(*CASES["a mixed step"], dtype), 0.3, *rest) for rest in ([0], [3], [3, 1.5])]
+    return [
+        (*paged(*CASES["a mixed step"], dtype), 0.3, *rest) for rest in ([0], [3], [3, 1.5], [3, 0.0, torch.randn(4)])
+    ]
 
 
 def _greedy(dtype: torch.dtype) -> list[tuple[Any, ...]]:

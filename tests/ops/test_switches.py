@@ -136,6 +136,30 @@ def test_capped_scores_never_pass_the_cap(dtype: torch.dtype, window: int, cap: 
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_a_sink_is_a_key_that_has_no_value(dtype: torch.dtype, window: int, cap: float) -> None:
+    case = paged([1, 17, 256, 3, 300, 20], [1, 1, 2, 3, 1, 20], HEADS, GROUPS, dtype)
+    sinks = torch.tensor([-2.0, 0.0, 1.0, 2.5, 50.0, -50.0])
+    out = attention_op(*case, 0.4, window, cap, sinks)
+    assert_rounded_once(out, attention(*wide(*case), 0.4, window, cap, sinks))
+    q, k_cache, v_cache, tables, lengths, starts = case
+    for b in (0, 4, 5):  # one key; over two parts of keys; a whole prompt
+        token, length = int(starts[b + 1]) - 1, int(lengths[b])
+        pages = tables[b, : -(-length // 16)]
+        k, v = (cache[pages].flatten(0, 1)[:length].double() for cache in (k_cache, v_cache))
+        for head in range(HEADS):
+            scores = k[:, head // 3] @ q[token, head].double() * 0.4
+            scores = cap * (scores / cap).tanh() if cap else scores
+            if window:
+                scores[:-window] = -torch.inf
+            weights = torch.cat((scores, sinks[head, None].double())).softmax(0)[:-1]
+            exact = weights @ v[:, head // 3]
+            near = 1e-5 if dtype is torch.float32 else 2e-2
+            torch.testing.assert_close(out[token].view(HEADS, -1)[head].double(), exact, rtol=0, atol=near)
+
+
 def test_scores_far_beyond_the_cap_are_the_cap() -> None:
     q, k, v, *rest = paged([40], [1], 4, 2, torch.float32)
     out = attention_op(q * 1e6, k, v, *rest, 0.4, 0, 1.0)

@@ -1,8 +1,8 @@
 """Low-rank factors of all experts of a layer at once: PEFT's `target_parameters` over a parameter [E, N, K].
 
 PEFT (`ParamWrapper`) keeps A as [r * E, K], expert after expert, and B as [N, r * E], rank after rank with all experts
-in each. Whichever parameter of the module was declared last is the outermost wrapper: its factors have the module's
-own name, those of the one before it stand under `base_layer`.
+in each, also of a parameter that is [E, K, N] (gpt-oss). Whichever parameter of the module was declared last is the
+outermost wrapper: its factors have the module's own name, those of the one before it stand under `base_layer`.
 """
 
 import hashlib
@@ -91,7 +91,9 @@ def fill_fused(
         kind, first, count = module.target[:3]
         own = slice(first, first + count)
         a = _values(file, module.a, 1.0, layout, contents).reshape(count, 1, module.rank, -1)
-        b = _values(file, module.b, module.ratio, layout, contents).reshape(-1, module.rank, count).transpose(2, 1, 0)
+        b = _values(file, module.b, module.ratio, layout, contents)
+        b = b.reshape(-1, module.target.in_turn, module.rank, count).transpose(3, 2, 1, 0)
+        b = b.reshape(count, module.rank, -1)
         for number, (a_page, b_page) in enumerate(zip(a_pages[kind], b_pages[kind])):
             part = slice(number * RANKS_PER_PAGE, (number + 1) * RANKS_PER_PAGE)
             ranks = max(0, min(RANKS_PER_PAGE, module.rank - part.start))

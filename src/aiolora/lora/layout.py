@@ -84,6 +84,7 @@ class Fused(NamedTuple):
     inputs: int  # K
     outputs: int  # N
     taken: bool  # whether it may be changed
+    in_turn: int = 1  # so many slices lie in it column by column in turn (gate and up of gpt-oss)
 
 
 class Weight(NamedTuple):
@@ -228,7 +229,7 @@ def _experts(
             index, expert, low, high = parts[part]
             targets[part] = Target(number, first + expert, index, linear.weight[expert, low:high])
         whole = taken(linear.fused) or len(some) == len(parts)
-        own = Fused(number, first, count, inputs, bounds[-1], whole)
+        own = Fused(number, first, count, inputs, bounds[-1], whole, len(slices) if linear.turned else 1)
         fused.setdefault(linear.path, {})[linear.fused] = own
     return fused
 

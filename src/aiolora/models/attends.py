@@ -63,7 +63,7 @@ class Attends(Holds):
     @property
     def plain(self) -> bool:
         """Whether it takes what the kernels do not do."""
-        return self.sinks is not None or self.shape.chunk > 0
+        return self.shape.chunk > 0
 
 
 @dataclass(slots=True)
@@ -117,11 +117,12 @@ class Seat:
             y, None, [], [], None, None, 0.0, self.unrotated, still, step.slots, k_cache, v_cache, how.heads
         )
         where = step.block_tables, step.kv_lengths, step.query_starts
+        sinks = None if how.sinks is None else getattr(module, how.sinks)
         if how.plain:
-            sinks = None if how.sinks is None else getattr(module, how.sinks)
             seen = plain_attention(q, k_cache, v_cache, *where, how.shape, sinks)
         else:
-            seen = attention_op(q, k_cache, v_cache, *where, how.shape.scale, how.shape.window, how.shape.softcap)
+            scale, window, _, cap = how.shape
+            seen = attention_op(q, k_cache, v_cache, *where, scale, window, cap, sinks)
         return seen.view(1, -1, how.heads, how.width)[..., : how.value_dim]
 
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from aiolora.models.head import amended, known
 from aiolora.models.inputs import HeadInputs, LayerKV, StepInputs
-from aiolora.models.layers import Embedding, LayerNorm, Linear, Mlp, Norm, added
+from aiolora.models.layers import Embedding, LayerNorm, Linear, Mlp, Norm, Sinks, added
 from aiolora.models.moe import ExpertLinear, MoE, MoEConfig
 from aiolora.ops.activation import gated, gelu, gelu_gated
 from aiolora.ops.attention import attention_op, stored
 from aiolora.ops.blocks import OwnNorms
 from aiolora.ops.linear import Partial
 
-CHECKPOINTED = (Linear, ExpertLinear, Embedding, Norm, LayerNorm)  # modules that own tensors of a checkpoint
+CHECKPOINTED = (Linear, ExpertLinear, Embedding, Norm, LayerNorm, Sinks)  # modules that own tensors of a checkpoint
 ACTIVATIONS = {"silu gated": gated, "gelu gated": gelu_gated, "gelu": gelu}
 
 
@@ -65,6 +65,7 @@ class DecoderConfig:
     qk_norm: str = ""  # RMSNorm of q and k before the rotation, of each "head" (Qwen3) or of "all" at once (OLMo 2)
     attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
     attention_cap: float = 0.0  # scores are cap * tanh(score / cap) (Gemma 2); 0: as they are
+    sinks: bool = False  # each head has a score that takes weight to nowhere (gpt-oss)
     activation: str = "silu gated"  # one of ACTIVATIONS
     norms: LayerNorms = INPUTS_NORMED
     norm_offset: float = 0.0  # added to every norm's weight (Gemma)
@@ -107,6 +108,7 @@ class Layer(nn.Module):
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.cap = config.attention_cap
         self.window = config.windows[index]
+        self.sinks = Sinks(f"{name}.self_attn.sinks", config.num_heads, device=device) if config.sinks else None
         self.rope = list(dict.fromkeys(config.ropes)).index(config.ropes[index])
         self.norm_eps = config.norm_eps
         self.norm_offset = offset
@@ -151,7 +153,8 @@ class Layer(nn.Module):
             self.norm_offset,
         )
         where = step.block_tables, step.kv_lengths, step.query_starts
-        seen = attention_op(q, kv.k, kv.v, *where, self.scale, self.window, self.cap)
+        sinks = None if self.sinks is None else self.sinks.weight
+        seen = attention_op(q, kv.k, kv.v, *where, self.scale, self.window, self.cap, sinks)
         attended = self.o(seen, step.routing)
         x, residual = joined(attended, residual, self.attention_norm, self.post_norm, step.own_norms)
         return joined(self.mlp(x, step.routing), residual, self.mlp_norm, next_norm, step.own_norms)

@@ -10,6 +10,7 @@ from aiolora.errors import UnsupportedModelError
 from aiolora.models.decoder import DecoderConfig, LayerNorms, Rope
 from aiolora.models.moe import MoEConfig
 from aiolora.models.multimodal import MULTIMODAL, PREFIX
+from aiolora.ops.experts import Gate
 
 Switches = Callable[[Any], dict[str, object]]
 
@@ -186,6 +187,16 @@ def _granitemoe(hf: Any) -> dict[str, object]:
     )
 
 
+def _gpt_oss(hf: Any) -> dict[str, object]:
+    limit: float = hf.swiglu_limit
+    if limit <= 0:
+        raise UnsupportedModelError(f"swiglu_limit={limit} is not served, only limits above zero")
+    moe = _experts(hf, hf.num_local_experts, inner=hf.intermediate_size, normalised=True)
+    gate = Gate(getattr(hf, "swiglu_alpha", 1.702), limit)
+    moe = replace(moe, gate="router", bias=True, activation=gate, turned=True)
+    return _biases(hf) | {"sinks": True, "windows": _typed_windows(hf), "moe": moe}
+
+
 def _experts(hf: Any, count: int, *, inner: int, normalised: bool) -> MoEConfig:
     """In every layer."""
     layers = frozenset(range(hf.num_hidden_layers))
@@ -203,6 +214,7 @@ FAMILIES: dict[str, Switches] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "gpt_oss": _gpt_oss,
     "granite": _granite,
     "granitemoe": _granitemoe,
     "granitemoehybrid": _granite_hybrid,

@@ -168,6 +168,18 @@ class LayerNorm(nn.Module):
         yield f"{self.name}.bias", self.bias
 
 
+class Sinks(nn.Module):
+    """The score of a key without value that every query of a head sees (`ops.attention`): `weight` [H] float32."""
+
+    def __init__(self, name: str, heads: int, *, device: str) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = _parameter((heads,), torch.float32, device)
+
+    def checkpoint(self) -> Iterator[tuple[str, Tensor]]:
+        yield self.name, self.weight
+
+
 def added(partial: Partial, residual: Tensor, inner: Norm | None) -> Tensor:
     """`residual` [T, H] and what `partial` comes to, that under the norm `inner`."""
     value = completed(partial)

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from aiolora.models.layers import Linear
+from aiolora.models.mxfp4 import BLOCKS
 from aiolora.ops.activation import gated
-from aiolora.ops.experts import ExpertSite, choose, gated_by, summed_by
+from aiolora.ops.experts import SILU, ExpertSite, Gate, choose, gated_by, summed_by
 from aiolora.ops.linear import Partial, Routing, completed
 
 
@@ -24,23 +26,53 @@ class MoEConfig:
     shared: int = 0  # inner size of the expert that all tokens go through, behind a gate of its own; 0: there is none
     path: str = "mlp"  # of the block in a layer
     gate: str = "gate"
+    bias: bool = False  # of the gate and of every expert
+    activation: Gate = SILU
+    turned: bool = False  # fused in a checkpoint they are [E, K, N], gate and up column by column in turn (gpt-oss)
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint that holds all experts of a layer."""
+
+    shape: tuple[int, ...]
+    view: Tensor  # of the parameter that it fills, of as many elements in the same order
+    parts: list[str]  # names of the tensors that other checkpoints have in its place
 
 
 class ExpertLinear(nn.Module):
     """A projection of every expert of a layer, or several of the same input fused along the out-features."""
 
     def __init__(
-        self, path: str, fused: str, experts: int, inputs: int, parts: dict[str, int], dtype: torch.dtype, device: str
+        self,
+        path: str,
+        fused: str,
+        experts: int,
+        inputs: int,
+        parts: dict[str, int],
+        *,
+        bias: bool,
+        turned: bool,
+        dtype: torch.dtype,
+        device: str,
     ) -> None:
-        """`path`: of the experts. In a checkpoint all of them are `fused`, or each has `parts` (-> out-features)."""
+        """`path`: of the experts. In a checkpoint all of them are `fused`, or each has `parts` (-> out-features).
+
+        `turned`: as in `MoEConfig`.
+        """
         super().__init__()
         self.path = path
         self.fused = f"{path}.{fused}"
         self.experts = experts
         self.inputs = inputs
         self.parts = {f"{path}.{part}": outputs for part, outputs in parts.items()}
-        shape = (experts, sum(parts.values()), inputs)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        self.turned = turned
+        outputs = sum(parts.values())
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight = parameter(experts, outputs, inputs)
+        self.bias = parameter(experts, outputs) if bias else None
         self.site: ExpertSite | None = None
 
     def slices(self) -> Iterator[tuple[str, int, int]]:
@@ -58,6 +90,23 @@ class ExpertLinear(nn.Module):
         for part, low, high in self.slices():
             for expert in range(self.experts):
                 yield f"{self.of(part, expert)}.weight", self.weight[expert, low:high]
+                if self.bias is not None:
+                    yield f"{self.of(part, expert)}.bias", self.bias[expert, low:high]
+
+    def stored(self) -> Iterator[tuple[str, Stored]]:
+        """(name in a checkpoint, what it holds) of the fused tensors, once they are unpacked (`mxfp4`)."""
+        names = [name for name, _ in self.checkpoint()]
+        for name, weight in ((self.fused, self.weight), (f"{self.fused}_bias", self.bias)):
+            if weight is None:
+                continue
+            parts = [part for part in names if part.endswith(".bias") == (weight is self.bias)]
+            shape, view = tuple(weight.shape), weight.data
+            if self.turned:
+                in_turn = weight.data.view(shape[0], len(self.parts), -1, *shape[2:]).transpose(1, 2)
+                if weight is self.weight:
+                    yield f"{name}{BLOCKS}", Stored(shape, in_turn, parts)
+                shape, view = (shape[0], *shape[:0:-1]), in_turn.movedim((1, 2), (-2, -1))
+            yield name, Stored(shape, view, parts)
 
 
 class MoE(nn.Module):
@@ -68,14 +117,24 @@ class MoE(nn.Module):
         path, inner, shared = f"{layer}.{config.path}", config.inner, config.shared
         self.config = config
 
-        def linear(inputs: int, **parts: int) -> Linear:
+        def linear(inputs: int, *, bias: bool = False, **parts: int) -> Linear:
             named = {f"{path}.{name.replace('__', '.')}": outputs for name, outputs in parts.items()}
-            return Linear(inputs, named, bias=False, dtype=dtype, device=device)
+            return Linear(inputs, named, bias=bias, dtype=dtype, device=device)
 
         def expert_linear(fused: str, inputs: int, **parts: int) -> ExpertLinear:
-            return ExpertLinear(f"{path}.experts", fused, config.experts, inputs, parts, dtype, device)
+            return ExpertLinear(
+                f"{path}.experts",
+                fused,
+                config.experts,
+                inputs,
+                parts,
+                bias=config.bias,
+                turned=config.turned,
+                dtype=dtype,
+                device=device,
+            )
 
-        self.gate = linear(hidden, **{config.gate: config.experts})
+        self.gate = linear(hidden, bias=config.bias, **{config.gate: config.experts})
         self.gate_up = expert_linear("gate_up_proj", hidden, gate_proj=inner, up_proj=inner)
         self.down = expert_linear("down_proj", inner, down_proj=hidden)
         self.shared_gate: Linear | None = None
@@ -87,8 +146,9 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, routing: Routing | None) -> Partial:
         """`x` [T, H] -> [T, H]."""
         chosen = choose(self.gate(x, routing), self.config.top_k, self.config.normalised)
-        inner = gated_by(x, self.gate_up.weight, chosen, self.gate_up.site, routing)
-        y = summed_by(inner, self.down.weight, chosen, self.down.site, routing)
+        up, down = self.gate_up, self.down
+        inner = gated_by(x, up.weight, up.bias, chosen, up.site, routing, self.config.activation)
+        y = summed_by(inner, down.weight, down.bias, chosen, down.site, routing)
         if self.shared_gate is not None:
             shared = completed(self.shared_down(gated(self.shared_gate_up(x, routing)), routing))
             y = y + completed(self.shared_gate(x, routing)).sigmoid() * shared

@@ -13,6 +13,8 @@ from aiolora.errors import ModelNotFoundError, WeightsError
 from aiolora.hub import fetch
 from aiolora.models.decoder import Decoder
 from aiolora.models.embedded import EMBEDDED, pull
+from aiolora.models.moe import Stored
+from aiolora.models.mxfp4 import unpacked
 from aiolora.types import Report, unreported
 
 _DERIVED = ("rotary_emb.inv_freq", ".position_ids")  # tensors that old checkpoints hold for no need
@@ -51,20 +53,20 @@ def load_weights(
     Raises `WeightsError` naming tensors that the model does not know, that it misses, or whose shape differs.
     """
     wanted = dict(model.checkpoint()) | dict(more)
-    parts = {linear.fused: [name for name, _ in linear.checkpoint()] for _, linear in model.experts()}
-    targets = wanted | {linear.fused: linear.weight for _, linear in model.experts()}
+    targets = {name: Stored(tensor.shape, tensor, [name]) for name, tensor in wanted.items()}
+    targets |= {name: stored for _, linear in model.experts() for name, stored in linear.stored()}
     spelled = {other: name for name in targets for other in model.spellings(name)}
     tied = {"lm_head.weight"} if model.config.tied_head else set()
     unknown: list[str] = []
     seen: set[str] = set()
-    for written, tensor in _tensors(folder):
+    for written, tensor in unpacked(_tensors(folder), model.embed.weight.device):
         name = current_name(spelled.get(written, written))
         if name in targets:
             target = targets[name]
             if tensor.shape != target.shape:
                 raise WeightsError(f"{name}: shape {list(tensor.shape)}, the config says {list(target.shape)}")
-            target.copy_(tensor)
-            seen.update(parts.get(name, (name,)))
+            target.view.copy_(tensor.view(target.view.shape))
+            seen.update(target.parts)
             report("weights", len(seen), len(wanted))
         elif name not in tied and not name.endswith(_DERIVED):
             unknown.append(name)

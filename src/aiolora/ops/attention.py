@@ -62,15 +62,17 @@ def attention(
     scale: float,
     window: int,
     cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [T, H, D] over each sequence's own pages: [T, H * D].
 
     Sequence b has queries `query_starts[b] : query_starts[b + 1]`, the last of its `kv_lengths[b]` tokens, whose keys
     lie in pages `block_tables[b]` [B, max pages]. `window` > 0: a token sees itself and the window - 1 before it.
-    `cap` > 0: a score is cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118).
+    `cap` > 0: a score is cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118). `sinks` [H]: each query of a head sees a
+    key of this score, too, whose value is zero (gpt-oss, arXiv 2508.10925).
     """
     out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
-    _attend(out, q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, cap)
+    _attend(out, q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, cap, sinks)
     return out
 
 
@@ -85,6 +87,7 @@ def _attend(
     scale: float,
     window: int,
     cap: float,
+    sinks: Tensor | None,
     over: int = 0,
 ) -> None:
     """Write the rows of `out` whose sequence has more than `over` queries."""
@@ -103,11 +106,16 @@ def _attend(
         if window > 0:
             mask &= key > query - window
         mine = q[low:high].transpose(0, 1)
-        if cap > 0:
+        if cap > 0 or sinks is not None:
             wide, shared = torch.promote_types(q.dtype, torch.float32), len(mine) // len(k)
             k, v = k.to(wide).repeat_interleave(shared, 0), v.to(wide).repeat_interleave(shared, 0)
-            scores = cap * torch.tanh(mine.to(wide) @ k.mT * (scale / cap))
-            seen = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+            scores = mine.to(wide) @ k.mT * scale
+            if cap > 0:
+                scores = cap * torch.tanh(scores / cap)
+            scores = scores.masked_fill(~mask, -torch.inf)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks.to(wide).view(-1, 1, 1).expand(-1, high - low, 1)), -1)
+            seen = scores.softmax(-1)[..., :length] @ v
         else:
             one = mine.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), mask
             seen = F.scaled_dot_product_attention(*one, scale=scale, enable_gqa=True).squeeze(0)
@@ -149,14 +157,16 @@ def _attention_cpu(
     scale: float,
     window: int,
     cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    served = native.attention(q, (k_cache, v_cache), block_tables, kv_lengths, query_starts, scale, window, cap)
+    caches, where = (k_cache, v_cache), (block_tables, kv_lengths, query_starts)
+    served = native.attention(q, caches, *where, scale, window, cap, sinks)
     if served is None:
-        return attention(q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, cap)
+        return attention(q, *caches, *where, scale, window, cap, sinks)
     out, left = served
     if left:
         over = native.MAX_QUERIES
-        _attend(out, q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, cap, over)
+        _attend(out, q, *caches, *where, scale, window, cap, sinks, over)
     return out
 
 
@@ -195,6 +205,7 @@ def _attention_fake(
     scale: float,
     window: int,
     cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
 

@@ -1,7 +1,7 @@
 """Routed experts: each token goes through a few of many gated MLPs (Mixtral, arXiv 2401.04088), adapters included.
 
     row r = t * k + j: token t on its way through the j-th of the k experts that its gate chose
-    inner[r] = silu(gate(x[t])) * up(x[t])        by the weights of the row's expert
+    inner[r] = silu(gate(x[t])) * up(x[t])        by the weights of the row's expert, or another `Gate`
     y[t] = sum over j of weights[t, j] * down(inner[t * k + j])
 
 Each projection has what adapters add to it as in `ops.linear`, with pages that hold every expert's ranks: row r reads
@@ -29,6 +29,20 @@ class ExpertSite(NamedTuple):
     kind: int  # index into the second axis of Routing.pages
     a: Tensor  # [P, E, S, 8, K]
     b: Tensor  # [P, E, 8, N]
+
+
+class Gate(NamedTuple):
+    """How an expert's gate opens.
+
+    With a `limit` (gpt-oss, arXiv 2508.10925) gate is at most that and up between it and its negative:
+    gate * sigmoid(alpha * gate) * (up + 1). Without (0): silu(gate) * up.
+    """
+
+    alpha: float = 1.0
+    limit: float = 0.0
+
+
+SILU = Gate()
 
 
 class Chosen(NamedTuple):
@@ -60,21 +74,34 @@ def choose(gate: Partial, top_k: int, normalised: bool) -> Chosen:
 
     `normalised`: weights of those chosen sum to one.
     """
-    y, _, owed, where = gate.flat
+    y = gate.y
     tile = rows_of_tile(y.shape[0], top_k, y.shape[1], y.device.type)
-    return Chosen(*choose_experts_op(y, owed, where, top_k, normalised, tile), tile)
+    return Chosen(*choose_experts_op(*gate.flat, top_k, normalised, tile), tile)
 
 
-def gated_by(x: Tensor, weight: Tensor, chosen: Chosen, site: ExpertSite | None, routing: Routing | None) -> Tensor:
+def gated_by(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chosen: Chosen,
+    site: ExpertSite | None,
+    routing: Routing | None,
+    gate: Gate,
+) -> Tensor:
     """`gated_experts` with the adapters of `routing`."""
-    return gated_experts_op(x, weight, [*chosen[1:4]], *_adapters(chosen, site, routing))
+    return gated_experts_op(x, weight, bias, [*chosen[1:4]], *_adapters(chosen, site, routing), *gate)
 
 
 def summed_by(
-    inner: Tensor, weight: Tensor, chosen: Chosen, site: ExpertSite | None, routing: Routing | None
+    inner: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chosen: Chosen,
+    site: ExpertSite | None,
+    routing: Routing | None,
 ) -> Tensor:
     """`summed_experts` with the adapters of `routing`."""
-    return summed_experts_op(inner, weight, chosen.weights, [*chosen[1:4]], *_adapters(chosen, site, routing))
+    return summed_experts_op(inner, weight, bias, chosen.weights, [*chosen[1:4]], *_adapters(chosen, site, routing))
 
 
 def _adapters(chosen: Chosen, site: ExpertSite | None, routing: Routing | None) -> tuple[list[Tensor], list[int]]:
@@ -85,10 +112,10 @@ def _adapters(chosen: Chosen, site: ExpertSite | None, routing: Routing | None) 
 
 
 def choose_experts(
-    y: Tensor, owed: list[Tensor], where: list[int], top_k: int, normalised: bool, tile: int
+    y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int], top_k: int, normalised: bool, tile: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The first four fields of `Chosen`: softmax in float32 over all of a Partial's value [T, E], then the largest."""
-    logits = paid(y, None, owed, where).to(y.dtype)
+    logits = paid(y, bias, owed, where).to(y.dtype)
     tokens, count = logits.shape
     weights, experts = logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
     if normalised:
@@ -103,32 +130,57 @@ def choose_experts(
     return weights, experts.int(), rows.int(), tiles
 
 
-def gated_experts(x: Tensor, weight: Tensor, chosen: list[Tensor], adapters: list[Tensor], where: list[int]) -> Tensor:
-    """silu(gate) * up of `x` [T, K] for each of its rows, `weight` [E, 2 I, K] = (gate, up): [R, I].
+def gated_experts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chosen: list[Tensor],
+    adapters: list[Tensor],
+    where: list[int],
+    alpha: float = 1.0,
+    limit: float = 0.0,
+) -> Tensor:
+    """`Gate(alpha, limit)` of `x` [T, K] for each of its rows, `weight` [E, 2 I, K] = (gate, up): [R, I].
 
-    `chosen` is [experts, rows, tiles] of `Chosen`; `adapters` and `where` as `_adapters` makes them.
+    `bias` [E, 2 I]; `chosen` is [experts, rows, tiles] of `Chosen`; `adapters` and `where` as `_adapters` makes them.
     """
-    y = _projected(x, weight, chosen, adapters, where, from_tokens=True)
+    y = _projected(x, weight, bias, chosen, adapters, where, from_tokens=True)
     gate, up = y.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    if limit <= 0:
+        return F.silu(gate) * up
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
 def summed_experts(
-    inner: Tensor, weight: Tensor, weights: Tensor, chosen: list[Tensor], adapters: list[Tensor], where: list[int]
+    inner: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    chosen: list[Tensor],
+    adapters: list[Tensor],
+    where: list[int],
 ) -> Tensor:
     """`inner` [R, K] by `weight` [E, N, K] and, times `weights` [T, k], summed over each token's rows: [T, N].
 
-    The rest as for `gated_experts`.
+    `bias` [E, N]; the rest as for `gated_experts`.
     """
-    y = _projected(inner, weight, chosen, adapters, where, from_tokens=False)
+    y = _projected(inner, weight, bias, chosen, adapters, where, from_tokens=False)
     parts = y.view(*weights.shape, -1) * weights.unsqueeze(-1)
     return parts.sum(1).to(inner.dtype)
 
 
 def _projected(
-    x: Tensor, weight: Tensor, chosen: list[Tensor], adapters: list[Tensor], where: list[int], *, from_tokens: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chosen: list[Tensor],
+    adapters: list[Tensor],
+    where: list[int],
+    *,
+    from_tokens: bool,
 ) -> Tensor:
-    """[R, N] in x's dtype, adapters summed in float32."""
+    """[R, N] in x's dtype, adapters and bias summed in float32."""
     experts, rows, tiles = chosen
     top_k = experts.shape[1]
     y = x.new_empty((len(rows), weight.shape[1]))
@@ -142,8 +194,10 @@ def _projected(
         if adapters:
             a, b, pages, scales, owners = adapters
             held, by = pages[owners[tokens], where[1]], scales[owners[tokens], where[1]]
-            out = _amended(out.float(), own, expert, a, b, held, by).to(x.dtype)
-        y[some] = out
+            out = _amended(out.float(), own, expert, a, b, held, by)
+        if bias is not None:
+            out = out.float() + bias[expert].float()
+        y[some] = out.to(x.dtype)
     return y
 
 
@@ -166,7 +220,7 @@ def _amended(out: Tensor, x: Tensor, expert: int, a: Tensor, b: Tensor, pages: T
 
 
 def _choose_fake(
-    y: Tensor, owed: list[Tensor], where: list[int], top_k: int, normalised: bool, tile: int
+    y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int], top_k: int, normalised: bool, tile: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = y.shape
 
@@ -177,15 +231,40 @@ def _choose_fake(
     return y.new_empty((tokens, top_k), dtype=torch.float32), ints(tokens, top_k), ints(tokens * top_k), tiles
 
 
+def _gated_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chosen: list[Tensor],
+    adapters: list[Tensor],
+    where: list[int],
+    alpha: float = 1.0,
+    limit: float = 0.0,
+) -> Tensor:
+    return x.new_empty((chosen[1].shape[0], weight.shape[1] // 2))
+
+
+def _summed_fake(
+    inner: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    chosen: list[Tensor],
+    adapters: list[Tensor],
+    where: list[int],
+) -> Tensor:
+    return inner.new_empty((weights.shape[0], weight.shape[1]))
+
+
 _KERNELS = "aiolora.ops.kernels.experts"
 choose_experts_op = define(choose_experts, fake=_choose_fake, cuda=_KERNELS)
 gated_experts_op = define(
     gated_experts,
-    fake=lambda x, weight, chosen, adapters, where: x.new_empty((chosen[1].shape[0], weight.shape[1] // 2)),
+    fake=_gated_fake,
     cuda=_KERNELS,
 )
 summed_experts_op = define(
     summed_experts,
-    fake=lambda inner, weight, weights, chosen, adapters, where: inner.new_empty((weights.shape[0], weight.shape[1])),
+    fake=_summed_fake,
     cuda=_KERNELS,
 )

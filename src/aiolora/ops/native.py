@@ -21,7 +21,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SHORT = {n: struct.Struct(f"{n}q").pack for n in range(64)}  # the `_args` of csrc/: all fields have 8 bytes
 _NORM = struct.Struct("10q2d").pack
 _ROPE = struct.Struct("17q2d").pack
-_ATTENTION = struct.Struct("16q2d").pack
+_ATTENTION = struct.Struct("17q2d").pack
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
@@ -153,6 +153,7 @@ def attention(
     scale: float,
     window: int,
     cap: float,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, int] | None:
     """See `attention.attention`: the result and how many sequences, those with over MAX_QUERIES, it leaves undone."""
     loaded, kind = library(), _TYPES.get(q.dtype)
@@ -166,13 +167,14 @@ def attention(
     ):
         return None
     block_tables, kv_lengths, query_starts = _int32(block_tables), _int32(kv_lengths), _int32(query_starts)
+    sinks = None if sinks is None else sinks.float().contiguous()
     out = q.new_empty((tokens, num_heads * head_dim))
     sequences, max_pages = block_tables.shape
     _, page_size, num_kv_heads, _ = k_cache.shape
     sizes = sequences, num_heads, num_kv_heads, head_dim, page_size, max_pages, window
     starts = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
     where = block_tables.data_ptr(), kv_lengths.data_ptr(), query_starts.data_ptr()
-    ends = out.data_ptr(), scale, cap
+    ends = out.data_ptr(), 0 if sinks is None else sinks.data_ptr(), scale, cap
     left = loaded.attention(_ATTENTION(torch.get_num_threads(), kind, *sizes, *starts, *where, *ends))
     return None if left < 0 else (out, left)
 

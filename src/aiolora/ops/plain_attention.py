@@ -1,4 +1,4 @@
-"""Paged attention in plain PyTorch, for what `attention` has no kernels for: soft-caps, sinks, chunks.
+"""Paged attention in plain PyTorch, for what `attention` has no kernels for: chunks, also with soft-caps and sinks.
 
     score = scale * q @ k;  score = cap * tanh(score / cap)  (Gemma 2, arXiv 2408.00118)
     weights = softmax([score, sink]) without the last         (a sink is a logit a head that takes weight to nowhere)

@@ -17,6 +17,7 @@ typedef struct {
     const char *q, *k_cache, *v_cache; /* [T, H, D], [P, page_size, G, D] */
     const int32_t *tables, *lengths, *starts; /* [B, max_pages], [B], [B + 1] */
     char *out;                                /* [T, H, D] */
+    const float *sinks; /* [H]: the score of a key that has no value, or NULL */
     double scale, cap; /* cap > 0: scores are cap * tanh(score / cap) */
 } attention_args;
 
@@ -136,10 +137,12 @@ INLINE void merge(const attention_args *c, int type, const sequence *s, i64 b, i
     i64 shared = c->H / c->G, group = row / (s->queries * shared), i = row % (s->queries * shared);
     i64 query = c->starts[b] + i / shared, head = group * shared + i % shared, ld = s->queries * c->H * (c->D + 2);
     const float *part = s->partial + row * (c->D + 2);
-    float top = -INFINITY, total = 0;
+    float top = c->sinks ? c->sinks[head] : -INFINITY, total = 0;
     vec zero = {0};
     for (i64 p = 0; p < s->parts; p++)
         top = MAX(top, part[p * ld + c->D]);
+    if (c->sinks)
+        total = exponential(zero + c->sinks[head] - top)[0];
     for (i64 p = 0; p < s->parts; p++)
         total += part[p * ld + c->D + 1] * exponential(zero + part[p * ld + c->D] - top)[0];
     for (i64 d = 0; d < c->D; d += LANES) {

@@ -24,6 +24,8 @@ MAX_SPLITS = 16
 MIN_SPLIT = 64
 """Keys below which another program costs more than it brings."""
 
+LOG2_E = tl.constexpr(math.log2(math.e))
+
 SEARCH = 256
 """Sequences looked at in one go for the owner of a tile."""
 
@@ -38,6 +40,7 @@ def attention(
     scale: float,
     window: int,
     cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As the reference; every sequence has at least one query, `scale` is positive.
 
@@ -50,7 +53,7 @@ def attention(
         raise ValueError(f"caches of one layout are needed, not strides {k_cache.stride()} and {v_cache.stride()}")
     if not q.stride(2) == k_cache.stride(3) == block_tables.stride(1) == 1:
         raise ValueError("heads and block tables must be contiguous")
-    if num_tokens > num_sequences:
+    if num_tokens > num_sequences and sinks is None:
         theirs = flash.prefill(q, k_cache, v_cache, block_tables, kv_lengths, query_starts, scale, window, cap)
         if theirs is not None:
             return theirs
@@ -59,7 +62,7 @@ def attention(
         return out
     group = num_heads // num_kv_heads
     strides = (*q.stride()[:2], *k_cache.stride()[:3], block_tables.stride(0))
-    step = (q, k_cache, v_cache, block_tables, kv_lengths, query_starts, out)
+    step = (q, k_cache, v_cache, sinks, block_tables, kv_lengths, query_starts, out)
     shape = {
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -67,7 +70,7 @@ def attention(
         "PAGE": page_size,
         "WINDOWED": window > 0,
     }
-    scale_2 = scale * math.log2(math.e)
+    scale_2 = scale * LOG2_E.value
     splits = _splits(num_sequences * num_kv_heads, q.device)
     scratch = num_sequences * num_heads * splits * (head_dim + 1) if splits > 1 else 0
     parts = out.new_empty((scratch,), dtype=torch.float32)
@@ -127,7 +130,7 @@ def _capped(products, scale, CAP: tl.constexpr):
     """
     if CAP > 0:
         grown = tl.exp2(products * (scale * (2.0 / CAP)))
-        products = (1.0 - 2.0 / (grown + 1.0)) * (1.4426950408889634 * CAP / scale)
+        products = (1.0 - 2.0 / (grown + 1.0)) * (LOG2_E * CAP / scale)
     return products
 
 
@@ -149,8 +152,8 @@ def _softmax_step(acc, top, total, products, v, scale, GUARD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "num_tokens", "stride_table"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, lengths_ptr, starts_ptr, out_ptr, parts_ptr, counters_ptr, scale, window,
-    num_tokens, stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, tables_ptr, lengths_ptr, starts_ptr, out_ptr, parts_ptr, counters_ptr, scale,
+    window, num_tokens, stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr,
     CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAX_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr, PDL: tl.constexpr,
@@ -188,6 +191,10 @@ def decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:  # a key without value, seen once however many share the sequence
+        sink = tl.load(sinks_ptr + g * GROUP + m, mask=(m < GROUP) & (split == 0), other=float("-inf"))
+        top = sink.to(tl.float32) * LOG2_E
+        total = tl.where(split == 0, total + 1.0, total)
     start = (first_block + split * share) * BLOCK_N
     for low in range(start, tl.minimum(start + share * BLOCK_N, length), BLOCK_N):
         n = low + tl.arange(0, BLOCK_N)
@@ -272,8 +279,8 @@ def _tiles(starts_ptr, b, num_sequences, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "num_sequences", "stride_table"])
 def prefill_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, lengths_ptr, starts_ptr, out_ptr, scale, window, num_sequences, stride_qt,
-    stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, tables_ptr, lengths_ptr, starts_ptr, out_ptr, scale, window, num_sequences,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr,
     CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEARCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -313,6 +320,9 @@ def prefill_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
+        if sinks_ptr is not None:
+            top = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+            total += 1.0
 
         # keys [first, end) are seen by some query, [full, causal) by all
         end = tl.minimum(prefix + query + BLOCK_M, length)

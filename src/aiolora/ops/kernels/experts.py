@@ -38,7 +38,16 @@ GATED = {16: Tiling(32, 128, 4, 4), 64: Tiling(64, 64, 3, 4)}  # by rows of a ti
 SUMMED = {16: Tiling(64, 128, 4, 4), 64: Tiling(128, 64, 3, 4)}
 
 
-def gated_experts(x: Tensor, weight: Tensor, chosen: list[Tensor], adapters: list[Tensor], where: list[int]) -> Tensor:
+def gated_experts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chosen: list[Tensor],
+    adapters: list[Tensor],
+    where: list[int],
+    alpha: float = 1.0,
+    limit: float = 0.0,
+) -> Tensor:
     """See `experts.gated_experts`."""
     experts, rows, tiles = chosen
     depth, width, top_k = x.shape[1], weight.shape[1] // 2, experts.shape[1]
@@ -49,16 +58,22 @@ def gated_experts(x: Tensor, weight: Tensor, chosen: list[Tensor], adapters: lis
     cut = GATED[tile]
     launch(
         _gated_kernel, (ceil_div(width, cut.columns), tiles.shape[0]),
-        (x, weight, out, h, rows, tiles, *rest),
+        (x, weight, bias, out, h, rows, tiles, *rest),
         N=width, K=depth, TOPK=top_k, W=most, BM=tile, BN=cut.columns, BK=cut.depth, LORA=bool(adapters),
-        PRECISION=_precision(x, adapters), pdl=chained(x.shape[0], bool(adapters)),
+        ALPHA=alpha, LIMIT=limit, PRECISION=_precision(x, adapters), pdl=chained(x.shape[0], bool(adapters)),
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
 
 
 def summed_experts(
-    inner: Tensor, weight: Tensor, weights: Tensor, chosen: list[Tensor], adapters: list[Tensor], where: list[int]
+    inner: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    chosen: list[Tensor],
+    adapters: list[Tensor],
+    where: list[int],
 ) -> Tensor:
     """See `experts.summed_experts`."""
     experts, rows, tiles = chosen
@@ -70,7 +85,7 @@ def summed_experts(
     cut = SUMMED[tile]
     launch(
         _summed_kernel, (ceil_div(width, cut.columns), tiles.shape[0]),
-        (inner, weight, weights, parts, h, rows, tiles, *rest),
+        (inner, weight, bias, weights, parts, h, rows, tiles, *rest),
         N=width, K=depth, TOPK=top_k, W=most, BM=tile, BN=cut.columns, BK=cut.depth, LORA=bool(adapters),
         PRECISION=_precision(inner, adapters), pdl=chained(len(weights), bool(adapters)),
         num_warps=cut.warps, num_stages=cut.stages,
@@ -186,19 +201,26 @@ def _shrink_tile_kernel(
             left = left & (mine == 0)
 
 
-@triton.jit(do_not_specialize=["kind", "kinds"])
-def _gated_kernel(
-    x, w, out, h, rows, tiles, b, pages, owners, kind, kinds, b_page, b_expert, b_rank,
-    N: tl.constexpr, K: tl.constexpr, TOPK: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, LORA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """BN columns of gate and of up for a tile of rows: silu of one times the other."""
+@triton.jit
+def _begin(tiles, LORA: tl.constexpr, PDL: tl.constexpr):
+    """Expert, first position in rows and count of the tile of a product's program; what owes waits at its end."""
     if PDL:
         if not LORA:
             gdc_wait()
         gdc_launch_dependents()
-    tile = tl.program_id(1)
-    expert, start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    at = tiles + tl.program_id(1) * 3
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit(do_not_specialize=["kind", "kinds"])
+def _gated_kernel(
+    x, w, bias, out, h, rows, tiles, b, pages, owners, kind, kinds, b_page, b_expert, b_rank,
+    N: tl.constexpr, K: tl.constexpr, TOPK: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, LORA: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """BN columns of gate and of up for a tile of rows, and one opened by the other: `experts.Gate`."""
+    expert, start, count = _begin(tiles, LORA, PDL)
     if count > 0:
         m, k = tl.arange(0, BM), tl.arange(0, BK)
         n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -231,26 +253,30 @@ def _gated_kernel(
             up = expand_mixes(
                 up, h, own, pages, at, row, ok, m, N + n, inside, 1, b_page, b_rank, 2, W, BM, PRECISION
             )  # fmt: skip
+        if bias is not None:
+            at_bias = bias + expert.to(tl.int64) * (2 * N) + n
+            gate += tl.load(at_bias, inside, 0.0).to(tl.float32)[None, :]
+            up += tl.load(at_bias + N, inside, 0.0).to(tl.float32)[None, :]
         gate = gate.to(out.dtype.element_ty).to(tl.float32)
         up = up.to(out.dtype.element_ty).to(tl.float32)
-        opened = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+        if LIMIT > 0:  # by comparison: NaN stays NaN
+            gate = tl.where(gate > LIMIT, LIMIT, gate)
+            up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1.0
+            opened = gate / (1.0 + tl.exp(-ALPHA * gate))
+        else:
+            opened = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
         to = (out + row.to(tl.int64) * N)[:, None] + n[None, :]
         tl.store(to, (opened * up).to(out.dtype.element_ty), ok[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["kind", "kinds"])
 def _summed_kernel(
-    x, w, weights, out, h, rows, tiles, b, pages, owners, kind, kinds, b_page, b_expert, b_rank,
+    x, w, bias, weights, out, h, rows, tiles, b, pages, owners, kind, kinds, b_page, b_expert, b_rank,
     N: tl.constexpr, K: tl.constexpr, TOPK: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, LORA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN columns of a tile of rows, times the weight of each."""
-    if PDL:
-        if not LORA:
-            gdc_wait()
-        gdc_launch_dependents()
-    tile = tl.program_id(1)
-    expert, start, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    expert, start, count = _begin(tiles, LORA, PDL)
     if count > 0:
         m, k = tl.arange(0, BM), tl.arange(0, BK)
         n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -275,6 +301,8 @@ def _summed_kernel(
             acc = expand_mixes(
                 acc, h, own, pages, at, row, ok, m, n, inside, 0, b_page, b_rank, 1, W, BM, PRECISION
             )  # fmt: skip
+        if bias is not None:
+            acc += tl.load(bias + expert.to(tl.int64) * N + n, inside, 0.0).to(tl.float32)[None, :]
         acc = acc.to(out.dtype.element_ty).to(tl.float32) * tl.load(weights + row, ok, 0.0)[:, None]
         to = (out + row.to(tl.int64) * N)[:, None] + n[None, :]
         tl.store(to, acc.to(out.dtype.element_ty), ok[:, None] & inside[None, :])

@@ -22,7 +22,7 @@ CHUNK = 32  # tokens of a program among several
 
 
 def choose_experts(
-    y: Tensor, owed: list[Tensor], where: list[int], top_k: int, normalised: bool, tile: int
+    y: Tensor, bias: Tensor | None, owed: list[Tensor], where: list[int], top_k: int, normalised: bool, tile: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `experts.choose_experts`."""
     tokens, count = y.shape
@@ -44,12 +44,12 @@ def choose_experts(
             rest = (h, b, vectors, pages, vector_pages, owners, where[0], pages.shape[1], *strides)
         launch(
             _alone_kernel, (1,),
-            (y.contiguous(), weights, experts, rows, tiles, *rest, tokens, turns, tiles.shape[0]),
+            (y.contiguous(), bias, weights, experts, rows, tiles, *rest, tokens, turns, tiles.shape[0]),
             E=count, TOPK=top_k, NORMALISED=normalised, TILE=tile, W=most, BT=power_of_2(max(16, tokens)), BE=width,
             LORA=bool(owed), PRECISION=precision(owed[1] if owed else y), pdl=chained(tokens, bool(owed)), num_warps=8,
         )  # fmt: skip
         return weights, experts, rows, tiles
-    logits = complete(y, None, owed, where) if owed else y.contiguous()
+    logits = complete(y, bias, owed, where) if owed or bias is not None else y.contiguous()
     chunks = ceil_div(tokens, CHUNK)
     counts = ints(chunks + 1, width)  # the last: where each expert's rows begin
     launch(
@@ -125,8 +125,8 @@ def _cut(tiles, members, first, e, turns, most, E: tl.constexpr, TILE: tl.conste
 
 @triton.jit(do_not_specialize=["kind", "kinds", "T", "turns", "most"])
 def _alone_kernel(
-    y, weights, experts, rows, tiles, h, b, vectors, pages, vector_pages, owners, kind, kinds, b_page, b_rank, v_page,
-    T, turns, most,
+    y, bias, weights, experts, rows, tiles, h, b, vectors, pages, vector_pages, owners, kind, kinds, b_page, b_rank,
+    v_page, T, turns, most,
     E: tl.constexpr, TOPK: tl.constexpr, NORMALISED: tl.constexpr, TILE: tl.constexpr, W: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, LORA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -145,6 +145,9 @@ def _alone_kernel(
         at = vectors + vector.to(tl.int64)[:, None] * v_page + e[None, :]
         some = (vector >= 0)[:, None] & inside[None, :]
         logits = logits * tl.load(at, some, 1.0) + tl.load(at + E, some, 0.0)
+    if bias is not None:
+        logits += tl.load(bias + e, e < E, 0.0).to(tl.float32)[None, :]
+    if LORA or bias is not None:
         logits = logits.to(y.dtype.element_ty).to(tl.float32)
     share, order = _chosen(logits, t, e, T, E, TOPK, BT, BE)
     bit = (order >= 0).to(tl.int32)
