@@ -9,6 +9,7 @@ import pytest
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest
 from aiolora.api import create_app
+from tests.api.conftest import inside
 from tests.api.test_adapters import PROMPT, cards, complete, load, refusal, text, unload
 from tests.conftest import ModelOf
 from tests.tiny import make_adapter
