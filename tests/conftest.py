@@ -1,12 +1,13 @@
 """Fixtures of the whole suite: tiny models and adapters, made once a session."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 
 from tests import tiny
@@ -14,10 +15,23 @@ from tests import tiny
 ModelOf = Callable[[str], Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Pages and examples take longest, and beside this file: they begin first, lest a worker ends alone with them."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny matrices only lose by threads, and other work may share the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_model_cards() -> Iterator[None]:
+    """PEFT writes one beside every adapter that it saves, which nobody here reads: a third of what saving costs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PeftModel, "create_or_update_model_card", lambda model, folder: None)
+        yield
 
 
 @pytest.fixture(scope="session")

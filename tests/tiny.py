@@ -259,11 +259,11 @@ def reported(output: RequestOutput) -> tuple[list[int], Tensor]:
     assert output.prompt_logprobs is not None
     assert answer.logprobs is not None
     assert output.prompt_logprobs[0] is None
-    table = torch.full((len(output.prompt_token_ids) + len(answer.token_ids) - 1, VOCAB), torch.nan)
-    for row, tops in enumerate([*output.prompt_logprobs[1:], *answer.logprobs]):
-        assert tops is not None
-        for token, value in tops.items():
-            table[row, token] = value.logprob
+    rows = [*output.prompt_logprobs[1:], *answer.logprobs]
+    assert None not in rows
+    table = torch.tensor(
+        [[row[token].logprob if token in row else torch.nan for token in range(VOCAB)] for row in rows]
+    )
     return [*output.prompt_token_ids, *answer.token_ids], table
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import uvicorn
 from litestar import Litestar
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from aiolora.api import create_app
 from aiolora.config import EngineArgs
@@ -25,6 +25,7 @@ BASE = "smollm"
 FOLDERS = {name: ADAPTERS / name for name in ("sql", "json", "pirate")}
 FOLDERS["e-r1"] = Path(__file__).parents[1] / "data" / "adapters" / "e-r1"
 LOADED = tuple(FOLDERS)
+TLS = httpx.create_ssl_context(verify=False)  # nobody needs it, and each client would read all certificates anew
 _HELLO = [{"role": "user", "content": "hello"}]
 GENERATING: dict[str, dict[str, object]] = {  # route -> the least that asks it for three tokens
     "/v1/completions": {"prompt": "hello", "max_tokens": 3, "ignore_eos": True},
@@ -78,7 +79,7 @@ async def inside(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
     await asyncio.wait((life, asyncio.ensure_future(up.wait())), return_when=asyncio.FIRST_COMPLETED)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60, verify=TLS) as client:
             yield client
     finally:
         down.set()
@@ -140,11 +141,14 @@ def byte_engine(talking_model: Path) -> AsyncLLMEngine:
 
 @pytest.fixture
 async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, verify=TLS) as client:
         yield client
 
 
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    http = DefaultAsyncHttpxClient(verify=TLS)
+    async with AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120, http_client=http
+    ) as client:
         yield client

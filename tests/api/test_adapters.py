@@ -6,18 +6,17 @@ import json
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from litestar import Litestar
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest
 from aiolora.api import create_app
 from aiolora.engine.core import Engine
 from aiolora.lora.loader import AdapterWeights
+from tests.api.conftest import inside
 from tests.conftest import ModelOf
 from tests.malformed import TENSORS, malformed
 from tests.tiny import make_adapter
@@ -44,28 +43,8 @@ async def http(engine: AsyncLLMEngine, folders: list[Path], monkeypatch: pytest.
     """A server that allows it, with the adapter `a0`."""
     monkeypatch.setenv("AIOLORA_ALLOW_RUNTIME_LORA_UPDATING", "True")
     app = create_app(engine, lora_modules=[LoRARequest("a0", 1, str(folders[0]))], served_model_name="base")
-    async with serving(app) as client:
+    async with inside(app) as client:
         yield client
-
-
-@asynccontextmanager
-async def serving(app: Litestar) -> AsyncIterator[Client]:
-    """On this loop, so that requests run side by side."""
-    ready, leaving = asyncio.Event(), asyncio.Event()
-
-    async def live() -> None:
-        async with app.lifespan():  # is to be left by the task that entered it, which a fixture's two ends are not
-            ready.set()
-            await leaving.wait()
-
-    life = asyncio.create_task(live())
-    life.add_done_callback(lambda _: ready.set())
-    await ready.wait()
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
-        yield client
-    leaving.set()
-    await life
 
 
 async def load(http: Client, name: str, path: Path | str, **fields: object) -> httpx.Response:
@@ -336,7 +315,7 @@ async def test_a_hundred_reloads_under_load_never_mix_versions_and_leave_nothing
     assert resident_mb() - before_mb < 32
 
 
-async def test_a_reload_that_fails_leaves_the_old_version_serving(
+async def test_a_reload_that_fails_leaves_the_old_version_inside(
     http: Client, folders: list[Path], tmp_path: Path
 ) -> None:
     before = await complete(http, "a0")
@@ -403,7 +382,7 @@ async def test_without_the_switch_nothing_changes_and_the_way_to_switch_it_on_is
     if said is not None:
         monkeypatch.setenv("AIOLORA_ALLOW_RUNTIME_LORA_UPDATING", said)
     app = create_app(engine, lora_modules=[LoRARequest("a0", 1, str(folders[0]))], served_model_name="base")
-    async with serving(app) as http:
+    async with inside(app) as http:
         for answer in (
             await load(http, "a1", folders[1]),
             await unload(http, "a0"),

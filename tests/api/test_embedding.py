@@ -11,6 +11,7 @@ import uvicorn
 
 from aiolora.engine.async_engine import AsyncLLMEngine
 from tests.api.browser import browsing
+from tests.api.conftest import TLS
 
 
 @pytest.fixture(scope="module", params=["litestar_app", "starlette_app", "fastapi_app"])
@@ -35,7 +36,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 async def client(host: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=host, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=host, timeout=120, verify=TLS) as client:
         yield client
 
 

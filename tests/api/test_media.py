@@ -18,6 +18,7 @@ from aiolora.api import create_app
 from aiolora.config import EngineArgs, ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.types import LoRARequest
+from tests.api.conftest import inside
 from tests.media.tiny import RATE, make_granite_speech, make_llava, make_mm_adapter, picture, sound
 
 BASE = "llava"
@@ -47,7 +48,7 @@ async def serving(
     )
     named = [LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(modules.items(), 1)]
     app = create_app(engine, lora_modules=named, served_model_name=BASE, args=keys or ServerArgs())
-    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+    async with inside(app) as client:
         yield client
 
 

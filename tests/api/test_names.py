@@ -9,7 +9,8 @@ import pytest
 
 from aiolora import AsyncLLMEngine, EngineArgs, LoRARequest
 from aiolora.api import create_app
-from tests.api.test_adapters import PROMPT, cards, complete, load, refusal, serving, text, unload
+from tests.api.conftest import inside
+from tests.api.test_adapters import PROMPT, cards, complete, load, refusal, text, unload
 from tests.conftest import ModelOf
 from tests.tiny import make_adapter
 
@@ -31,7 +32,7 @@ async def http(model_of: ModelOf, folders: list[Path], monkeypatch: pytest.Monke
     )
     engine = AsyncLLMEngine.from_engine_args(args)
     app = create_app(engine, lora_modules=[LoRARequest("a0", 1, str(folders[0]))], served_model_name="base")
-    async with serving(app) as client:
+    async with inside(app) as client:
         yield client
 
 
@@ -139,6 +140,6 @@ async def test_without_the_operators_word_nothing_changes(model_of: ModelOf, fol
         EngineArgs(model=str(model_of("llama")), dtype="float32", device="cpu", enable_lora=True, max_lora_rank=8)
     )
     app = create_app(engine, lora_modules=[LoRARequest("a0", 1, str(folders[0]))], served_model_name="base")
-    async with serving(app) as closed:
+    async with inside(app) as closed:
         for verb, body in (("rollback", {}), ("alias", {"alias": "prod"}), ("policy", {})):
             assert refusal(await change(closed, "a0", verb, **body)) == (404, None, "switched_off")

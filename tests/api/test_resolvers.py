@@ -17,6 +17,7 @@ from aiolora.errors import UnknownModelError
 from aiolora.lora.request import LoRARequest
 from aiolora.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from tests import HUB
+from tests.api.conftest import inside
 from tests.tiny import make_adapter
 
 BASE = "org/bytes"
@@ -98,7 +99,7 @@ async def serving(byte_model: Path) -> AsyncIterator[tuple[httpx.AsyncClient, As
     args = EngineArgs(model=BASE, dtype="float32", device="cpu", enable_lora=True, kv_cache_memory=4 << 20)
     engine = AsyncLLMEngine.from_engine_args(args)
     app = create_app(engine)
-    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+    async with inside(app) as client:
         yield client, engine
 
 

@@ -81,7 +81,7 @@ async def read(http: httpx.AsyncClient, said: dict[str, Any]) -> None:
             pass
 
 
-async def until(condition: Any, limit_s: float = 30) -> None:
+async def until(condition: Any, limit_s: float = 60) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "it did not come"

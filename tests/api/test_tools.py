@@ -44,8 +44,9 @@ def check(name: str, arguments: str) -> None:
         jsonschema.validate(said, PARAMETERS)
 
 
-@pytest.mark.parametrize("model", [BASE, "sql"])
-@pytest.mark.parametrize("choice", [REQUIRED, NAMED, {**REQUIRED, "parallel_tool_calls": False}])
+@pytest.mark.parametrize(
+    ("model", "choice"), [(BASE, REQUIRED), ("sql", NAMED), ("sql", {**REQUIRED, "parallel_tool_calls": False})]
+)
 async def test_a_forced_call_parses_and_validates_whole_and_streamed(
     client: AsyncOpenAI, model: str, choice: dict[str, Any]
 ) -> None:

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.api.conftest import BASE
 
-
-@pytest.mark.parametrize("model", [BASE, "sql"])
-def test_it_measures_a_run_without_an_error(url: str, model: str, tmp_path: Path) -> None:
+def test_it_measures_a_run_without_an_error(url: str, tmp_path: Path) -> None:
     pytest.importorskip("guidellm", exc_type=ImportError)
     prompts, report = tmp_path / "prompts.jsonl", tmp_path / "report.json"
     prompts.write_text("".join(json.dumps({"prompt": f"Tell me of {number}."}) + "\n" for number in range(8)))
     said = {
-        "--backend": f"kind=openai_http,target={url.removesuffix('/v1')},model={model},max_tokens=8",
+        "--backend": f"kind=openai_http,target={url.removesuffix('/v1')},model=sql,max_tokens=8",
         "--profile": "kind=concurrent,streams=2",
         "--constraint": "kind=max_requests,count=6",
         "--data": f"kind=json_file,path={prompts}",

@@ -13,6 +13,7 @@ from aiolora import AsyncLLMEngine, EngineArgs, LLMEngine, LoRARequest, Sampling
 from aiolora.engine.adapters import AdapterStanding
 from aiolora.errors import AdapterConflictError, AdapterMemoryError, RequestError, UnknownModelError
 from tests.conftest import ModelOf
+from tests.engine.waiting import running, until
 from tests.tiny import make_loras
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
@@ -145,12 +146,12 @@ async def test_a_name_is_loaded_from_memory_once_unless_it_is_to_be_replaced(
     with pytest.raises(RequestError, match="tensors="):
         await engine.add_lora("mine")
     assert await engine.list_loras() == [first]
-    running = asyncio.create_task(tokens(engine, "mine", LONG))
-    await asyncio.sleep(0.05)
+    answer = asyncio.create_task(tokens(engine, "mine", LONG))
+    await running(engine, 1)
     second = await engine.add_lora("mine", **other, load_inplace=True)  # type: ignore[arg-type]
     assert second.digest != first.digest
     assert set(await standing(engine)) == {first.label, second.label}, "the first serves who is under way"
-    assert (await running)[:5] != await tokens(engine, "mine")
+    assert (await answer)[:5] != await tokens(engine, "mine")
     await settled(engine)
     assert set(await standing(engine)) == {second.label}
 
@@ -165,19 +166,18 @@ async def test_a_removed_adapter_is_free_when_its_last_request_ends(
         await engine.add_lora(adapters[0])
     alone = await tokens(engine, "a0", LONG)
     prepared = await engine.prepare(PROMPT, SHORT, lora="a0")
-    running = asyncio.create_task(tokens(engine, "a0", LONG))
-    await asyncio.sleep(0.05)
+    answer = asyncio.create_task(tokens(engine, "a0", LONG))
+    await running(engine, 1)
     assert await engine.remove_lora("a0" if from_memory else 1)
     (left,) = await engine.lora_standing()
     assert (left.draining, left.requests, left.in_use, left.residency) == (True, 1, True, "gpu")
-    assert await running == alone
+    assert await answer == alone
     (left,) = await engine.lora_standing()
     assert left.draining, "a request that was prepared in time may still come"
     del prepared
     await settled(engine)
     assert not await engine.lora_standing()
-    await asyncio.sleep(0.05)  # the snapshot comes with the thread's next turn
-    assert not engine.snapshot().resident_adapters
+    await until(lambda: not engine.snapshot().resident_adapters, engine.snapshot)
 
 
 async def test_force_ends_the_requests_under_way_and_nobody_elses(
@@ -187,7 +187,7 @@ async def test_force_ends_the_requests_under_way_and_nobody_elses(
         await engine.add_lora(adapter)
     alone = await tokens(engine, "a1", LONG)
     doomed, other = (asyncio.create_task(engine.generate(PROMPT, LONG, lora=name)) for name in ("a0", "a1"))
-    await asyncio.sleep(0.05)
+    await running(engine, 2)
     assert await engine.remove_lora("a0", force=True)
     assert (await doomed).outputs[0].finish_reason == "abort"
     assert (await other).outputs[0].token_ids == alone

@@ -22,6 +22,7 @@ from aiolora.errors import (
 )
 from aiolora.lora import loader
 from tests.conftest import ModelOf
+from tests.engine.waiting import idle, running
 from tests.tiny import make_loras
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
@@ -44,24 +45,6 @@ def adapters(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 async def tokens(engine: AsyncLLMEngine, params: SamplingParams = SHORT, lora: LoRARequest | None = None) -> list[int]:
     return [token.token_id async for token in engine.stream(PROMPT, params, lora=lora)]
-
-
-async def running(engine: AsyncLLMEngine, count: int) -> None:
-    for _ in range(5000):
-        if engine.snapshot().running == count:
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError(f"never {count}: {engine.snapshot()}")
-
-
-async def idle(engine: AsyncLLMEngine) -> None:
-    """Until nothing runs; the messages are in the inbox already, so a few steps suffice."""
-    for _ in range(500):
-        seen = engine.snapshot()
-        if seen.running == seen.waiting == 0:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"still busy: {engine.snapshot()}")
 
 
 async def test_leaving_a_stream_aborts_its_request_and_gives_its_pages_back(engine: AsyncLLMEngine) -> None:

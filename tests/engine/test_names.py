@@ -20,6 +20,7 @@ from aiolora.errors import (
     UnknownModelError,
 )
 from tests.conftest import ModelOf
+from tests.engine.waiting import running
 from tests.tiny import make_adapter
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
@@ -130,11 +131,11 @@ async def test_requests_under_way_end_on_what_they_began_with(engine: AsyncLLMEn
     alone = await tokens(engine, "sql", LONG)
     await engine.add_lora(request(folders[1], replace=True))
     newer = await tokens(engine, "sql", LONG)
-    running = asyncio.create_task(tokens(engine, "sql", LONG))
-    await asyncio.sleep(0.05)
+    answer = asyncio.create_task(tokens(engine, "sql", LONG))
+    await running(engine, 1)
     await engine.rollback_lora("sql")
     assert await tokens(engine, "sql", LONG) == alone
-    assert await running == newer
+    assert await answer == newer
     await engine.rollback_lora("sql")
     assert await tokens(engine, "sql", LONG) == newer
 
@@ -259,7 +260,7 @@ async def test_over_its_concurrency_an_adapter_waits_and_everybody_is_served(
     await engine.add_lora(request(folders[0]), policy=AdapterPolicy(max_concurrency=1))
     alone = await tokens(engine, "sql", LONG)
     several = [asyncio.create_task(tokens(engine, "sql", LONG)) for _ in range(3)]
-    await asyncio.sleep(0.05)
+    await running(engine, 1)
     most = 0
     while not all(task.done() for task in several):
         await asyncio.sleep(0.002)
