@@ -14,7 +14,7 @@ import pytest
 
 from aiolora import LLM, AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams, StructuredOutputsParams
 from aiolora.engine import grammar
-from aiolora.engine.grammar import CompiledGrammar, Grammars
+from aiolora.engine.grammar import CompiledGrammar, Grammars, Together
 from aiolora.errors import GrammarBusyError, GrammarError, RequestError, UnknownModelError
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import RequestOutput
@@ -213,6 +213,28 @@ def test_equal_wishes_are_compiled_once_and_those_used_last_are_kept(
         assert grammars._nbytes <= grammar._CACHE_NBYTES
         assert grammars._nbytes == sum(map(grammar._nbytes, grammars._cache))
     assert len(grammars._cache) < 5
+
+
+def test_advanced_together_matchers_are_where_each_would_be_alone_and_one_that_fails_fails_alone(
+    grammars: Grammars, byte_model: Path
+) -> None:
+    shapes: list[dict[str, Any]] = [{"regex": "[a-c]{3}x"}, {"regex": "abz?"}, {"choice": ["abc", "abd"]}]
+    compiled = [one for one in (grammars.wait(wish(shape)) for shape in shapes) if one is not None]
+    together, alone = ([one.begin({EOS, VOCAB + 40}) for one in compiled] for _ in range(2))
+    advance = Together()
+    encode = Tokenizer(byte_model).encode
+    for token in encode("ab", special=False):
+        advance([(matcher, token) for matcher in together])
+        for one, other in zip(together, alone):
+            other.advance(token)
+            assert (one.bits, one.error, one.ready) == (other.bits, None, True)
+    [c, q] = encode("cq", special=False)
+    advance([(together[0], c), (together[1], q), (together[2], c)])
+    assert [bool(matcher.error) for matcher in together] == [False, True, False]
+    assert all(matcher.ready for matcher in together)
+    [x] = encode("x", special=False)
+    assert int.from_bytes(together[0].bits, "little") == 1 << x, "nothing else may come"
+    assert int.from_bytes(together[2].bits, "little") == 1 << EOS | 1 << VOCAB + 40
 
 
 def test_a_model_without_an_end_of_text_is_served_but_not_with_grammars(byte_model: Path) -> None:

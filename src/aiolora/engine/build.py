@@ -9,7 +9,7 @@ from aiolora.config import EngineArgs
 from aiolora.engine.batch import Packer
 from aiolora.engine.core import Ends, Engine
 from aiolora.engine.encoding import Encoding
-from aiolora.engine.grammar import Grammars
+from aiolora.engine.grammar import Grammars, Together
 from aiolora.engine.intake import Intake, Limits
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.masks import Masks
@@ -206,7 +206,7 @@ def _engine(
         pool,
         ends=until,
         seed=args.seed,
-        masks=Masks(),
+        masks=Masks(Together()),
         room_of_one=one,
         read_again=read_again,
     )

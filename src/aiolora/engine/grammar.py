@@ -13,19 +13,20 @@ import math
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 
+import numpy as np
 from msgspec import structs
 
 from aiolora.engine.lines import Lines
 from aiolora.errors import GrammarBusyError, RequestError
-from aiolora.types import SamplingParams, StructuredOutputsParams
+from aiolora.types import Matcher, SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:  # imported in a worker thread when it is first needed
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 COMPILE_TIMEOUT_S = (
     10.0  # from its begin, wherever it waited; the worst of 256 KB that was tried takes 0.8 s of one core
@@ -33,6 +34,8 @@ COMPILE_TIMEOUT_S = (
 MAX_SOURCE = 256 << 10  # characters
 MAX_GBNF = 16 << 10  # its conversion is Python, and quadratic: a chain of 900 rules takes 2 s
 _LARK = re.compile(r"(?m)^[ \t]*(%llguidance\b|start[ \t]*:)")  # what tells Lark's notation from GBNF
+_SLOW_S = 0.0005  # of a core; a token of most grammars takes some 20 us
+_LATE_S, _EACH_S = 0.001, 0.00005  # for several together, and for each of them: more is late
 _CACHE_NBYTES = 128 << 20
 _COMPILERS = 2
 _THREADS = 64  # with those that go on beyond their time
@@ -50,29 +53,31 @@ _Wish: TypeAlias = tuple[str, str]  # its kind, and the text of it
 class TokenMatcher:
     """Where one answer is in its grammar. `bits` and `error` may be read while `ready`.
 
-    `ends`: tokens that end the answer wherever `end` may. `advance` is called by one thread at a time.
+    `ends`: tokens that end the answer wherever `end` may. It is advanced by one thread at a time.
     """
 
-    __slots__ = ("_end", "_ends", "_matcher", "bits", "error", "ready", "took_s")
+    __slots__ = ("_end", "_ends", "_matcher", "_nbytes", "_took_s", "bits", "error", "ready", "slow", "suspect")
 
     def __init__(self, matcher: "LLMatcher", bits: bytes, end: int, ends: Collection[int]) -> None:
         self._matcher = matcher
-        self._end, self._ends = end, ends
+        self._end, self._ends, self._nbytes = end, ends, len(bits)
         self.bits = self._with_ends(bits)  # int32 words, a bit a token from the lowest on: which may come next
         self.error: str | None = None
         self.ready = True
-        self.took_s = 0.0  # the most that a token has taken, a tenth less with each since
+        self.slow = self.suspect = False
+        self._took_s = 0.0  # the most that a token has taken, a tenth less with each since
 
     def advance(self, token: int) -> None:
         """Take `token` in and compute the next mask, without the GIL; `ready` afterwards, be it with an `error`."""
-        begun = time.perf_counter()
+        begun = time.thread_time()
         try:
             if self._matcher.consume_token(token):
-                self.bits = self._with_ends(self._matcher.compute_bitmask())
+                self.bits = self._with_ends(self._matcher.compute_bitmask()[: self._nbytes])
             self.error = self._matcher.get_error() or None
         except BaseException as error:  # a panic of the library is one: it is nobody else's business
             self.error = repr(error)
-        self.took_s = max(time.perf_counter() - begun, 0.9 * self.took_s)
+        self._took_s = max(time.thread_time() - begun, 0.9 * self._took_s)
+        self.slow, self.suspect = self._took_s > _SLOW_S, False
         self.ready = True
 
     def _with_ends(self, bits: bytes) -> bytes:
@@ -85,13 +90,53 @@ class TokenMatcher:
         return bytes(more)
 
 
-class CompiledGrammar:
-    """A grammar at its beginning, over the base's tokens, one of which ends a text: `end`. Immutable; any thread."""
+class Together:
+    """`TokenMatcher.advance` of several at once: two calls for all, in threads of the library's, without the GIL.
 
-    def __init__(self, matcher: "LLMatcher", end: int) -> None:
+    For one thread at a time. A panic over one of them is the library's own affair: it becomes that one's error.
+    """
+
+    def __init__(self) -> None:
+        self._executor: LLExecutor | None = None
+
+    def __call__(self, landed: Sequence[tuple[Matcher, int]]) -> None:
+        begun = time.perf_counter()
+        batch = [(cast("TokenMatcher", matcher), token) for matcher, token in landed]
+        try:
+            self._advance(batch)
+        except BaseException as error:  # what should not happen; nobody is to wait for ever
+            for matcher, _ in batch:
+                matcher.error = repr(error)
+        late = time.perf_counter() - begun > _LATE_S + len(batch) * _EACH_S
+        for matcher, _ in batch:
+            matcher.suspect = late
+            matcher.ready = True
+
+    def _advance(self, batch: list[tuple[TokenMatcher, int]]) -> None:
+        if self._executor is None:
+            from llguidance import LLExecutor
+
+            self._executor = LLExecutor()
+        taken = self._executor.consume_token_par([(matcher._matcher, token) for matcher, token in batch])
+        going = [matcher for (matcher, _), well in zip(batch, taken) if well]
+        if going:
+            nbytes = going[0]._nbytes  # of one tokenizer, all of them
+            masks = np.empty((len(going), nbytes), dtype=np.uint8)
+            places = [(matcher._matcher, row) for row, matcher in enumerate(going)]
+            self._executor.unsafe_compute_mask_ptr(places, masks.ctypes.data, nbytes, len(going))
+            for matcher, bits in zip(going, masks):
+                matcher.bits = matcher._with_ends(bits.tobytes())
+        for matcher, _ in batch:
+            matcher.error = matcher._matcher.get_error() or None
+
+
+class CompiledGrammar:
+    """A grammar at its beginning, over the base's tokens, one of which ends a text. Immutable; any thread."""
+
+    def __init__(self, matcher: "LLMatcher", tokenizer: "LLTokenizer") -> None:
         self._matcher = matcher
-        self._bits = matcher.compute_bitmask()
-        self._end = end
+        self._bits = matcher.compute_bitmask()[: 4 * -(-tokenizer.vocab_size // 32)]  # it adds a word to whole ones
+        self._end = tokenizer.eos_token
 
     def begin(self, ends: Collection[int] | None = None) -> TokenMatcher:
         """A matcher for one more answer; copies nothing large (1 us).
@@ -217,7 +262,7 @@ def _compile(tokenizer: "LLTokenizer", wish: _Wish) -> CompiledGrammar | str:
 
     try:
         matcher = LLMatcher(tokenizer, _source(*wish), log_level=0, limits=LLParserLimits(**_LIMITS))
-        compiled = None if matcher.is_error() else CompiledGrammar(matcher, tokenizer.eos_token)
+        compiled = None if matcher.is_error() else CompiledGrammar(matcher, tokenizer)
     except BaseException as error:  # what is malformed raises several kinds, a panic of the library among them
         return _brief(str(error) or repr(error))
     return _brief(matcher.get_error()) if matcher.is_error() or compiled is None else compiled
