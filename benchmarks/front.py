@@ -97,6 +97,7 @@ class Pretender(AsyncLLMEngine):
         request_id: str | None = None,
         priority: int = 0,
         permits: object = None,
+        owner: str | None = None,
     ) -> Request:
         return self._intake.request(prompt, sampling_params, None, request_id=request_id)
 

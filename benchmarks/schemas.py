@@ -1,174 +1,177 @@
 """JSON schemas at random: whether every answer at temperature 1 parses and validates, and what they cost neighbours.
 
-    python -m benchmarks.schemas [--count 1000] [--model smollm2-135m] [--dtype auto]
+    python -m benchmarks.schemas [--schemas 1000] [--rows 32] [--model smollm2-135m] [--device auto] [--dtype auto]
+    python -m benchmarks.schemas --write schemas.jsonl; python -m benchmarks.schemas --read schemas.jsonl
     python -m benchmarks.schemas --neighbours [--rows 8] [--tokens 64]
 
-The schemas nest up to three deep: objects, lists, choices, references, enums, patterns, formats, bounds; each third
-answer is an adapter's. `--neighbours`: rows without a grammar, beside as many with one and beside as many without, in
-turns.
+Each third answer is an adapter's. Every answer is a line of the CSV (`--out`) as soon as it has ended, and a run that
+was stopped goes on where it was when it is called again. `--neighbours`: rows without a grammar, beside as many with
+one and beside as many without, in turns.
 """
 
 import argparse
+import csv
 import json
-import random
+import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonschema
 
 from aiolora import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
+from aiolora.errors import GrammarError, RequestError
 from benchmarks.harness import Result, machine, medians, write
+from benchmarks.random_schemas import draw, read_schemas, write_schemas
 
 ADAPTER = Path(__file__).parent.parent / "examples/adapters/json"
-WORDS = ("id", "name", "tags", "über", "a b", 'say "hi"', "x/y~z", "size", "on", "line\nbreak")
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array"}},
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
+# cut: by max_tokens or the context before its end; wrong: ended, and does not validate; refused: by the compiler
+VERDICTS = ("valid", "cut", "wrong", "refused")
+_AHEAD = 2  # as many requests as rows are under way, so that no row is ever empty
+_PROMPT = 1024  # tokens of the longest prompt
 
 
-def draw(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """`count` different schemas, the same ones for the same seed.
+class Answer(NamedTuple):
+    """What became of one schema: a line of the CSV."""
 
-    Texts and lists are bounded; a number, or the fraction of a second, may go on until an answer is cut.
+    number: int
+    verdict: str  # one of VERDICTS
+    tokens: int
+    why: str  # empty: it is valid
+    schema: str  # JSON
+    text: str  # JSON of the text: a line whatever it holds
+
+
+def answers(
+    llm: LLM, schemas: Mapping[int, Any], *, rows: int, lora: LoRARequest | None = None, **params: Any
+) -> Iterator[Answer]:
+    """The answers to `schemas`, by their numbers, at temperature 1, each as soon as it has ended.
+
+    A number alone decides the seed and, every third, the adapter: an answer is the same in whatever run it is made.
     """
-    rng = random.Random(seed)
-    drawn: dict[str, dict[str, Any]] = {}
-    while len(drawn) < count:
-        schema = _schema(rng, depth=rng.choice((0, 1, 2, 3)))
-        drawn.setdefault(json.dumps(schema, sort_keys=True), schema)
-    return list(drawn.values())
-
-
-def _schema(rng: random.Random, depth: int) -> dict[str, Any]:
-    makers = _NESTING if depth > 0 and rng.random() < 0.8 else _LEAVES
-    return rng.choice(makers)(rng, depth)
-
-
-def _scalar(rng: random.Random) -> Any:
-    return rng.choice((None, True, False, rng.randrange(-99, 99), round(rng.uniform(-9, 9), 2), rng.choice(WORDS)))
-
-
-def _string(rng: random.Random, _: int) -> dict[str, Any]:
-    low = rng.randrange(4)
-    kinds: list[dict[str, Any]] = [
-        {"minLength": low, "maxLength": low + rng.randrange(1, 12)},
-        {"maxLength": rng.randrange(1, 20)},
-        {"pattern": rng.choice(("^[a-z]{2,8}$", r"^\d{3}-\d{4}$", "^(yes|no){1,3}!$", "^[A-F0-9]{4}$"))},
-        {"format": rng.choice(("date", "time", "date-time", "uuid", "ipv4"))},
-    ]
-    return {"type": "string", **rng.choice(kinds)}
-
-
-def _number(rng: random.Random, _: int) -> dict[str, Any]:
-    low = rng.randrange(-999, 999)
-    bounds = rng.choice(({"minimum": low, "maximum": low + rng.randrange(1, 5000)}, {"exclusiveMinimum": low}, {}))
-    kind = rng.choice(("integer", "integer", "number")) if bounds else rng.choice(("boolean", "null", "integer"))
-    return {"type": kind, **bounds, **({"multipleOf": 5} if kind == "integer" and not bounds else {})}
-
-
-def _enum(rng: random.Random, _: int) -> dict[str, Any]:
-    if rng.random() < 0.3:
-        return {"const": _scalar(rng)}
-    return {"enum": [_scalar(rng) for _ in range(rng.randrange(1, 6))]}
-
-
-def _object(rng: random.Random, depth: int) -> dict[str, Any]:
-    names = rng.sample(WORDS, rng.randrange(1, 5))
-    more: Any = False if rng.random() < 0.8 else {"type": "boolean"}
-    return {
-        "type": "object",
-        "properties": {name: _schema(rng, depth - 1) for name in names},
-        "required": names if more else rng.sample(names, rng.randrange(len(names) + 1)),
-        "additionalProperties": more,
-        **({"maxProperties": len(names) + 1} if more else {}),
-    }
-
-
-def _array(rng: random.Random, depth: int) -> dict[str, Any]:
-    low = rng.randrange(3)
-    bounds = {"minItems": low, "maxItems": low + rng.randrange(1, 3)}
-    if rng.random() < 0.2:
-        return {"type": "array", "prefixItems": [_schema(rng, depth - 1) for _ in range(2)], "items": False}
-    return {"type": "array", "items": _schema(rng, depth - 1), **bounds}
-
-
-def _choice(rng: random.Random, depth: int) -> dict[str, Any]:
-    return {"anyOf": [_schema(rng, depth - 1) for _ in range(rng.randrange(2, 4))]}
-
-
-def _reference(rng: random.Random, depth: int) -> dict[str, Any]:
-    """Only at the root do definitions hold, so inside it is the plain schema."""
-    inner = _schema(rng, depth - 1)
-    if depth < 3 or "$defs" in json.dumps(inner):
-        return inner
-    pair = {"left": {"$ref": "#/$defs/thing"}, "right": {"$ref": "#/$defs/thing"}}
-    return {
-        "$defs": {"thing": inner},
-        "type": "object",
-        "properties": pair,
-        "required": ["left"],
-        "additionalProperties": False,
-    }
-
-
-_LEAVES = (_string, _string, _number, _number, _enum)
-_NESTING = (_object, _object, _object, _array, _choice, _reference)
-
-
-def faults(llm: LLM, schemas: list[dict[str, Any]], *, lora: LoRARequest | None = None, **params: Any) -> list[str]:
-    """What is wrong with the answers to `schemas`, at temperature 1, each with its finish reason ("length": cut)."""
-    wishes = [
-        SamplingParams(temperature=1.0, seed=number, structured_outputs=StructuredOutputsParams(json=schema), **params)
-        for number, schema in enumerate(schemas)
-    ]
-    prompts = [f"An example of {json.dumps(schema)} is:" for schema in schemas]
-    loras = [lora if number % 3 == 0 else None for number in range(len(schemas))]
-    found = []
-    for schema, output in zip(schemas, llm.generate(prompts, wishes, lora_request=loras, use_tqdm=False)):
-        answer = output.outputs[0]
+    engine, left, asked = llm.engine, list(schemas.items()), set[int]()
+    left.reverse()
+    while left or asked:
+        while left and len(asked) < _AHEAD * rows:
+            number, schema = left.pop()
+            form = StructuredOutputsParams(json=schema)
+            wish = SamplingParams(temperature=1.0, seed=number, structured_outputs=form, **params)
+            prompt = f"An example of {json.dumps(schema)} is:"
+            try:
+                engine.add_request(str(number), prompt, wish, lora if number % 3 == 0 else None)
+            except RequestError as error:
+                yield Answer(number, "refused", 0, _line(error), json.dumps(schema), "")
+            else:
+                asked.add(number)
         try:
-            jsonschema.validate(json.loads(answer.text), schema)
-        except (json.JSONDecodeError, jsonschema.ValidationError) as error:
-            found.append(f"{answer.finish_reason}: {error.args[0]}: {json.dumps(schema)} -> {answer.text!r}"[:600])
-    return found
+            ended = [output for output in engine.step() if output.finished]
+        except GrammarError as error:  # says whose: the others go on
+            number = next(number for number in asked if f"request '{number}':" in str(error))
+            asked.remove(number)
+            yield Answer(number, "refused", 0, _line(error), json.dumps(schemas[number]), "")
+            continue
+        for output in ended:
+            number, one = int(output.request_id), output.outputs[0]
+            asked.remove(number)
+            verdict, why = _judge(one.text, schemas[number], one.finish_reason)
+            yield Answer(number, verdict, len(one.token_ids), why, json.dumps(schemas[number]), json.dumps(one.text))
+
+
+def _judge(text: str, schema: Any, finish_reason: str | None) -> tuple[str, str]:
+    """The verdict, and why it is not "valid"."""
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (json.JSONDecodeError, jsonschema.ValidationError) as error:
+        return ("cut" if finish_reason == "length" else "wrong"), _line(error)
+    return "valid", ""
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error.args[0]).split())
 
 
 def _validate(args: argparse.Namespace) -> None:
-    schemas = draw(args.count)
+    schemas = read_schemas(args.read) if args.read else draw(args.schemas)
+    if args.write:
+        write_schemas(schemas, args.write)
+        print(f"{len(schemas)} schemas -> {args.write}")
+        return
+    digest = sha256(json.dumps(schemas).encode()).hexdigest()[:12]
+    said = f"# schemas {digest}, {args.model}, {args.dtype}, at most {args.max_tokens} tokens"
+    told = resume(args.out, said)
     print(machine())
-    print(f"{len(schemas)} schemas: {dict(Counter(str(s.get('type', next(iter(s)))) for s in schemas))}")
-    llm = LLM(args.model, dtype=args.dtype, enable_lora=True, max_num_seqs=32, max_model_len=2048)
-    lora = LoRARequest("json", 1, str(ADAPTER)) if args.model == "smollm2-135m" else None
-    start = time.perf_counter()
-    wrong: list[str] = []
-    for low in range(0, len(schemas), 100):
-        wrong += faults(llm, schemas[low : low + 100], lora=lora, max_tokens=1024)
-        print(f"{low + 100}: {len(wrong)} wrong, {time.perf_counter() - start:.0f} s", flush=True)
-    print("\n".join(wrong))
-    cut = sum(one.startswith("length") for one in wrong)
-    print(
-        f"{len(schemas)} answers: {len(schemas) - len(wrong)} parse and validate, {cut} were cut by max_tokens or the"
-    )
-    print(f"context before their end, {len(wrong) - cut} ended and are wrong")
-    raise SystemExit(len(wrong) > cut)
+    print(f"{len(schemas)} schemas, {len(told)} of them answered before", flush=True)
+    left = {number: schema for number, schema in enumerate(schemas) if number not in told}
+    if left:
+        sizes = {"max_num_seqs": args.rows, "max_model_len": args.max_tokens + _PROMPT}
+        llm = LLM(args.model, device=args.device, dtype=args.dtype, enable_lora=True, **sizes)
+        lora = LoRARequest("json", 1, str(ADAPTER)) if args.model == "smollm2-135m" else None
+        start = time.perf_counter()
+        with args.out.open("a") as stream:
+            for answer in answers(llm, left, rows=args.rows, lora=lora, max_tokens=args.max_tokens):
+                csv.writer(stream).writerow(answer)
+                stream.flush()
+                told[answer.number] = answer
+                if len(told) % 25 == 0:
+                    print(f"{len(told)}: {counts(told)}, {time.perf_counter() - start:.0f} s", flush=True)
+    for answer in told.values():
+        if answer.verdict in ("cut", "wrong"):
+            print(f"{answer.verdict} {answer.number}: {answer.why}: {answer.schema} -> {answer.text}"[:600])
+    for why, count in Counter(answer.why for answer in told.values() if answer.verdict == "refused").most_common():
+        print(f"refused {count}: {why}")
+    print(f"{len(told)} schemas: {counts(told)} -> {args.out}")
+    raise SystemExit(any(answer.verdict == "wrong" for answer in told.values()))
+
+
+def resume(file: Path, said: str) -> dict[int, Answer]:
+    """The answers that `file` has, by number; one that was being written when a run was stopped is cut off.
+
+    A new file begins with `said`. Raises `SystemExit` for the file of a run that said something else.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    if lines and lines[0].rstrip() != said:
+        raise SystemExit(f"{file} is of another run ({lines[0].strip()}); give another --out, or remove it")
+    whole = [line for line in lines if line.endswith("\n")] or [f"{said}\n"]
+    file.write_text("".join(whole))
+    return {int(row[0]): Answer(int(row[0]), row[1], int(row[2]), *row[3:]) for row in csv.reader(whole[1:])}
+
+
+def counts(told: Mapping[int, Answer]) -> str:
+    """How many there are of each verdict."""
+    found = Counter(answer.verdict for answer in told.values())
+    return ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS)
 
 
 def _neighbours(args: argparse.Namespace) -> None:
-    llm = LLM(args.model, dtype=args.dtype, max_num_seqs=2 * args.rows, max_model_len=1024, enable_prefix_caching=False)
+    llm = LLM(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        max_num_seqs=2 * args.rows,
+        max_model_len=1024,
+        enable_prefix_caching=False,
+    )
     free = SamplingParams(temperature=1.0, seed=1, max_tokens=args.tokens, ignore_eos=True)
     longest = {"type": "array", "items": PERSON, "minItems": 50}
     bound = SamplingParams(
         temperature=1.0, seed=1, max_tokens=args.tokens, structured_outputs=StructuredOutputsParams(json=longest)
     )
 
-    def run(others: SamplingParams) -> None:
+    spent: dict[str, list[float]] = {"free": [], "bound": []}  # processor time of this thread, which steps
+
+    def run(name: str, others: SamplingParams) -> None:
         """Until the rows without a grammar have ended, whatever the others do."""
-        engine, left = llm.engine, args.rows
+        engine, left, start = llm.engine, args.rows, time.thread_time()
         for number in range(args.rows):
             engine.add_request(f"free {number}", "Tell me of the sea.", free)
             engine.add_request(f"other {number}", "People, as JSON:", others)
@@ -176,28 +179,37 @@ def _neighbours(args: argparse.Namespace) -> None:
             left -= sum(output.finished and output.request_id.startswith("free") for output in engine.step())
         for number in range(args.rows):
             engine.abort_request(f"other {number}")
+        spent[name].append(time.thread_time() - start)
 
-    times = medians({"free": lambda: run(free), "bound": lambda: run(bound)}, repeat=args.repeat)
-    steps = args.tokens
+    times = medians({"free": lambda: run("free", free), "bound": lambda: run("bound", bound)}, repeat=args.repeat)
+    cpu = {name: statistics.median(values[1:]) for name, values in spent.items()}
+    per_step = 1e3 / args.tokens
     results = [
-        Result(f"a step of {args.rows} rows beside {args.rows} without a grammar", times["free"] / steps * 1e3, "ms"),
-        Result(f"a step of {args.rows} rows beside {args.rows} with one", times["bound"] / steps * 1e3, "ms"),
+        Result(f"a step of {args.rows} rows beside {args.rows} without a grammar", times["free"] * per_step, "ms"),
+        Result(f"a step of {args.rows} rows beside {args.rows} with one", times["bound"] * per_step, "ms"),
         Result("slower", (times["bound"] / times["free"] - 1) * 100, "%"),
+        Result("slower by the processor time of the thread that steps", (cpu["bound"] / cpu["free"] - 1) * 100, "%"),
     ]
     write(results, args.out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--schemas", type=int, default=1000)
+    parser.add_argument("--write", type=Path, help="only draw the schemas, and write them to this file, one a line")
+    parser.add_argument("--read", type=Path, help="take the schemas of this file instead")
+    parser.add_argument("--max-tokens", type=int, default=2048)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--neighbours", action="store_true")
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, help="in a step; 32, and with --neighbours 8 of each")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("results/neighbours.csv"))
+    parser.add_argument("--out", type=Path, help="results/schemas.csv, or results/neighbours.csv")
     args = parser.parse_args()
+    args.rows = args.rows or (8 if args.neighbours else 32)
+    args.out = args.out or Path("results", "neighbours.csv" if args.neighbours else "schemas.csv")
     (_neighbours if args.neighbours else _validate)(args)
 
 

@@ -9,6 +9,7 @@ AioloraError
 │   └── WeightsError
 ├── RequestError                this one request is wrong (HTTP 400; carries `param`)
 │   ├── PromptTooLongError      more tokens than the context has room for
+│   ├── GrammarBusyError        too many grammars of who asks wait to be compiled (HTTP 429)
 │   └── UnknownModelError       no base model and no adapter of that name (HTTP 404)
 ├── AdapterError                this one adapter cannot be used (HTTP 422; carries `adapter`)
 │   ├── AdapterNotFoundError    (HTTP 404)
@@ -71,6 +72,10 @@ class PromptTooLongError(RequestError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, param="prompt")
+
+
+class GrammarBusyError(RequestError):
+    """Too many grammars of whoever asks wait to be compiled already; ask again when some have been answered."""
 
 
 class UnknownModelError(RequestError):

@@ -297,7 +297,8 @@ class Matcher(Protocol):
     ready: bool  # `bits` and `error` may be read
     bits: bytes  # int32 words, a bit a token from the lowest on: which may come next, beyond them none
     error: str | None  # why there is no next token
-    took_s: float  # a token of late
+    slow: bool  # a token has taken long of late: no step is to count on the next mask
+    suspect: bool  # or one beside it has: it is to be advanced by itself, so that one knows
 
     def advance(self, token: int) -> None: ...
 

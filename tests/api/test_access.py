@@ -10,8 +10,9 @@ import pytest
 from aiolora.api import create_app
 from aiolora.config import ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
+from aiolora.engine.grammar import CompiledGrammar
 from aiolora.errors import ConfigError
-from aiolora.types import LoRARequest, Request
+from aiolora.types import LoRARequest, Request, SamplingParams
 from tests.api.conftest import NAMING, inside
 
 HASHED = "sha256:" + sha256(b"hashed-key").hexdigest()
@@ -60,6 +61,24 @@ async def test_probes_take_no_key(client: httpx.AsyncClient) -> None:
 async def test_a_key_without_a_list_uses_every_adapter(client: httpx.AsyncClient, key: str) -> None:
     for model in ("base", "alpha", "beta"):
         assert (await ask(client, key, model)).status_code == 200
+
+
+async def test_each_key_has_a_line_of_its_own_for_grammars(
+    client: httpx.AsyncClient, byte_engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners = []
+    take = byte_engine._parts.grammars.take
+
+    async def seen(params: SamplingParams | None, owner: str = "") -> CompiledGrammar | None:
+        owners.append(owner)
+        return await take(params, owner)
+
+    monkeypatch.setattr(byte_engine._parts.grammars, "take", seen)
+    for key, model in (("whole-key", "base"), ("whole-key", "beta"), ("hashed-key", "base"), ("the-admin", "base")):
+        assert (await ask(client, key, model)).status_code == 200
+    assert owners[0] == owners[1]
+    assert len(set(owners)) == 3
+    assert not any("key" in owner for owner in owners), "nothing of it is kept"
 
 
 @pytest.mark.parametrize("path", NAMING)

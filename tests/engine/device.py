@@ -180,7 +180,8 @@ class Work:
     offsets: list[int]  # whose logits are wanted
     samples: bool
     count: int
-    seen: int | None  # tokens that its grammar had seen at launch
+    seen: int | None = None  # tokens that its grammar had seen when it was chosen from
+    missed: bool = False  # nothing is chosen, as its grammar had not seen them
 
     @property
     def seq(self) -> Sequence:
@@ -204,12 +205,14 @@ class FakeMatcher:
         self.ready = True
         self.bits = b""
         self.error: str | None = None
+        self.slow = self.suspect = False
         self.seen: list[int] = []
 
     def advance(self, token: int) -> None:
         self.seen.append(token)
         if hash(tuple(self.seen)) % 40 == 0:
             self.error = "too complex"
+        self.slow = hash((*self.seen, "slow")) % 3 == 0
         self.ready = True
 
 
@@ -219,7 +222,7 @@ class FakeGrammar:
 
 
 class FakeMasks:
-    """Masks that are there when they have been waited for `delay` times, or until the first are."""
+    """Masks that are there when they were waited for, or a step has passed, `delay` times; or until the first are."""
 
     def __init__(self, delay: Callable[[], int]) -> None:
         self._delay = delay
@@ -272,6 +275,7 @@ class FakeRunner:
         self.outstanding: list[FakeFlight] = []
         self.num_launches = 0
         self.faults: dict[Sequence, str] = {}
+        self.passed: Callable[[], None] = lambda: None  # what to call when a step has
         self._last: dict[Sequence, tuple[int, int]] = {}  # position and id of the token sampled last
         self._contents_of_key: dict[bytes, list[Tag]] = {}
         pool.on_keep = self._kept
@@ -280,7 +284,7 @@ class FakeRunner:
         size = self._limits.page_size
         return table[position // size] * size + position % size
 
-    def launch(self, batch: Batch) -> FakeFlight:
+    def launch(self, batch: Batch, look_for_masks: Callable[[Batch], None]) -> FakeFlight:
         limits = self._limits
         seqs = [run.seq for run in batch.runs]
         require(0 < batch.num_tokens <= limits.max_num_batched_tokens, "token budget", batch.num_tokens)
@@ -298,6 +302,9 @@ class FakeRunner:
             self.slot(work.table, work.start + offset) for work in flight.works for offset in range(work.count)
         )
         require(max(written.values()) == 1, "two tokens in one slot")
+        look_for_masks(batch)
+        for work in flight.works:
+            work.seen, work.missed = self._seen(work.run), work.run.missed
         self.outstanding.append(flight)
         self.num_launches += 1
         return flight
@@ -310,6 +317,7 @@ class FakeRunner:
             one, several = self._carry_out(work)
             sampled.append(one)
             prompt.append(several)
+        self.passed()
         return Landed(sampled, prompt)
 
     def _pack(self, run: Scheduled) -> Work:
@@ -348,12 +356,11 @@ class FakeRunner:
             logit_offsets(run),
             run.samples,
             run.count,
-            self._seen(run),
         )
 
     def _seen(self, run: Scheduled) -> int | None:
         matcher = cast("FakeMatcher | None", run.seq.matcher)
-        if matcher is None or not run.samples:
+        if matcher is None or not run.samples or run.missed:
             return None
         require(matcher.ready and matcher.error is None, "a mask that is used is there", matcher.error)
         require(matcher.seen == run.seq.tokens[run.seq.num_prompt :], "a grammar sees the answer", matcher.seen)
@@ -418,6 +425,8 @@ class FakeRunner:
         seq, truth = work.seq, self.truth[work.seq]
         if not work.samples:
             return None
+        if work.missed:
+            return Sampled(EOS, 0.0, 1, ())  # of no meaning to anybody
         known = work.seen is None or work.seen == len(truth.tokens) - seq.num_prompt
         require(known, "a grammar has seen all tokens before the one that is chosen", work.seen)
         bad = POISON in tags or self.faults.get(seq) == "logits"

@@ -121,6 +121,8 @@ class World:
         self.store = FakeStore(copy_delay)
         self.scheduler = Scheduler(shape.limits, self.pool, self.residency)
         self.runner = FakeRunner(shape.limits, self.pool, self.residency, self.store, overlaps=overlaps)
+        self.masks = FakeMasks(mask_delay)
+        self.runner.passed = lambda: self.masks.wait(0)
         self.engine = Engine(
             self.scheduler,
             cast("Any", self.runner),
@@ -128,7 +130,7 @@ class World:
             self.store,
             ends=Ends(eos_token_ids=frozenset({EOS}), max_model_len=shape.max_model_len),
             seed=seed,
-            masks=cast("Any", FakeMasks(mask_delay)),
+            masks=cast("Any", self.masks),
             read_again=self._read_again,
             clock=lambda: self.now_s,
         )
@@ -352,7 +354,8 @@ class World:
         size = self.shape.limits.page_size
         for seq in holders:
             require(seq.num_flights == flights[seq], "flights of a sequence", seq.num_flights)
-            require(len(seq.pages) == -(-seq.num_computed // size), "pages for what is computed", len(seq.pages))
+            computed = seq.num_computed + seq.missed  # and what is to be computed again
+            require(len(seq.pages) == -(-computed // size), "pages for what is computed", len(seq.pages))
         self._verify_places(holders)
         lost = [version for version in self.in_memory if not self.residency.in_host(version)]
         require(not lost, "an adapter from memory stays in host memory", lost)

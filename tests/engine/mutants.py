@@ -11,12 +11,13 @@ from msgspec import structs
 from aiolora.engine.adapters import Adapters
 from aiolora.engine.core import Engine
 from aiolora.engine.queues import Queues, Slots
-from aiolora.engine.scheduler import Batch, Scheduler
+from aiolora.engine.runner import Landed
+from aiolora.engine.scheduler import Batch, Scheduled, Scheduler
 from aiolora.engine.sequence import Sequence, Status
 from aiolora.errors import GrammarError
 from aiolora.lora.residency import Placement, Residency
 from aiolora.pages import PagePool
-from aiolora.types import AdapterVersion, FinishReason, Mix
+from aiolora.types import AdapterVersion, FinishReason, Mix, TokenDelta
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 MUTANTS: dict[str, Plant] = {}
@@ -570,7 +571,33 @@ def a_grammar_is_launched_ahead(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def a_mask_is_used_before_it_is_there(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Sequence, "unsure", property(lambda self: self.matcher is not None and self.num_pending > 0))
+    patch.setattr(Scheduler, "miss", lambda self, run: None)
+
+
+@mutant
+def a_token_that_was_missed_counts_as_computed(patch: pytest.MonkeyPatch) -> None:
+    original = Scheduler.miss
+
+    def miss(self: Scheduler, run: Scheduled) -> None:
+        original(self, run)
+        run.seq.num_computed += 1
+
+    patch.setattr(Scheduler, "miss", miss)
+
+
+@mutant
+def what_was_chosen_without_a_mask_is_told(patch: pytest.MonkeyPatch) -> None:
+    original = Engine._settle
+
+    def settle(self: Engine, batch: Batch, landed: Landed) -> list[TokenDelta]:
+        missed = [run for run in batch.runs if run.missed]
+        deltas = original(self, batch, landed)
+        for run, sampled in zip(batch.runs, landed.sampled):
+            if run in missed and sampled is not None and not run.seq.finished:
+                self._append(run.seq, sampled)
+        return deltas
+
+    patch.setattr(Engine, "_settle", settle)
 
 
 @mutant

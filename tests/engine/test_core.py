@@ -86,7 +86,7 @@ def test_a_step_that_could_not_be_launched_leaves_nothing_behind(monkeypatch: py
     tickets = [world.submit(PROMPT, kind, max_tokens=4, ignore_eos=True) for kind in (None, mix)]
     steps(world, 1)
 
-    def fail(batch: Batch) -> Flight:
+    def fail(batch: Batch, look_for_masks: object) -> Flight:
         raise MemoryError("too many tokens")
 
     with monkeypatch.context() as patch:

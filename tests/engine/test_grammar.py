@@ -3,8 +3,10 @@
 import asyncio
 import json
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 
 from aiolora import LLM, AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams, StructuredOutputsParams
 from aiolora.engine import grammar
-from aiolora.engine.grammar import CompiledGrammar, Grammars
-from aiolora.errors import GrammarError, RequestError, UnknownModelError
+from aiolora.engine.grammar import CompiledGrammar, Grammars, Together
+from aiolora.errors import GrammarBusyError, GrammarError, RequestError, UnknownModelError
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import RequestOutput
 from tests.tiny import EOS, make_adapter
@@ -202,24 +204,65 @@ def grammars(byte_model: Path) -> Grammars:
 def test_equal_wishes_are_compiled_once_and_those_used_last_are_kept(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "_CACHE_NBYTES", 3 * grammar._nbytes("x" * 60))
-    first = grammars.compile(StructuredOutputsParams(regex="a"))
-    assert grammars.compile(StructuredOutputsParams(regex="a")) is first
+    monkeypatch.setattr(grammar, "_CACHE_NBYTES", 3 * grammar._nbytes(("regex", "x" * 60)))
+    first = grammars.wait(wish({"regex": "a"}))
+    assert grammars.wait(wish({"regex": "a"})) is first
     for number in range(8):
-        grammars.compile(StructuredOutputsParams(regex=f"b{{{number}}}"))
-        assert grammars.compile(StructuredOutputsParams(regex="a")) is first, "it was used just now"
+        grammars.wait(wish({"regex": f"b{{{number}}}"}))
+        assert grammars.wait(wish({"regex": "a"})) is first, "it was used just now"
         assert grammars._nbytes <= grammar._CACHE_NBYTES
-        assert grammars._nbytes == sum(grammar._nbytes(text) for _, text in grammars._cache)
+        assert grammars._nbytes == sum(map(grammar._nbytes, grammars._cache))
     assert len(grammars._cache) < 5
-    again = [grammars.wait(wish({"regex": "a"})) for _ in range(2)]
-    assert again == [first.result()] * 2
+
+
+def test_advanced_together_matchers_are_where_each_would_be_alone_and_one_that_fails_fails_alone(
+    grammars: Grammars, byte_model: Path
+) -> None:
+    shapes: list[dict[str, Any]] = [{"regex": "[a-c]{3}x"}, {"regex": "abz?"}, {"choice": ["abc", "abd"]}]
+    compiled = [one for one in (grammars.wait(wish(shape)) for shape in shapes) if one is not None]
+    together, alone = ([one.begin({EOS, VOCAB + 40}) for one in compiled] for _ in range(2))
+    advance = Together()
+    encode = Tokenizer(byte_model).encode
+    for token in encode("ab", special=False):
+        advance([(matcher, token) for matcher in together])
+        for one, other in zip(together, alone):
+            other.advance(token)
+            assert (one.bits, one.error, one.ready) == (other.bits, None, True)
+    [c, q] = encode("cq", special=False)
+    advance([(together[0], c), (together[1], q), (together[2], c)])
+    assert [bool(matcher.error) for matcher in together] == [False, True, False]
+    assert all(matcher.ready for matcher in together)
+    [x] = encode("x", special=False)
+    assert int.from_bytes(together[0].bits, "little") == 1 << x, "nothing else may come"
+    assert int.from_bytes(together[2].bits, "little") == 1 << EOS | 1 << VOCAB + 40
 
 
 def test_a_model_without_an_end_of_text_is_served_but_not_with_grammars(byte_model: Path) -> None:
     for json_text, ends in ((Tokenizer(byte_model).json, {VOCAB + 1}), ('{"unheard": "of"}', {EOS})):
         without = Grammars(json_text, vocab_size=VOCAB, eos_token_ids=ends)
         with pytest.raises(RequestError, match="cannot be had"):
-            without.compile(StructuredOutputsParams(regex="a"))
+            without.wait(wish({"regex": "a"}))
+
+
+def test_a_library_that_is_missing_is_said_to_who_asks_for_a_grammar(
+    byte_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    without = Grammars(Tokenizer(byte_model).json, vocab_size=VOCAB, eos_token_ids={EOS})
+    with pytest.raises(RequestError, match="pip install llguidance"):
+        without.wait(wish({"regex": "a"}))
+
+
+def test_the_library_is_loaded_in_a_thread_of_its_own_and_not_before_it_is_needed() -> None:
+    code = (
+        "import sys, aiolora.engine.build, aiolora.llm, aiolora.api.app\n"
+        "from aiolora.engine.grammar import Grammars\n"
+        "grammars = Grammars('{}', vocab_size=3, eos_token_ids=[1])\n"
+        "assert 'llguidance' not in sys.modules\n"
+        "grammars.load().result()\n"
+        "assert 'llguidance' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_model_may_have_more_tokens_than_its_tokenizer(byte_model: Path) -> None:
@@ -230,36 +273,99 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer(byte_model: Path) -> No
     assert len(bits) == 4 * -(-1000 // 32)
 
 
+@pytest.fixture
+def gates(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, threading.Event]]:
+    """By regular expression: compiled only when its gate is open. All are opened in the end."""
+    gates: dict[str, threading.Event] = {}
+    compiled = grammar._compile
+
+    def gated(tokenizer: Any, wish: tuple[str, str]) -> CompiledGrammar | str:
+        if wish[1] in gates:
+            gates[wish[1]].wait(60)
+        return compiled(tokenizer, wish)
+
+    monkeypatch.setattr(grammar, "_compile", gated)
+    yield gates
+    for gate in gates.values():
+        gate.set()
+
+
 async def test_a_grammar_that_takes_long_is_refused_and_the_loop_does_not_wait(
-    byte_model: Path, monkeypatch: pytest.MonkeyPatch
+    byte_model: Path, monkeypatch: pytest.MonkeyPatch, gates: dict[str, threading.Event]
 ) -> None:
     async with AsyncLLMEngine(EngineArgs(model=str(byte_model), **ARGS)) as engine:
         whole = await engine.generate("a", wish(SHAPES["json"][0]))
         json.loads(whole.outputs[0].text)
-        never: Future[CompiledGrammar | str] = Future()
-        monkeypatch.setattr("aiolora.engine.grammar.COMPILE_TIMEOUT_S", 0.05)
-        monkeypatch.setattr(engine._parts.grammars, "compile", lambda wanted: never)
+        monkeypatch.setattr(grammar, "COMPILE_TIMEOUT_S", 0.05)
+        gates["a"] = threading.Event()
         slow = asyncio.ensure_future(engine.generate("a", wish({"regex": "a"})))
         meanwhile = await engine.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))
         assert len(meanwhile.outputs[0].token_ids) == 3
         with pytest.raises(RequestError, match=r"within 0\.05 s"):
             await slow
-        assert not never.cancelled(), "others may wait for it"
+        gates["a"].set()
+        await asyncio.wrap_future(engine._parts.grammars._cache["regex", "a"].done)
+        assert (await engine.generate("a", wish({"regex": "a"}))).outputs[0].text == "a", "it was compiled all the same"
+
+
+async def test_slow_grammars_of_one_owner_neither_fail_nor_delay_those_of_another(
+    grammars: Grammars, gates: dict[str, threading.Event]
+) -> None:
+    gates |= {f"{number}": threading.Event() for number in range(8)}
+    slow = [asyncio.ensure_future(grammars.take(wish({"regex": text}), "hog")) for text in gates]
+    assert await grammars.take(wish({"regex": "b"}), "other") is not None
+    same = asyncio.ensure_future(grammars.take(wish({"regex": "7"}), "other"))  # of which the hog's turn is far
+    await asyncio.sleep(0.01)
+    gates["7"].set()
+    assert await same is not None
+    assert not any(task.done() for task in slow)
+    for gate in gates.values():
+        gate.set()
+    assert (await asyncio.gather(*slow))[7] is await same, "compiled once"
+
+
+async def test_the_time_that_a_grammar_waits_for_its_turn_is_not_counted(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch, gates: dict[str, threading.Event]
+) -> None:
+    await asyncio.wrap_future(grammars.load())
+    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT_S", 0.5)
+    gates["a"] = threading.Event()
+    slow = asyncio.ensure_future(grammars.take(wish({"regex": "a"})))
+    waits = asyncio.ensure_future(grammars.take(wish({"regex": "b"})))
+    with pytest.raises(RequestError, match=r"within 0\.5 s"):
+        await slow
+    assert not waits.done()
+    gates["a"].set()
+    assert await waits is not None
+
+
+async def test_too_many_grammars_in_a_line_are_refused_and_equal_ones_count_once(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch, gates: dict[str, threading.Event]
+) -> None:
+    monkeypatch.setattr(grammar, "MAX_WAITING", 2 * grammar._LEAST)
+    grammars = Grammars(grammars._read.args[0], vocab_size=VOCAB, eos_token_ids={EOS})
+    await asyncio.wrap_future(grammars.load())
+    gates["a"] = threading.Event()
+    line = [asyncio.ensure_future(grammars.take(wish({"regex": text}), "hog")) for text in ("a", "b", "b", "c", "c")]
+    await asyncio.sleep(0)
+    with pytest.raises(GrammarBusyError, match=f"{3 * grammar._LEAST} characters .* limit is {2 * grammar._LEAST}"):
+        await grammars.take(wish({"regex": "d"}), "hog")
+    assert await grammars.take(wish({"regex": "d"}), "other") is not None
+    gates["a"].set()
+    assert None not in await asyncio.gather(*line)
+    assert await grammars.take(wish({"regex": "e"}), "hog") is not None
 
 
 async def test_an_adapter_that_goes_while_a_grammar_is_compiled_is_unknown_then(
-    byte_model: Path, adapter: LoRARequest, monkeypatch: pytest.MonkeyPatch
+    byte_model: Path, adapter: LoRARequest, gates: dict[str, threading.Event]
 ) -> None:
     async with AsyncLLMEngine(EngineArgs(model=str(byte_model), **ARGS)) as engine:
         await engine.add_lora(adapter)
-        later: Future[CompiledGrammar | str] = Future()
-        compiled = await engine._parts.grammars.take(wish({"regex": "a"}))
-        assert compiled is not None
-        monkeypatch.setattr(engine._parts.grammars, "compile", lambda wanted: later)
+        gates["a"] = threading.Event()
         asked = asyncio.ensure_future(engine.generate("a", wish({"regex": "a"}), lora="a"))
         await asyncio.sleep(0)
         assert await engine.remove_lora("a")
-        later.set_result(compiled)
+        gates["a"].set()
         with pytest.raises(UnknownModelError):
             await asked
 
@@ -267,7 +373,7 @@ async def test_an_adapter_that_goes_while_a_grammar_is_compiled_is_unknown_then(
 async def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(
     byte_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "_LIMITS", grammar.LLParserLimits(step_lexer_fuel=1, verbose_errors=False))
+    monkeypatch.setattr(grammar, "_LIMITS", {"step_lexer_fuel": 1, "verbose_errors": False})
     async with AsyncLLMEngine(EngineArgs(model=str(byte_model), **ARGS)) as engine:
         results = await asyncio.gather(
             engine.generate("a", wish({"regex": "(a|b)*c(a|b){9}[x-z]+"}, max_tokens=50)),

@@ -1,20 +1,31 @@
 """Masks beside the steps: a grammar that is slow holds up no other."""
 
 import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
 
 from aiolora.engine.masks import Masks
+
+
+def together(landed: Sequence[tuple[Any, int]]) -> None:
+    for matcher, token in landed:
+        matcher.together.append(token)
+        matcher.advance(token)
 
 
 class Matcher:
     """Takes a token in as soon as `gate` is open."""
 
-    def __init__(self, *, took_s: float = 0.0, gate: threading.Event | None = None) -> None:
+    def __init__(self, *, slow: bool = False, suspect: bool = False, gate: threading.Event | None = None) -> None:
         self.ready = True
         self.bits = b""
         self.error: str | None = None
-        self.took_s = took_s
+        self.slow, self.suspect = slow, suspect
         self.gate = gate
         self.seen: list[int] = []
+        self.together: list[int] = []  # of them, those that came with others'
 
     def advance(self, token: int) -> None:
         assert self.gate is None or self.gate.wait(60)
@@ -23,7 +34,7 @@ class Matcher:
 
 
 def test_all_are_ready_when_they_have_been_waited_for() -> None:
-    masks, matchers = Masks(), [Matcher() for _ in range(3)]
+    masks, matchers = Masks(together), [Matcher() for _ in range(3)]
     for token in (7, 8):
         masks.advance([(matcher, token) for matcher in matchers])
         masks.wait(60)
@@ -32,7 +43,7 @@ def test_all_are_ready_when_they_have_been_waited_for() -> None:
 
 
 def test_one_that_is_under_way_is_not_ready_and_the_wait_for_it_ends() -> None:
-    masks, gate = Masks(), threading.Event()
+    masks, gate = Masks(together), threading.Event()
     matcher = Matcher(gate=gate)
     masks.advance([(matcher, 1)])
     assert not matcher.ready
@@ -43,9 +54,10 @@ def test_one_that_is_under_way_is_not_ready_and_the_wait_for_it_ends() -> None:
     assert matcher.ready
 
 
-def test_one_that_was_slow_holds_up_nobody_else() -> None:
-    masks, gate = Masks(), threading.Event()
-    slow, quick = Matcher(took_s=0.01, gate=gate), Matcher()
+@pytest.mark.parametrize("why", ["slow", "suspect"])
+def test_one_that_was_slow_or_may_have_been_holds_up_nobody_else(why: str) -> None:
+    masks, gate = Masks(together), threading.Event()
+    slow, quick = Matcher(gate=gate, **{why: True}), Matcher()  # type: ignore[arg-type]
     for token in range(5):
         masks.advance([(slow, token), (quick, token)] if token == 0 else [(quick, token)])
         masks.wait(None)
@@ -54,4 +66,5 @@ def test_one_that_was_slow_holds_up_nobody_else() -> None:
     gate.set()
     masks.wait(None)
     assert slow.seen == [0]
-    assert quick.seen == list(range(5))
+    assert slow.together == []
+    assert quick.together == quick.seen == list(range(5))

@@ -1,6 +1,6 @@
 """The real runner one step ahead: every answer is the one that it would have been without."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ def serve(
     watch = Watch()
     launch = runner.launch
 
-    def watched(batch: Batch) -> Any:
+    def watched(batch: Batch, look_for_masks: Callable[[Batch], None]) -> Any:
         watch.batches.append(batch)
         watch.in_flight += sum(run.start + run.count > len(run.seq.tokens) for run in batch.runs)
-        return launch(batch)
+        return launch(batch, look_for_masks)
 
     runner.launch = watched  # type: ignore[method-assign]
     count = max(len(PROMPTS), len(params))

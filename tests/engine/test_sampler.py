@@ -134,6 +134,7 @@ def test_a_grammar_masks_its_own_row_only_after_all_else() -> None:
     class Only:
         def __init__(self, *tokens: int) -> None:
             self.bits = sum(1 << token for token in tokens).to_bytes(8, "little")
+            self.ready = True
 
     logits = torch.randn(4, VOCABULARY)
     wish: dict[str, Any] = {"logit_bias": {3: 90.0}, "frequency_penalty": 1.0}

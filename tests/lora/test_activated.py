@@ -187,9 +187,9 @@ def watch(llm: LLM) -> list[Batch]:
     runner = llm.engine._built.engine._runner
     launch, seen = runner.launch, []
 
-    def watched(batch: Batch) -> Any:
+    def watched(batch: Batch, look_for_masks: Callable[[Batch], None]) -> Any:
         seen.append(batch)
-        return launch(batch)
+        return launch(batch, look_for_masks)
 
     runner.launch = watched  # type: ignore[method-assign]
     return seen

@@ -479,14 +479,15 @@ def test_penalties_follow_transformers_and_openai(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("vocabulary", "words"), [(64, 2), (50, 2), (70, 2), (31, 1), (5, 3)])
 def test_a_token_is_allowed_by_its_bit(vocabulary: int, words: int, dtype: torch.dtype) -> None:
-    logits = torch.randn(3, vocabulary).to(dtype)
+    logits = torch.randn(5, vocabulary).to(dtype)
     bits = torch.randint(-(2**31), 2**31, (3, words), dtype=torch.int32)
-    out = allow(logits, bits)
-    for row in range(3):
-        number = int.from_bytes(bits[row].numpy().tobytes(), "little")
+    out = logits.clone()
+    allow(out, torch.tensor([4, 0, 2]), bits)
+    masks = {row: int.from_bytes(words.numpy().tobytes(), "little") for row, words in zip((4, 0, 2), bits)}
+    for row in range(5):
         for token in range(vocabulary):
-            expected = float(logits[row, token]) if number >> token & 1 else -math.inf
-            assert float(out[row, token]) == expected
+            allowed = row not in masks or masks[row] >> token & 1
+            assert float(out[row, token]) == (float(logits[row, token]) if allowed else -math.inf)
 
 
 def test_uniform_numbers_are_uniform_and_unrelated_over_seeds_and_positions() -> None:
@@ -685,7 +686,8 @@ def _penalise(dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 
 def _allow(dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    return [(torch.randn(2, 40).to(dtype), torch.tensor([[5, 7], [-1, 0]], dtype=torch.int32))]
+    bits = torch.tensor([[5, 7], [-1, 0]], dtype=torch.int32)
+    return [(torch.randn(3, 40).to(dtype), torch.tensor([2, 0]), bits)]
 
 
 OPS: dict[str, tuple[Any, Callable[[torch.dtype], list[tuple[Any, ...]]]]] = {

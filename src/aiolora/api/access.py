@@ -66,7 +66,7 @@ class Keys:
             if digest in self._callers:
                 raise ConfigError(f"{field}[{number}]: the same key is given twice; give everybody their own")
             adapters = None if said.adapters is None else frozenset(said.adapters)
-            self._callers[digest] = Caller(said.name, adapters, admin)
+            self._callers[digest] = Caller(said.name, adapters, admin, digest.hex())
 
 
 class Guard:

@@ -43,7 +43,7 @@ _WHY = {
     404: "What is named does not exist, for this key.",
     413: "The body is over the limit.",
     422: "The adapter cannot be used.",
-    429: "The adapter has had its tokens of this minute; Retry-After says when there are more.",
+    429: "The adapter has had its tokens of this minute, or grammars wait to be compiled; see Retry-After.",
     500: "The server failed; its log has the details.",
     502: "A resolver failed to bring the adapter.",
     503: "The engine has stopped, or the server is about to.",

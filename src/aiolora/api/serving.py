@@ -74,6 +74,12 @@ class Serving:
         view._visit = visit_of(request.scope)
         return view
 
+    @property
+    def owner(self) -> str | None:
+        """Who the visitor is, by their key; None: nobody needs one."""
+        caller = None if self._visit is None else self._visit.caller
+        return caller.key or None if caller is not None else None
+
     def permits(self, adapter: str) -> bool:
         """Whether the visitor may use what has this name; what they may not use does not exist for them."""
         caller = None if self._visit is None else self._visit.caller
@@ -159,6 +165,7 @@ class Serving:
                         priority=said.priority or 0,
                         request_id=f"{answer_id}-{position}",
                         permits=self.permits,
+                        owner=self.owner,
                     )
                 except UnknownModelError:  # removed just now; the engine's words may tell of what does not exist here
                     raise self._unknown([said.model] if said.lora is None else said.lora) from None

@@ -24,6 +24,7 @@ class Caller(Struct, frozen=True):
     name: str | None = None  # for the log
     adapters: frozenset[str] | None = None  # beside the base; None: all
     admin: bool = False
+    key: str = ""  # tells callers apart, and nothing of the key; empty: none was needed
 
     def may_use(self, adapter: str) -> bool:
         """What may not be used does not exist, for this caller."""

@@ -192,10 +192,12 @@ class AsyncLLMEngine:
         request_id: str | None = None,
         priority: int = 0,
         permits: Callable[[str], bool] | None = None,
+        owner: str | None = None,
     ) -> Request:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here.
 
         `permits`: which adapters may answer by default where `lora` names none; None: all of `default_mm_loras`.
+        `owner`: whose grammars are compiled one after another; None: those of the requests with the same adapter.
         """
         self._alive()
         read = None
@@ -206,7 +208,8 @@ class AsyncLLMEngine:
         lora = self.intake.default(lora, read, permits)
         parts = self.intake.parts(lora)
         # before the versions, which nobody holds while others wait
-        grammar = await self._parts.grammars.take(sampling_params)
+        names = [part.lora_name if isinstance(part, LoRARequest) else part for part, _ in parts]
+        grammar = await self._parts.grammars.take(sampling_params, owner or f"adapter {names[:1]}")
         mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
         self.intake.policies.check(mix)
         tokenise = partial(

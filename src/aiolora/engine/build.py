@@ -11,7 +11,7 @@ from aiolora.config import EngineArgs
 from aiolora.engine.batch import Packer
 from aiolora.engine.core import Ends, Engine
 from aiolora.engine.encoding import Encoding
-from aiolora.engine.grammar import Grammars
+from aiolora.engine.grammar import Grammars, Together
 from aiolora.engine.intake import Intake, Limits
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.masks import Masks
@@ -74,6 +74,8 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
     if args.enable_lora:
         lora_dtype = dtype if args.lora_dtype == "auto" else DTYPES[args.lora_dtype]
         layout = layout_of(model, lora_dtype, encoder=networks.encoder, only=args.lora_target_modules)
+    grammars = Grammars(tokenizer.json, vocab_size=model.config.vocab_size, eos_token_ids=tokenizer.eos_token_ids)
+    grammars.load()  # beside what follows: it holds the GIL for a while, and nobody is served yet
     bounds = step_bounds(args, model.config, device)
     activations = activation_nbytes(model, *bounds, page_size=PAGE_SIZE) if device == "cuda" else 0
     activations += args.media_memory if networks.encoder else 0
@@ -101,7 +103,6 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
         default_mm_loras={modality: request.lora_name for modality, request in defaults.items()},
     )
     full_ends = args.max_loras * -(-args.max_lora_rank // RANKS_PER_PAGE)
-    grammars = Grammars(tokenizer.json, vocab_size=model.config.vocab_size, eos_token_ids=tokenizer.eos_token_ids)
     adapter_limits = AdapterLimits(args.max_lora_rank, plan.adapter_room, args.model, full_ends, pinned)
     outlines = None if layout is None else Outlines(layout, adapter_limits)
 
@@ -222,7 +223,7 @@ def _engine(
         pool,
         ends=until,
         seed=args.seed,
-        masks=Masks(),
+        masks=Masks(Together()),
         room_of_one=one,
         read_again=read_again,
     )

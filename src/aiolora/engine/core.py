@@ -152,7 +152,7 @@ class Engine:
                 self.adapters.wait()
             batch = self._schedule()
         try:
-            launched = self._runner.launch(batch) if batch.runs else None
+            launched = self._runner.launch(batch, self._look_for_masks) if batch.runs else None
         except BaseException as error:
             self._give_up(batch, error)
             raise
@@ -182,15 +182,21 @@ class Engine:
         )
 
     def _schedule(self) -> Batch:
-        self._look_for_masks()
+        self._end_failed()
         self.adapters.place()
         return self.scheduler.schedule(self._clock(), self.adapters.reading)
 
-    def _look_for_masks(self) -> None:
-        """Wait a moment for those under way; who has none yet sits this step out, so that the others lose no more."""
-        if not self._masking:
-            return
-        self._masks.wait(_MASKS_S)
+    def _look_for_masks(self, batch: Batch) -> None:
+        """While `batch` computes: wait a moment for its masks; who has none misses it, so that others lose no more."""
+        runs = [run for run in batch.runs if run.samples and run.seq.matcher is not None]
+        if not all(run.seq.matcher.ready for run in runs if run.seq.matcher is not None):
+            self._masks.wait(_MASKS_S)
+        for run in runs:
+            if run.seq.matcher is not None and (not run.seq.matcher.ready or run.seq.matcher.error is not None):
+                self.scheduler.miss(run)
+
+    def _end_failed(self) -> None:
+        """Those whose grammar has become too complex. No wait: masks that come while the next step computes will do."""
         looked_at, self._masking = self._masking, []
         for seq in looked_at:
             assert seq.matcher is not None
@@ -210,13 +216,13 @@ class Engine:
                 self._end(run.seq, "error", NonFiniteLogitsError(f"request {run.seq.request.id!r}: logits are NaN"))
                 self.scheduler.distrust(run.seq)
             self.scheduler.land(run)
-            if sampled is not None and not run.seq.finished:
+            if sampled is not None and not run.missed and not run.seq.finished:
                 self._append(run.seq, sampled)
                 if run.seq.matcher is not None and not run.seq.finished:
                     self._masking.append(run.seq)
                     constrained.append((run.seq.matcher, sampled.token_id))
         if constrained:
-            self._masks.advance(constrained)
+            self._masks.advance(constrained)  # beside the next step
         deltas, self._undelivered = self._undelivered, []
         return deltas
 

@@ -1,7 +1,8 @@
 """ModelRunner: launches a step on the device. A Flight is a step that was launched and has not landed."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -51,7 +52,9 @@ class Runner(Protocol):
 
     overlaps: bool
 
-    def launch(self, batch: Batch) -> Flight: ...
+    def launch(self, batch: Batch, look_for_masks: Callable[[Batch], None]) -> Flight:
+        """Begin a step; `look_for_masks` is called once it computes, before anything is chosen."""
+        ...
 
 
 @dataclass(slots=True)
@@ -106,14 +109,15 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         self._in_flight = InFlight.none(max_num_seqs, str(self._device))
 
-    def launch(self, batch: Batch) -> ModelFlight:
+    def launch(self, batch: Batch, look_for_masks: Callable[[Batch], None]) -> ModelFlight:
         """Begin one step; the one before it was launched, and all before that have landed."""
         with torch.inference_mode():
             runs = [run for run in batch.runs if run.samples]
             seqs, rows = [run.seq for run in runs], [self._in_flight.row(run) for run in runs]
             routes = self._packer.routes(batch)
             media = self._encoding.rows(batch) if self._encoding is not None else None
-            chosen = self._replay(batch, routes, seqs, rows) if media is None else None
+            look = partial(look_for_masks, batch)
+            chosen = self._replay(batch, routes, seqs, rows, look) if media is None else None
             prompt: list[tuple[Chosen, list[int | None]]] = []
             if chosen is None:
                 inputs = self._packer.pack(batch, routes, self._in_flight)
@@ -122,6 +126,7 @@ class ModelRunner:
                     _leave_sizes_open(inputs)
                 hidden = self._forward(inputs, self._cache.layers)
                 if seqs:
+                    look()
                     logits = self._logits(hidden[: len(seqs)], batch, routes, 0)
                     chosen = self._choose(logits, seqs, self._in_flight.tokens, rows)
                 prompt = self._prompt(batch, hidden, routes, len(seqs))
@@ -172,7 +177,9 @@ class ModelRunner:
                 logits = self._model.amended(self._model.logits(hidden), hidden, head)
                 self._sampler.choose(logits, [seq] * len(counts), None, [-1] * len(counts))
 
-    def _replay(self, batch: Batch, routes: Routes | None, seqs: list[Sequence], rows: list[int]) -> Chosen | None:
+    def _replay(
+        self, batch: Batch, routes: Routes | None, seqs: list[Sequence], rows: list[int], look: Callable[[], None]
+    ) -> Chosen | None:
         """The step as a graph; None, and nothing done, where none was captured for its like.
 
         A graph ends with the base's logits: what adapters do to the head comes behind it.
@@ -191,6 +198,7 @@ class ModelRunner:
             return Chosen(out.tokens[: len(seqs)], out.logprobs[: len(seqs)], None, None)
         previous = self._in_flight.tokens.clone()  # the graph writes the likeliest over them
         out = self._graphs.replay(bucket, numbers)
+        look()
         logits = out.logits[: len(seqs)]
         if head is not None:
             assert out.hidden is not None, "a graph without adapters was replayed for one on the head"

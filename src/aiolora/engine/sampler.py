@@ -128,14 +128,15 @@ class Sampler:
                         params.frequency_penalty,
                     )
                 )
-        constrained = [(place, seq.matcher.bits) for place, seq in enumerate(seqs) if seq.matcher is not None]
+        masked = [(place, seq.matcher) for place, seq in enumerate(seqs) if seq.matcher is not None]
+        constrained = [(place, matcher.bits) for place, matcher in masked if matcher.ready]  # others missed the step
         if constrained:
             places = _upload([place for place, _ in constrained], torch.int64, device)
             width = max(len(bits) for _, bits in constrained)
             joined = bytearray(b"".join(bits.ljust(width, b"\0") for _, bits in constrained))
             bits = torch.frombuffer(joined, dtype=torch.int32)
             bits = (bits.pin_memory() if device.type == "cuda" else bits).to(device, non_blocking=True)
-            logits.index_copy_(0, places, allow_op(logits[places], bits.view(len(constrained), -1)))
+            allow_op(logits, places, bits.view(len(constrained), -1))
         return logits
 
 

@@ -22,6 +22,7 @@ class Scheduled:
     start: int
     count: int
     samples: bool  # the last of them is the sequence's last, so the step samples the next one
+    missed: bool = False  # and nobody knew what: as if its last token were not in the step
 
 
 @dataclass(slots=True)
@@ -148,7 +149,7 @@ class Scheduler:
             if budget == 0:
                 break
             length = seq.length
-            if seq.status is not Status.RUNNING or length >= seq.max_length or seq.unsure:
+            if seq.status is not Status.RUNNING or length >= seq.max_length or seq.sits_out:
                 continue  # preempted for one before it; the token in flight is its last; or its grammar must see that
             count = min(length - seq.num_computed, budget)
             if seq.request.media:
@@ -166,16 +167,22 @@ class Scheduler:
         """The step with `run` has landed: what it computed may be found by others. Call before appending its token."""
         seq = run.seq
         seq.num_flights -= 1
-        if run.samples:
+        if run.samples and not run.missed:
             seq.num_pending -= 1
         if seq.status is Status.RUNNING:
-            seq.num_landed = run.start + run.count
+            seq.num_landed = run.start + run.count - run.missed
             if self.limits.prefix_caching:
                 self._publish(seq, run)
         elif seq.num_flights == 0 and seq.holds:
             self._give_back(seq)
             if seq.status is Status.WAITING:
                 self.add(seq)
+
+    def miss(self, run: Scheduled) -> None:
+        """Nothing can be chosen for `run`, which is being launched: a later step computes its last token again."""
+        run.missed = run.seq.missed = True
+        run.seq.num_pending -= 1
+        run.seq.num_computed -= 1
 
     def distrust(self, seq: Sequence) -> None:
         """`seq` got NaN: nobody may find what it has read or computed, or every retry would get NaN again."""
@@ -352,6 +359,7 @@ class Scheduler:
         batch.runs.append(Scheduled(seq, start, count, samples))
         seq.num_computed = start + count
         seq.num_flights += 1
+        seq.missed = False
         if samples:
             seq.num_pending += 1
         tokens = count + samples
@@ -360,7 +368,7 @@ class Scheduler:
 
     def _publish(self, seq: Sequence, run: Scheduled) -> None:
         size = self.limits.page_size
-        for index in range(run.start // size, (run.start + run.count) // size):
+        for index in range(run.start // size, (run.start + run.count - run.missed) // size):
             self.pool.keep(seq.pages[index], seq.page_key(index, size))
 
     def _give_back(self, seq: Sequence) -> None:

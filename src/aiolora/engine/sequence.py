@@ -41,6 +41,7 @@ class Sequence:
         self.num_computed = 0
         self.num_landed = 0
         self.num_pending = 0  # sampled by steps that have not landed: token ids not known yet
+        self.missed = False  # a step has computed its last token, and there was no mask to choose the next one by
         self.num_flights = 0  # steps launched with it and not landed
         self.pages = array("i")  # C integers: a step copies them by the hundred
         self.status = Status.WAITING
@@ -77,6 +78,11 @@ class Sequence:
     def unsure(self) -> bool:
         """Whether nobody knows yet what may come next: its grammar has not seen the token in flight, or has no mask."""
         return self.matcher is not None and (self.num_pending > 0 or not self.matcher.ready)
+
+    @property
+    def sits_out(self) -> bool:
+        """Whether the next step is without it: `unsure`, and its mask is not likely to come while the step computes."""
+        return self.unsure and (self.num_pending > 0 or self.missed or self.matcher is None or self.matcher.slow)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -73,15 +73,16 @@ def penalise(
     return x - frequency * uses - presence * (uses > 0)
 
 
-def allow(logits: Tensor, bits: Tensor) -> Tensor:
-    """`logits` [R, V] with -inf for tokens that are not allowed, float32.
+def allow(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """-inf to some rows of `logits` [B, V] for tokens that are not allowed; mutates `logits` only.
 
-    `bits` [R, W] int32: bit i of word w is set where token 32 * w + i is allowed; tokens beyond the words are not.
+    rows [R] int64, each once. `bits` [R, W] int32: bit i of word w is set where token 32 * w + i is allowed; tokens
+    beyond the words are not. Added in place: 0.17 ms for 8 of 16 rows of 49k, taken out and put back 0.76 (one core).
     """
-    x = logits.float()
-    bias = torch.nn.functional.embedding(bits.view(torch.uint8).int(), _bias_of_bytes(x.device)).flatten(1)
-    bias = torch.nn.functional.pad(bias, (0, max(x.shape[1] - bias.shape[1], 0)), value=-torch.inf)
-    return x + bias[:, : x.shape[1]]
+    bias = torch.nn.functional.embedding(bits.view(torch.uint8).int(), _bias_of_bytes(logits.device)).flatten(1)
+    if bias.shape[1] < logits.shape[1]:
+        bias = torch.nn.functional.pad(bias, (0, logits.shape[1] - bias.shape[1]), value=-torch.inf)
+    logits.index_add_(0, rows, bias[:, : logits.shape[1]].to(logits.dtype))
 
 
 @cache
@@ -140,4 +141,4 @@ penalise_op = define(
     penalise,
     fake=lambda logits, prompt, output, repetition, presence, frequency: torch.empty_like(logits, dtype=torch.float32),
 )
-allow_op = define(allow, fake=lambda logits, bits: torch.empty_like(logits, dtype=torch.float32))
+allow_op = define(allow, fake=lambda logits, rows, bits: None, mutates=("logits",))
