@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -42,9 +43,17 @@ def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Model:
     return load_networks(args, folder, device=device).decoder
 
 
-def load_networks(args: EngineArgs, folder: Path, *, device: str, report: Report = unreported) -> Networks:
+def load_networks(
+    args: EngineArgs,
+    folder: Path,
+    *,
+    device: str,
+    report: Report = unreported,
+    outlined: Callable[[Networks], None] = lambda networks: None,
+) -> Networks:
     """Build the networks that the config of `folder` describes and fill their weights.
 
+    `outlined` gets them, those of ours before their weights are read, which takes the longest.
     Raises `UnsupportedModelError`, `WeightsError`, or `ConfigError` for a context longer than the model's.
     """
     hf = read_config(folder)
@@ -56,7 +65,9 @@ def load_networks(args: EngineArgs, folder: Path, *, device: str, report: Report
         raise ConfigError(f"max_model_len={args.max_model_len} is over the model's context of {longest} tokens")
     dtype = _dtype(args.dtype, hf.dtype or text.dtype, device)
     if way.impl == "transformers":
-        return Networks(_load_fallback(args, folder, hf, way, dtype, device))
+        networks = Networks(_load_fallback(args, folder, hf, way, dtype, device))
+        outlined(networks)
+        return networks
     config = decoder_config(hf, max_positions=args.max_model_len)
     if args.compile and config.moe is not None:
         raise ConfigError(f"compile=True, but model_type {hf.model_type!r} has experts, which are run as they are")
@@ -64,6 +75,7 @@ def load_networks(args: EngineArgs, folder: Path, *, device: str, report: Report
         model = Decoder(config, dtype=dtype, device=device)
         dummy = args.load_format == "dummy"
         encoder = Encoder(hf, dtype=dtype, device=device, filled=dummy) if hf.model_type in MULTIMODAL else None
+        outlined(Networks(model, encoder))
         if dummy:
             random_weights(model, args.seed)
         elif encoder is None:
@@ -117,10 +129,10 @@ def outline(folder: Path) -> Networks:
     if way.impl == "aiolora":
         decoder = Decoder(decoder_config(hf, max_positions=None), dtype=dtype, device="meta")
         return Networks(decoder, Encoder(hf, dtype=dtype, device="meta") if hf.model_type in MULTIMODAL else None)
-    from aiolora.models.building import outlined
+    from aiolora.models import building
 
     try:
-        return Networks(outlined(hf, dtype=dtype))
+        return Networks(building.outlined(hf, dtype=dtype))
     except NotImplementedError as error:
         raise UnsupportedModelError(f"model_type {hf.model_type!r} cannot be judged without its weights") from error
 

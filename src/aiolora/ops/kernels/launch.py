@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,12 +12,13 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from aiolora.ops.rehearsing import rehearsing
+
 INTERPRETED: bool = knobs.runtime.interpret
 PDL: bool = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 """A kernel is set up while the one before it ends, and waits before it reads (Hopper on)."""
 
 _ALIGNED = 15  # Triton compiles for addresses that are multiples of 16
-_REHEARSING: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
 
 def launch(
@@ -55,7 +55,7 @@ def launch(
     device = torch.cuda.current_device()
     key = (device, fixed, num_warps, num_stages, pdl, *traits)
     compiled = None if aligned & _ALIGNED else variants.compiled.get(key)
-    if _REHEARSING.get():
+    if rehearsing.get():
         if compiled is None and (aligned & _ALIGNED or key not in variants.rehearsed):  # Triton would hash it each time
             variants.rehearsed.add(key)
             function.warmup(*args, grid=grid, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
@@ -78,14 +78,14 @@ def rehearsal() -> Iterator[None]:
     if INTERPRETED:
         yield
         return
-    token = _REHEARSING.set(True)
+    token = rehearsing.set(True)
     device = torch.cuda.current_device()  # a thread begins on the first card
     pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,))
     try:
         with pool, triton.AsyncCompileMode(_Compilers(pool)):
             yield
     finally:
-        _REHEARSING.reset(token)
+        rehearsing.reset(token)
 
 
 class _Compilers:
@@ -133,10 +133,11 @@ def _variants(function: Any) -> _Variants:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the card; 4 in the interpreter."""
-    if device.type != "cuda":
+    """Multiprocessors of the card, which "meta" stands for in a rehearsal; 4 in the interpreter."""
+    if INTERPRETED or device.type == "cpu":
         return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    card = torch.cuda.current_device() if device.type == "meta" else device
+    return int(torch.cuda.get_device_properties(card).multi_processor_count)
 
 
 def ceil_div(a: int, b: int) -> int:
