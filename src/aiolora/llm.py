@@ -6,7 +6,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from anyio.from_thread import start_blocking_portal
-from rich.progress import Progress
 from torch import Tensor
 
 from aiolora.config import EngineArgs, Environment
@@ -373,6 +372,8 @@ class LLM:
             raise
 
     def _drain(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        from rich.progress import Progress  # fifty modules, which no start needs
+
         done: dict[str, RequestOutput] = {}
         with Progress(transient=True, disable=not use_tqdm) as progress:
             task = progress.add_task("prompts", total=len(ids))

@@ -36,7 +36,7 @@ from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.residency import Residency
 from aiolora.media.reader import MediaReader
 from aiolora.models.decoder import Decoder
-from aiolora.models.loading import DTYPES, Networks, load_networks
+from aiolora.models.loading import DTYPES, Networks, load_networks, read_config
 from aiolora.models.weights import locate
 from aiolora.ops.linear import RANKS_PER_PAGE
 from aiolora.ops.registration import has_kernels
@@ -76,16 +76,18 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
         card = torch.device(device, torch.cuda.current_device())
         threads().submit(lambda: torch.zeros(1, device=card))
     phases.over("device")
-    tokenizer = Tokenizer(locate(args.tokenizer) if args.tokenizer else folder)
+    config = read_config(folder)
+    phases.over("config")
+    tokenizer = Tokenizer(locate(args.tokenizer)) if args.tokenizer else Tokenizer(folder, config=config)
     phases.over("tokenizer")
     ahead: list[Future[bool]] = []
 
     def outlined(networks: Networks) -> None:
-        phases.over("config")
+        phases.over("outline")
         if device == "cuda":
             ahead.extend(_meanwhile(networks, args))
 
-    networks = load_networks(args, folder, device=device, report=report, outlined=outlined)
+    networks = load_networks(args, folder, config, device=device, report=report, outlined=outlined)
     phases.over("weights")
     media = MediaReader.of(folder, args.model, domains=args.allowed_media_domains, max_pixels=args.max_image_pixels)
     defaults = default_mm_loras(args, media)

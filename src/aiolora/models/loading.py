@@ -15,6 +15,7 @@ from aiolora.errors import ConfigError, ModelError, UnsupportedModelError
 from aiolora.models.decoder import Decoder
 from aiolora.models.encoder import Encoder
 from aiolora.models.families import decoder_config
+from aiolora.models.llama_config import LlamaConfig
 from aiolora.models.model import Model
 from aiolora.models.multimodal import MULTIMODAL, current_name
 from aiolora.models.paths import Way, context_of, way_of
@@ -40,23 +41,23 @@ class Networks(NamedTuple):
 
 def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Model:
     """`load_networks` of a model that takes text only, or the decoder of another."""
-    return load_networks(args, folder, device=device).decoder
+    return load_networks(args, folder, read_config(folder), device=device).decoder
 
 
 def load_networks(
     args: EngineArgs,
     folder: Path,
+    hf: PreTrainedConfig,
     *,
     device: str,
     report: Report = unreported,
     outlined: Callable[[Networks], None] = lambda networks: None,
 ) -> Networks:
-    """Build the networks that the config of `folder` describes and fill their weights.
+    """Build the networks that `hf`, the config of `folder`, describes and fill their weights.
 
     `outlined` gets them, those of ours before their weights are read, which takes the longest.
     Raises `UnsupportedModelError`, `WeightsError`, or `ConfigError` for a context longer than the model's.
     """
-    hf = read_config(folder)
     way, text = way_of(hf, args.model_impl), hf.get_text_config()
     if way.impl is None:
         raise way.refusal
@@ -140,8 +141,10 @@ def outline(folder: Path) -> Networks:
 def read_config(folder: Path) -> PreTrainedConfig:
     """What transformers makes of config.json in `folder`. Raises `ModelError`."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what transformers raises of JSON
+        said, _ = PreTrainedConfig.get_config_dict(folder)
+        kind = LlamaConfig if said.get("model_type") == LlamaConfig.model_type else AutoConfig
+        config: PreTrainedConfig = kind.from_pretrained(folder)
+    except Exception as error:  # of a file that anybody may have written
         raise ModelError(f"{folder}/config.json cannot be read: {error}") from error
     return config
 
