@@ -1,7 +1,7 @@
 """Kernels compiled ahead: while weights are read, an outline of the model takes the steps that serving will take."""
 
 import logging
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,6 @@ from aiolora.engine.sampler import Sampler
 from aiolora.errors import ConfigError
 from aiolora.lora.kinds import PageKinds, Room
 from aiolora.lora.layout import layout_of
-from aiolora.lora.paging import threads
 from aiolora.lora.pool import AdapterPool
 from aiolora.lora.residency import Residency
 from aiolora.models.decoder import Decoder, DecoderConfig
@@ -43,7 +42,10 @@ def compile_ahead(model: Decoder, args: EngineArgs) -> Future[bool]:
             return False
         return True
 
-    return threads().submit(compiled)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="aiolora-ahead")
+    future = pool.submit(compiled)
+    pool.shutdown(wait=False)
+    return future
 
 
 def outlined_runner(config: DecoderConfig, dtype: torch.dtype, args: EngineArgs) -> ModelRunner:
