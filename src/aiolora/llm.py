@@ -6,7 +6,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from anyio.from_thread import start_blocking_portal
-from rich.progress import Progress
 from torch import Tensor
 
 from aiolora.config import EngineArgs, Environment
@@ -367,6 +366,8 @@ class LLM:
         params = _spread("sampling_params", sampling_params, len(prompts))
         loras = _spread("lora_request", lora_request, len(prompts))
         priorities = _spread("priority", priority, len(prompts))
+        from rich.progress import Progress  # fifty modules, which no start needs
+
         ids: list[str] = []
         done: dict[str, RequestOutput] = {}
         with INTERPRETER.call(), Progress(transient=True, disable=not use_tqdm) as progress:

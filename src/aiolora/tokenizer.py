@@ -24,13 +24,15 @@ _OWN_OPTIONS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_te
 class Tokenizer:
     """A model's tokenizer and chat template. Encoding and decoding release the GIL; safe in several threads."""
 
-    def __init__(self, folder: Path, *, like: "Tokenizer | None" = None) -> None:
+    def __init__(self, folder: Path, *, like: "Tokenizer | None" = None, config: object = None) -> None:
         """`like`: has the template where `folder` has none, and more ends. Its code, if any, is never run.
+
+        `config`: transformers' of `folder`, where it was read already.
 
         Raises `ModelError` where `folder` holds no fast tokenizer.
         """
         try:
-            self._hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self._hf = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         except Exception as error:  # of a file that anybody may have written
             raise ModelError(f"{folder} holds no tokenizer that can be read: {error}") from error
         if not self._hf.is_fast:

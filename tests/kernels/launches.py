@@ -61,31 +61,17 @@ def launches(call: Callable[[], object], *, pdl: bool = True) -> list[Launch]:
 def _recorded(pdl: bool) -> Iterator[list[Launch]]:
     found: list[Launch] = []
 
-    def keep(function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        arguments = dict(zip(function.arg_names, args))
-        arguments |= {name: value for name, value in named.items() if name in function.arg_names}
-        found.append(Launch(function, arguments, {k: v for k, v in named.items() if k not in function.arg_names}))
-
     def launch(function: Any, grid: tuple[int, ...], args: tuple[Any, ...], *, pdl: bool = False, **named: Any) -> None:
-        keep(function, args, {**named, "PDL": pdl, "launch_pdl": pdl})
-
-    class Direct:
-        """In the place of a jitted function that is launched by its own means."""
-
-        def __init__(self, function: Any) -> None:
-            self.function = function
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *args, **named: keep(self.function, args, named)
+        said = {**named, "PDL": pdl, "launch_pdl": pdl}
+        arguments = dict(zip(function.arg_names, args)) | {k: v for k, v in said.items() if k in function.arg_names}
+        found.append(Launch(function, arguments, {k: v for k, v in said.items() if k not in function.arg_names}))
 
     with ExitStack() as stack:
-        for module in (activation, blocks, experts, linear, norm, rope, routes, sampling):
+        for module in (activation, blocks, embedding, experts, linear, norm, rope, routes, sampling):
             stack.enter_context(patch.object(module, "launch", launch))
         for module in (embedding, linear, sampling):
             stack.enter_context(patch.object(module, "PDL", pdl))
         stack.enter_context(patch.object(linear, "processors", lambda device: PROCESSORS))
-        stack.enter_context(patch.object(embedding, "_embed", Direct(embedding._embed)))
-        stack.enter_context(patch.object(sampling, "_draw", Direct(sampling._draw)))
         yield found
 
 

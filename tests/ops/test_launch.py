@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from triton.runtime._async_compile import active_mode
 
 from aiolora.ops.kernels import launch as module
 from aiolora.ops.kernels.launch import launch, rehearsal
@@ -56,6 +59,7 @@ class Jitted:
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM + device, raising=False)
 
 
@@ -186,6 +190,43 @@ def test_a_rehearsal_compiles_and_runs_nothing(jitted: Jitted) -> None:
         call(jitted, num_warps=8, pdl=True)
     assert compiled.runs == []
     assert len(jitted.prepared) == 1
+
+
+def test_a_rehearsal_asks_for_each_variant_once(jitted: Jitted) -> None:
+    for _ in range(2):
+        with rehearsal():
+            for tokens in range(3):
+                call(jitted, tokens=tokens)
+            call(jitted, width=64)
+    assert [args[1] for _, args, _ in jitted.prepared] == [48, 64]
+
+
+def test_a_rehearsal_asks_each_time_for_an_address_off_16_bytes(jitted: Jitted) -> None:
+    with rehearsal():
+        for offset in (0, 1, 1):
+            call(jitted, x=halves(offset))
+    assert len(jitted.prepared) == 3
+
+
+def test_what_a_rehearsal_compiles_is_made_ready_on_its_card_by_the_thread_that_compiled_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cards, bound = {}, []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: cards.update({get_ident(): device}))
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> None:
+            bound.append(get_ident())
+
+    kernel, kept = Kernel(), []
+    with rehearsal():
+        mode = active_mode.get()
+        assert mode is not None
+        mode.submit("key", lambda: kernel, kept.append)
+    assert kept == [kernel]
+    assert [cards[thread] for thread in bound] == [3]
+    assert get_ident() not in cards
 
 
 def test_a_rehearsal_is_its_own_threads_alone(jitted: Jitted) -> None:

@@ -1,13 +1,16 @@
 """The one place where the engine's objects are made and handed to each other."""
 
+import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from hashlib import sha256
 
 import torch
 
 from aiolora.config import EngineArgs
+from aiolora.engine.ahead import compile_ahead
 from aiolora.engine.batch import Packer
 from aiolora.engine.core import Ends, Engine
 from aiolora.engine.encoding import Encoding
@@ -15,6 +18,7 @@ from aiolora.engine.grammar import Grammars, Together
 from aiolora.engine.intake import Intake, Limits
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.masks import Masks
+from aiolora.engine.phases import Phases
 from aiolora.engine.plan import PAGE_SIZE, Plan, make_plan, pick_device, step_bounds
 from aiolora.engine.runner import ModelRunner
 from aiolora.engine.sampler import Sampler
@@ -27,18 +31,22 @@ from aiolora.lora.loader import AdapterWeights, check_adapter, load_adapter
 from aiolora.lora.memory import InMemory
 from aiolora.lora.outline import Limits as AdapterLimits
 from aiolora.lora.outlines import Outlines
-from aiolora.lora.paging import reserve_soon
+from aiolora.lora.paging import reserve_soon, threads
 from aiolora.lora.pool import AdapterPool
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.residency import Residency
 from aiolora.media.reader import MediaReader
-from aiolora.models.loading import DTYPES, Networks, load_networks
+from aiolora.models.decoder import Decoder
+from aiolora.models.loading import DTYPES, Networks, load_networks, read_config
 from aiolora.models.model import Model
 from aiolora.models.weights import locate
 from aiolora.ops.linear import RANKS_PER_PAGE
+from aiolora.ops.registration import has_kernels
 from aiolora.pages import PagePool
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest, Report, unreported
+
+_log = logging.getLogger(__name__)
 
 READERS = 4  # adapters that a blocking face reads at a time; each is read by several threads
 _PINNED_SHARE = 4  # of the machine's memory so small a part is locked from the start, at most
@@ -54,30 +62,50 @@ class Built:
     load: Callable[[LoRARequest | InMemory], AdapterWeights]  # blocks; any thread
     check: Callable[[LoRARequest], AnnouncedAdapter]  # likewise
     plan: Plan
+    phases: Phases
 
 
 def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report: Report = unreported) -> Built:
     """Load the model and make an engine of it. Blocks for seconds to minutes; touches the device.
 
-    `read_again`: see `Engine`. `report` is called in this thread, for weights and graphs.
+    `read_again`: see `Engine`. `report` is called in this thread, for weights and graphs. What took how long is logged.
     Raises `ConfigError` or a `ModelError`.
     """
+    phases = Phases()
     device = pick_device(args.device)
     folder = locate(args.model)
-    tokenizer = Tokenizer(locate(args.tokenizer) if args.tokenizer else folder)
-    networks = load_networks(args, folder, device=device, report=report)
+    if device == "cuda":  # its context takes a second or two, but not the interpreter
+        card = torch.device(device, torch.cuda.current_device())
+        threads().submit(lambda: torch.zeros(1, device=card))
+    phases.over("device")
+    config = read_config(folder)
+    phases.over("config")
+    tokenizer = Tokenizer(locate(args.tokenizer)) if args.tokenizer else Tokenizer(folder, config=config)
+    phases.over("tokenizer")
+    ahead: list[Future[bool]] = []
+
+    def outlined(networks: Networks) -> None:
+        phases.over("outline")
+        if device == "cuda":
+            ahead.extend(_meanwhile(networks, args))
+
+    networks = load_networks(args, folder, config, device=device, report=report, outlined=outlined)
+    phases.over("weights")
     media = MediaReader.of(folder, args.model, domains=args.allowed_media_domains, max_pixels=args.max_image_pixels)
     defaults = default_mm_loras(args, media)
     model = networks.decoder
     dtype = model.embed.weight.dtype
     layout = None
     if args.enable_lora:
-        lora_dtype = dtype if args.lora_dtype == "auto" else DTYPES[args.lora_dtype]
-        layout = layout_of(model, lora_dtype, encoder=networks.encoder, only=args.lora_target_modules)
+        layout = layout_of(model, _lora_dtype(args, dtype), encoder=networks.encoder, only=args.lora_target_modules)
     grammars = Grammars(tokenizer.json, vocab_size=model.config.vocab_size, eos_token_ids=tokenizer.eos_token_ids)
     grammars.load()  # beside what follows: it holds the GIL for a while, and nobody is served yet
-    bounds = step_bounds(args, model.config, device)
-    activations = activation_nbytes(model, *bounds, page_size=PAGE_SIZE) if device == "cuda" else 0
+    rehearsed = bool(ahead) and ahead[0].result()
+    phases.over("kernels")
+    activations = 0
+    if device == "cuda":
+        bounds = step_bounds(args, model.config, device)
+        activations = activation_nbytes(model, *bounds, page_size=PAGE_SIZE, rehearsed=rehearsed)
     activations += args.media_memory if networks.encoder else 0
     plan = make_plan(
         args,
@@ -90,9 +118,18 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
         capturable=model.capturable,
     )
     pinned = plan.device.startswith("cuda")
-    if pinned and layout is not None:  # while the kernels are compiled: locking holds up whoever uses the GPU
-        reserve_soon(layout, _pinned_pages(args, layout))
-    engine = _engine(args, networks, layout, plan, tokenizer, media, read_again, report)
+    phases.over("sizes")
+    engine, runner = _engine(args, networks, layout, plan, tokenizer, media, read_again)
+    phases.over("stores")
+    if device == "cuda":
+        kinds, samples = layout.page_kinds.sites if layout else 0, tuple(media.samples())
+        if not rehearsed or networks.encoder is not None:  # an outline has no encoder
+            runner.rehearse(plan, kinds=kinds, media=samples)
+            phases.over("kernels")
+        runner.warm_up(plan, kinds=kinds, media=samples)
+        phases.over("steps")
+        runner.capture(plan, report)
+        phases.over("graphs")
     intake = Intake(
         tokenizer,
         AdapterRegistry(args.model),
@@ -119,7 +156,9 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
 
     for request in defaults.values():
         intake.registry.announce(check(request))
-    return Built(engine, intake, grammars, load, check, plan)
+    phases.over("rest")
+    _log.info("started in %s", phases)
+    return Built(engine, intake, grammars, load, check, plan, phases)
 
 
 def default_mm_loras(args: EngineArgs, media: MediaReader) -> dict[str, LoRARequest]:
@@ -132,6 +171,23 @@ def default_mm_loras(args: EngineArgs, media: MediaReader) -> dict[str, LoRARequ
         number = int.from_bytes(sha256(f"default {modality}".encode()).digest()[:7])
         requests[modality] = LoRARequest(modality, number, path)
     return requests
+
+
+def _meanwhile(networks: Networks, args: EngineArgs) -> list[Future[bool]]:
+    """What a GPU's start can do in threads while weights are read: lock memory and, of a decoder of ours, compile.
+
+    Locking holds up whoever uses the GPU, so that it comes first.
+    """
+    model, encoder = networks
+    if args.enable_lora:
+        dtype = _lora_dtype(args, model.embed.weight.dtype)
+        layout = layout_of(model, dtype, encoder=encoder, only=args.lora_target_modules)
+        reserve_soon(layout, _pinned_pages(args, layout))
+    return [compile_ahead(model, args)] if isinstance(model, Decoder) and has_kernels() else []
+
+
+def _lora_dtype(args: EngineArgs, dtype: torch.dtype) -> torch.dtype:
+    return dtype if args.lora_dtype == "auto" else DTYPES[args.lora_dtype]
 
 
 def _pinned_pages(args: EngineArgs, layout: Layout) -> dict[int, int]:
@@ -171,8 +227,7 @@ def _engine(
     tokenizer: Tokenizer,
     media: MediaReader,
     read_again: Callable[[AdapterVersion], None],
-    report: Report,
-) -> Engine:
+) -> tuple[Engine, ModelRunner]:
     model, encoder = networks
     kinds = layout.page_kinds if layout else PageKinds(0)
     residency: Residency[AdapterWeights] = Residency(kinds, plan.adapter_room, max_host=args.host_adapters)
@@ -202,8 +257,6 @@ def _engine(
         encoding=encoding,
         compiled=args.compile,
     )
-    if plan.device == "cuda":
-        runner.warm_up(plan, kinds=kinds.sites, media=media.samples(), report=report)
     limits = SchedulerLimits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -216,7 +269,7 @@ def _engine(
     scheduler = Scheduler(limits, PagePool(plan.num_pages), residency)
     until = Ends(eos_token_ids=tokenizer.eos_token_ids, max_model_len=plan.max_model_len)
     one = -(-args.max_lora_rank // RANKS_PER_PAGE)
-    return Engine(
+    engine = Engine(
         scheduler,
         runner,
         residency,
@@ -227,3 +280,4 @@ def _engine(
         room_of_one=one,
         read_again=read_again,
     )
+    return engine, runner

@@ -133,28 +133,39 @@ class ModelRunner:
             self._in_flight.rows = {seq: row for row, seq in enumerate(seqs)}
             return self._flight(batch, chosen, prompt)
 
-    def warm_up(self, plan: Plan, *, kinds: int, media: Iterable[MediaItem] = (), report: Report = unreported) -> None:
-        """Compile the kernels that serving needs and capture the graphs of `plan` (GPU). Before the first launch only.
+    def rehearse(self, plan: Plan, *, kinds: int, media: Iterable[MediaItem] = ()) -> None:
+        """Compile, side by side, what the steps and graphs of `plan` launch on a GPU; nothing is computed.
 
         `kinds`: of sites that take adapters. `media`: some for the encoder.
         """
-        media = tuple(media)
-        graphs = None
-        if plan.graph_buckets:
-            max_pages = -(-plan.max_model_len // plan.page_size)
-            parts = self._model, self._cache, self._packer, self._in_flight.tokens
-            graphs = StepGraphs(*parts, plan.graph_buckets, max_pages=max_pages)
-        with torch.inference_mode():
-            with rehearsal():  # compiles all side by side
-                self._walk_through(plan, kinds)
-                self._encode(media)
-                if graphs is not None:
-                    graphs.walk_through()
+        graphs = self._graphs_of(plan)
+        with torch.inference_mode(), rehearsal():
             self._walk_through(plan, kinds)
             self._encode(media)
             if graphs is not None:
+                graphs.walk_through()
+
+    def warm_up(self, plan: Plan, *, kinds: int, media: Iterable[MediaItem] = ()) -> None:
+        """Take the steps in earnest: what was not rehearsed is compiled now, one kernel after the other (GPU)."""
+        with torch.inference_mode():
+            self._walk_through(plan, kinds)
+            self._encode(media)
+
+    def capture(self, plan: Plan, report: Report = unreported) -> None:
+        """Capture the graphs of `plan` (GPU). Warm, and before the first launch only."""
+        graphs = self._graphs_of(plan)
+        if graphs is not None:
+            with torch.inference_mode():
                 graphs.capture(report)
         self._graphs = graphs
+
+    def _graphs_of(self, plan: Plan) -> StepGraphs | None:
+        """Not captured yet; None: the plan has none."""
+        if not plan.graph_buckets:
+            return None
+        max_pages = -(-plan.max_model_len // plan.page_size)
+        parts = self._model, self._cache, self._packer, self._in_flight.tokens
+        return StepGraphs(*parts, plan.graph_buckets, max_pages=max_pages)
 
     def _encode(self, media: Iterable[MediaItem]) -> None:
         if self._encoding is not None:

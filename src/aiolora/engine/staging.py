@@ -27,12 +27,12 @@ class Staging:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._pinned = device != "cpu"
+        self._pinned = device.startswith("cuda")
         self._buffers = [_Buffer(torch.empty(0, dtype=torch.int32)) for _ in range(2)]
 
     def send(self, numbers: Numbers) -> dict[str, Tensor]:
         """`numbers` as tensors of the device, copied behind what its current stream does; on the CPU not copied."""
-        if not self._pinned:
+        if self._device == "cpu":
             return {name: torch.from_numpy(array) for name, array in numbers.items()}
         return self.send_into(torch.empty(size_of(numbers), dtype=torch.int32, device=self._device), numbers)
 

@@ -80,8 +80,13 @@ def _routing(size: int, kinds: int, pages: int, idle: int, device: str) -> dict[
     }
 
 
-def activation_nbytes(model: Model, max_num_seqs: int, max_num_batched_tokens: int, *, page_size: int) -> int:
-    """Bytes of GPU memory that the largest step takes for a while, beyond what is always there: by running one."""
+def activation_nbytes(
+    model: Model, max_num_seqs: int, max_num_batched_tokens: int, *, page_size: int, rehearsed: bool = False
+) -> int:
+    """Bytes of GPU memory that the largest step takes for a while, beyond what is always there: by running one.
+
+    `rehearsed`: its kernels are compiled already.
+    """
     device = str(model.embed.weight.device)
     longest = model.config.max_positions
     counts = [min(longest, max_num_batched_tokens - low) for low in range(0, max_num_batched_tokens, longest)]
@@ -90,8 +95,9 @@ def activation_nbytes(model: Model, max_num_seqs: int, max_num_batched_tokens: i
     before = torch.cuda.memory_allocated()
     with torch.inference_mode():
         step = blank_step(counts, num_logits=max_num_seqs, page_size=page_size, device=device)
-        with rehearsal():
-            model(step, cache.layers)
+        if not rehearsed:
+            with rehearsal():
+                model(step, cache.layers)
         torch.cuda.reset_peak_memory_stats()
         model.logits(model(step, cache.layers))
     torch.cuda.synchronize()

@@ -7,7 +7,9 @@ A tensor passes through one small buffer, so that its bytes are still in the pro
 import functools
 import hashlib
 import itertools
+import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from aiolora.lora.layout import Layout, Place, Target
 from aiolora.lora.tensorfile import Entry, Tensors, not_finite
 from aiolora.ops.build_native import library
 from aiolora.ops.linear import RANKS_PER_PAGE
+
+_log = logging.getLogger(__name__)
 
 _MAX_THREADS = 8  # of all loads together, and half of the cores at most: others are being served
 _SERIAL = 1 << 15  # elements from where torch would start threads of its own
@@ -112,7 +116,10 @@ def reserve(layout: Layout, counts: Mapping[int, int]) -> None:
     Locking takes longer than reading a file. Torch keeps what is given back to it, block by block, and pages of one
     kind have one size whatever the rank: blocks of an adapter that was evicted serve the next.
     """
-    _empty(layout, counts, pinned=True)
+    began_s = time.monotonic()
+    pages = _empty(layout, counts, pinned=True)
+    nbytes = sum(page.nbytes for kinds in pages for some in kinds.values() for page in some)
+    _log.info("locked %.0f MiB for adapters in %.1f s", nbytes / 2**20, time.monotonic() - began_s)
 
 
 def reserve_soon(layout: Layout, counts: Mapping[int, int]) -> None:

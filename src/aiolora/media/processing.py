@@ -10,12 +10,16 @@ from aiolora.media.images import Images, llava, qwen
 from aiolora.media.items import Processor
 from aiolora.media.recordings import GraniteRecordings, QwenRecordings
 
+_TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "granite_speech", "qwen2_audio")  # of configs; others take text alone
+
 
 def processors_of(folder: Path, *, max_pixels: int) -> dict[str, Processor]:
     """By modality; none for a model that takes text only. Raises `ModelError`, or `MissingExtraError` for Pillow."""
-    from transformers import AutoConfig
-
     try:
+        if json.loads((folder / "config.json").read_text()).get("model_type") not in _TYPES:
+            return {}
+        from transformers import AutoConfig
+
         hf = AutoConfig.from_pretrained(folder)
         if hf.model_type == "llava":
             return {IMAGE: Images(hf, _image_processor(folder), max_pixels, llava)}

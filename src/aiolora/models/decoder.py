@@ -219,7 +219,7 @@ class Decoder(nn.Module):
 
     def _product(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(hidden, None).y
-        return logits if logits.is_cuda else logits.float()
+        return logits.float() if logits.is_cpu else logits
 
     def _finished(self, logits: Tensor) -> Tensor:
         """What a family does to its logits in the end, in place."""

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,6 +15,7 @@ from aiolora.errors import ConfigError, ModelError, UnsupportedModelError
 from aiolora.models.decoder import Decoder
 from aiolora.models.encoder import Encoder
 from aiolora.models.families import decoder_config
+from aiolora.models.llama_config import LlamaConfig
 from aiolora.models.model import Model
 from aiolora.models.multimodal import MULTIMODAL, current_name
 from aiolora.models.paths import Way, context_of, way_of
@@ -39,15 +41,23 @@ class Networks(NamedTuple):
 
 def load_decoder(args: EngineArgs, folder: Path, *, device: str) -> Model:
     """`load_networks` of a model that takes text only, or the decoder of another."""
-    return load_networks(args, folder, device=device).decoder
+    return load_networks(args, folder, read_config(folder), device=device).decoder
 
 
-def load_networks(args: EngineArgs, folder: Path, *, device: str, report: Report = unreported) -> Networks:
-    """Build the networks that the config of `folder` describes and fill their weights.
+def load_networks(
+    args: EngineArgs,
+    folder: Path,
+    hf: PreTrainedConfig,
+    *,
+    device: str,
+    report: Report = unreported,
+    outlined: Callable[[Networks], None] = lambda networks: None,
+) -> Networks:
+    """Build the networks that `hf`, the config of `folder`, describes and fill their weights.
 
+    `outlined` gets them, those of ours before their weights are read, which takes the longest.
     Raises `UnsupportedModelError`, `WeightsError`, or `ConfigError` for a context longer than the model's.
     """
-    hf = read_config(folder)
     way, text = way_of(hf, args.model_impl), hf.get_text_config()
     if way.impl is None:
         raise way.refusal
@@ -56,7 +66,9 @@ def load_networks(args: EngineArgs, folder: Path, *, device: str, report: Report
         raise ConfigError(f"max_model_len={args.max_model_len} is over the model's context of {longest} tokens")
     dtype = _dtype(args.dtype, hf.dtype or text.dtype, device)
     if way.impl == "transformers":
-        return Networks(_load_fallback(args, folder, hf, way, dtype, device))
+        networks = Networks(_load_fallback(args, folder, hf, way, dtype, device))
+        outlined(networks)
+        return networks
     config = decoder_config(hf, max_positions=args.max_model_len)
     if args.compile and config.moe is not None:
         raise ConfigError(f"compile=True, but model_type {hf.model_type!r} has experts, which are run as they are")
@@ -64,6 +76,7 @@ def load_networks(args: EngineArgs, folder: Path, *, device: str, report: Report
         model = Decoder(config, dtype=dtype, device=device)
         dummy = args.load_format == "dummy"
         encoder = Encoder(hf, dtype=dtype, device=device, filled=dummy) if hf.model_type in MULTIMODAL else None
+        outlined(Networks(model, encoder))
         if dummy:
             random_weights(model, args.seed)
         elif encoder is None:
@@ -117,10 +130,10 @@ def outline(folder: Path) -> Networks:
     if way.impl == "aiolora":
         decoder = Decoder(decoder_config(hf, max_positions=None), dtype=dtype, device="meta")
         return Networks(decoder, Encoder(hf, dtype=dtype, device="meta") if hf.model_type in MULTIMODAL else None)
-    from aiolora.models.building import outlined
+    from aiolora.models import building
 
     try:
-        return Networks(outlined(hf, dtype=dtype))
+        return Networks(building.outlined(hf, dtype=dtype))
     except NotImplementedError as error:
         raise UnsupportedModelError(f"model_type {hf.model_type!r} cannot be judged without its weights") from error
 
@@ -128,8 +141,10 @@ def outline(folder: Path) -> Networks:
 def read_config(folder: Path) -> PreTrainedConfig:
     """What transformers makes of config.json in `folder`. Raises `ModelError`."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what transformers raises of JSON
+        said, _ = PreTrainedConfig.get_config_dict(folder)
+        kind = LlamaConfig if said.get("model_type") == LlamaConfig.model_type else AutoConfig
+        config: PreTrainedConfig = kind.from_pretrained(folder)
+    except Exception as error:  # of a file that anybody may have written
         raise ModelError(f"{folder}/config.json cannot be read: {error}") from error
     return config
 

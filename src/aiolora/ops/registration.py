@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from aiolora.ops.rehearsing import rehearsing
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("aiolora", "DEF")
@@ -37,7 +39,8 @@ def define(
         _LIBRARY.impl(name, _when_called(cuda, reference), "CUDA")
     if cpu is not None:
         _LIBRARY.impl(name, cpu, "CPU")
-    torch.library.register_fake(f"aiolora::{name}", fake, lib=_LIBRARY)
+    shaped = fake if cuda is None else _when_rehearsed(_when_called(cuda, reference), fake)
+    torch.library.register_fake(f"aiolora::{name}", shaped, lib=_LIBRARY)
     op: F = getattr(torch.ops.aiolora, name).default
     return op
 
@@ -48,12 +51,20 @@ def has_kernels() -> bool:
 
 
 def rehearsal() -> AbstractContextManager[None]:
-    """Inside, CUDA ops compile their kernels side by side and compute nothing: before the same calls in earnest."""
+    """Inside, CUDA ops compile their kernels side by side and compute nothing: before the same calls in earnest.
+
+    So do they on "meta", where they stand for the current GPU: a rehearsal needs neither weights nor memory.
+    """
     if not has_kernels():
         return nullcontext()
     from aiolora.ops.kernels import launch
 
     return launch.rehearsal()
+
+
+def _when_rehearsed(kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """On "meta": what launches kernels within a rehearsal, `fake` elsewhere (torch.compile)."""
+    return lambda *args: (kernel if rehearsing.get() else fake)(*args)
 
 
 def _when_called(module: str, reference: F) -> Callable[..., Any]:

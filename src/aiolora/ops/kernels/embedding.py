@@ -6,14 +6,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aiolora.ops.kernels.launch import PDL, ceil_div, power_of_2
+from aiolora.ops.kernels.launch import PDL, ceil_div, launch, power_of_2
 
 _COLUMNS = 2048  # of a program
 
 
-@triton.jit
-def _embed(tokens, previous, weight, out, most, vocabulary, H: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
+@triton.jit(do_not_specialize=["most", "vocabulary"])
+def _embed(
+    tokens, previous, weight, out, most, vocabulary,
+    H: tl.constexpr, COLUMNS: tl.constexpr, CHAINED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """CHAINED: the kernel behind it may be set up while it runs."""
+    if CHAINED:
         gdc_wait()
         gdc_launch_dependents()
     t = tl.program_id(0)
@@ -33,7 +37,8 @@ def embed(tokens: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
     out = torch.empty((count, hidden), dtype=weight.dtype, device=weight.device)
     columns = min(power_of_2(hidden), _COLUMNS)
     # the first kernel of a step: what comes before it is a copy, which it could not be set up beside
-    _embed[(count, ceil_div(hidden, columns))](
-        tokens, previous, weight, out, previous.shape[0] - 1, vocabulary, hidden, columns, PDL
-    )
+    launch(
+        _embed, (count, ceil_div(hidden, columns)),
+        (tokens, previous, weight, out, previous.shape[0] - 1, vocabulary), H=hidden, COLUMNS=columns, CHAINED=PDL,
+    )  # fmt: skip
     return out

@@ -2,10 +2,9 @@
 
 import functools
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,12 +12,13 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from aiolora.ops.rehearsing import rehearsing
+
 INTERPRETED: bool = knobs.runtime.interpret
 PDL: bool = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 """A kernel is set up while the one before it ends, and waits before it reads (Hopper on)."""
 
 _ALIGNED = 15  # Triton compiles for addresses that are multiples of 16
-_REHEARSING: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
 
 def launch(
@@ -55,8 +55,9 @@ def launch(
     device = torch.cuda.current_device()
     key = (device, fixed, num_warps, num_stages, pdl, *traits)
     compiled = None if aligned & _ALIGNED else variants.compiled.get(key)
-    if _REHEARSING.get():
-        if compiled is None:
+    if rehearsing.get():
+        if compiled is None and (aligned & _ALIGNED or key not in variants.rehearsed):  # Triton would hash it each time
+            variants.rehearsed.add(key)
             function.warmup(*args, grid=grid, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
         return
     if compiled is None:
@@ -77,16 +78,38 @@ def rehearsal() -> Iterator[None]:
     if INTERPRETED:
         yield
         return
-    token = _REHEARSING.set(True)
+    token = rehearsing.set(True)
+    device = torch.cuda.current_device()  # a thread begins on the first card
+    pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,))
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        with pool, triton.AsyncCompileMode(_Compilers(pool)):
             yield
     finally:
-        _REHEARSING.reset(token)
+        rehearsing.reset(token)
+
+
+class _Compilers:
+    """The executor that Triton compiles in: what comes out of it can be launched at once.
+
+    By itself a kernel would get its code onto the card, and with Triton 3.6 a C function that launches it (a quarter
+    of a second of gcc a signature), when it is launched first: one after the other.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
+        return self._pool.submit(_made_ready, compile_kernel)
+
+
+def _made_ready(compile_kernel: Callable[[], Any]) -> Any:
+    kernel = compile_kernel()
+    kernel[(1, 1, 1)]  # what binds it to a grid makes it ready
+    return kernel
 
 
 class _Variants:
-    """The compiled forms of one function that have been met."""
+    """The compiled forms of one function that have been met, and those that were compiled ahead."""
 
     def __init__(self, function: Any) -> None:
         self.function = function  # keeps its id from being another's
@@ -94,6 +117,7 @@ class _Variants:
         self.by_value = [not param.do_not_specialize for param in runtime]
         self.constants = [param.name for param in function.params if param.is_constexpr]
         self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.rehearsed: set[tuple[Any, ...]] = set()
         assert function.params[: len(runtime)] == runtime, f"{function.__name__}: constexprs come last"
 
 
@@ -109,10 +133,11 @@ def _variants(function: Any) -> _Variants:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the card; 4 in the interpreter."""
-    if device.type != "cuda":
+    """Multiprocessors of the card, which "meta" stands for in a rehearsal; 4 in the interpreter."""
+    if INTERPRETED or device.type == "cpu":
         return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    card = torch.cuda.current_device() if device.type == "meta" else device
+    return int(torch.cuda.get_device_properties(card).multi_processor_count)
 
 
 def ceil_div(a: int, b: int) -> int:

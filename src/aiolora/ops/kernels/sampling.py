@@ -145,6 +145,7 @@ def _least_kept(
 def _draw(
     logits_ptr, stats_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, u_ptr, out_ptr, V, stride,
     BLOCKS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A row's token: the likeliest, or the one at point u of the cumulative mass of what is kept."""
     row = tl.program_id(0)
@@ -207,8 +208,9 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
         return out
     stats = _stats(logits, None, temperature, pdl=False)
     blocks = stats.shape[2]
-    _draw[(rows,)](
-        logits, stats, temperature, top_k, top_p, min_p, u, out, vocabulary, logits.stride(0),
+    launch(
+        _draw, (rows,),
+        (logits, stats, temperature, top_k, top_p, min_p, u, out, vocabulary, logits.stride(0)),
         BLOCKS=blocks, LANES=power_of_2(blocks), BLOCK=BLOCK, SPAN=SPAN, STAGES=4, num_warps=16,
     )  # fmt: skip
     return out
