@@ -30,7 +30,7 @@ MAX_TOKEN_IDS = 1024
 MAX_BIAS = 1e15  # whatever else a request wants of its logits, they stay finite in float32
 NEVER = sys.maxsize  # a position that no sequence reaches
 
-_fields = cache(fields)  # evaluates annotations, which takes longer than to check all values against them
+_fields = cache(fields)  # evaluates annotations, which takes longer than to check values against them
 
 
 class Conversation(Struct, frozen=True, kw_only=True):
@@ -110,6 +110,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
             force_setattr(self, "stop", (self.stop,))
         for field in _fields(type(self)):
             value = getattr(self, field.name)
+            if value is field.default:
+                continue
             try:
                 convert(value, field.type)
             except Exception as error:
@@ -172,6 +174,8 @@ class AdapterPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def __post_init__(self) -> None:
         for field in _fields(type(self)):
             value = getattr(self, field.name)
+            if value is field.default:
+                continue
             try:
                 convert(value, field.type)
             except Exception as error:

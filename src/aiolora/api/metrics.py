@@ -149,11 +149,11 @@ class Count:
         now, newest = time.monotonic(), self._newest
         for position, output in burst:
             answer = position * self._n + output.index
-            if newest[answer]:
-                self._between.add(now - newest[answer])
+            before, newest[answer] = newest[answer], now
+            if before:
+                self._between.add(now - before)
             elif position not in self._running:
                 self._start(position)
-            newest[answer] = now
             self._lengths[position] += 1
             if output.finish_reason is not None:
                 self._meter.ended(output.finish_reason)

@@ -11,8 +11,10 @@ from litestar.types import Receive, Send
 from msgspec import Struct
 
 from aiolora.api.leaving import finished_before_leaving
+from aiolora.api.visits import visit_of
 
 Write: TypeAlias = Callable[[bytes], Awaitable[None]]  # sends what is ready
+Work: TypeAlias = Callable[[Write], Coroutine[Any, Any, None]]  # writes all of a stream
 
 DONE = b"data: [DONE]\n\n"  # behind the last frame of completions and chat
 HOLE = "\0"  # the text of a mould's chunk
@@ -57,26 +59,31 @@ class Mould:
 class EventStream(Response[Any]):
     """A stream of frames. `Response` of anything: OpenAI's routes answer with one shape or a stream of its chunks."""
 
-    def __init__(self, work: Callable[[Write], Coroutine[Any, Any, None]], headers: Mapping[str, str]) -> None:
+    def __init__(self, work: Work, headers: Mapping[str, str]) -> None:
         """`work` writes all frames; it is cancelled when the client leaves."""
         super().__init__(None, headers={**_HEADERS, **headers})
         self._work = work
 
     def to_asgi_response(self, app: object, request: Request[Any, Any, Any], **_: Any) -> ASGIResponse:
         """What Litestar sends; the route's own media type and headers have no say."""
-        return _ASGIEventStream(self._work, self.headers)
+        return _ASGIEventStream(self._work, self.headers, visit_of(request.scope).send)
 
 
 class _ASGIEventStream(ASGIStreamingResponse):
-    def __init__(self, work: Callable[[Write], Coroutine[Any, Any, None]], headers: dict[str, Any]) -> None:
+    def __init__(self, work: Work, headers: dict[str, Any], send: Send) -> None:
         super().__init__(iterator=(), headers=headers, media_type="text/event-stream")
         self._work = work
+        self._send = send
 
     async def send_body(self, send: Send, receive: Receive) -> None:
-        """Send until the end or until the client leaves; either way the work has ended before this returns."""
+        """Send until the end or until the client leaves; either way the work has ended before this returns.
+
+        Frames go straight to the server: the layers in between look at the head of an answer alone.
+        """
+        past_layers = self._send
 
         def write(body: bytes) -> Awaitable[None]:
-            return send({"type": "http.response.body", "body": body, "more_body": True})
+            return past_layers({"type": "http.response.body", "body": body, "more_body": True})
 
         if await finished_before_leaving(receive, self._work(write)):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
