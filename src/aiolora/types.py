@@ -5,7 +5,7 @@ A request names an adapter; inside, it carries an `AdapterVersion` (which bytes)
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 
@@ -29,6 +29,8 @@ MAX_STOP_LENGTH = 1024
 MAX_TOKEN_IDS = 1024
 MAX_BIAS = 1e15  # whatever else a request wants of its logits, they stay finite in float32
 NEVER = sys.maxsize  # a position that no sequence reaches
+
+_fields = cache(fields)  # evaluates annotations, which takes longer than to check values against them
 
 
 class Conversation(Struct, frozen=True, kw_only=True):
@@ -54,7 +56,7 @@ class StructuredOutputsParams(Struct, frozen=True, kw_only=True):
     json_object: Annotated[bool | None, Meta(description="any JSON object")] = None
 
     def __post_init__(self) -> None:
-        given = [field.name for field in fields(self) if getattr(self, field.name) not in (None, (), [])]
+        given = [name for name in self.__struct_fields__ if getattr(self, name) not in (None, (), [])]
         if self.json_object is False:
             given.remove("json_object")
         if len(given) != 1:
@@ -106,8 +108,10 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             force_setattr(self, "stop", (self.stop,))
-        for field in fields(self):
+        for field in _fields(type(self)):
             value = getattr(self, field.name)
+            if value is field.default:
+                continue
             try:
                 convert(value, field.type)
             except Exception as error:
@@ -168,8 +172,10 @@ class AdapterPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in _fields(type(self)):
             value = getattr(self, field.name)
+            if value is field.default:
+                continue
             try:
                 convert(value, field.type)
             except Exception as error:

@@ -76,7 +76,7 @@ class Guard:
         self._keys = keys
         self._door = door
 
-    def __call__(self, connection: Connection, handler: BaseRouteHandler) -> None:
+    async def __call__(self, connection: Connection, handler: BaseRouteHandler) -> None:
         """Raises `NoKeyError`, `NotAllowedError`, or `DrainingError` where the server is about to stop."""
         access: Access = handler.opt.get("access", "key")
         if access == "open" or connection.scope.get("method") == "OPTIONS":

@@ -13,7 +13,7 @@ from aiolora.api.errors import ErrorBody, HTTPRequest, naming
 from aiolora.api.media import MAX_BODY, check_size
 from aiolora.api.messages import conversation, messages_of
 from aiolora.api.serving import Served, Serving
-from aiolora.api.sse import CHUNKS
+from aiolora.api.sse import DONE, HOLE, Mould, frames
 from aiolora.api.tool_calls import CallBegins, Content, Event, ToolCallParser
 from aiolora.api.tools import ToolUse, call_id
 from aiolora.api.wire import (
@@ -85,8 +85,6 @@ def _params(said: ChatRequest, use: ToolUse | None) -> SamplingParams:
 class _Reply:
     """Words the answers to one conversation."""
 
-    framing = CHUNKS
-
     def __init__(self, said: ChatRequest, answer_id: str, assembler: Assembler, use: ToolUse | None) -> None:
         self._said = said
         self._assembler = assembler
@@ -94,35 +92,27 @@ class _Reply:
         self._parsers = [use.parser() for _ in range(said.n or 1)] if use is not None else None
         usage = None if said.wants_usage else UNSET
         self._chunk = ChatChunk(answer_id, int(time.time()), said.model, [], usage)
+        self._mould = Mould(self._with(ChatChunkChoice(0, ChatDelta(content=HOLE))))
+        self._plain = use is None and not said.logprobs  # tokens are nothing but text
 
-    def opening(self) -> Iterator[ChatChunk]:
-        for index in range(self._said.n or 1):
-            yield self._with(ChatChunkChoice(index, ChatDelta(role="assistant", content="")))
+    def opening(self) -> bytes:
+        return frames(
+            self._with(ChatChunkChoice(index, ChatDelta(role="assistant", content="")))
+            for index in range(self._said.n or 1)
+        )
 
-    def token(self, position: int, output: TokenOutput) -> Iterator[ChatChunk]:
-        """The token, and where it is the last a chunk of its own to say why; a bare end of text has only that one."""
-        logprobs = self._logprobs([output.token_id], [output.top_logprobs])
-        reason: ChatFinishReason | None = output.finish_reason
-        if self._parsers is None:
-            if output.text or logprobs or reason is None:
-                yield self._with(ChatChunkChoice(output.index, ChatDelta(content=output.text), logprobs))
-        else:
-            parser = self._parsers[output.index]
-            events = parser.feed(output.text) + (parser.end() if reason is not None else [])
-            deltas = [_delta(event) for event in events] or ([ChatDelta(content="")] if logprobs else [])
-            for delta in deltas:
-                yield self._with(ChatChunkChoice(output.index, delta, logprobs))
-                logprobs = None
-            reason = _why(output.finish_reason, parser)
-        if reason is not None:
-            yield self._with(ChatChunkChoice(output.index, ChatDelta(), None, reason, output.stop_reason))
+    def token(self, position: int, output: TokenOutput) -> bytes:
+        if self._plain and output.finish_reason is None:
+            return self._mould.frame(output.index, output.text)
+        return frames(map(self._with, self._choices(output)))
 
-    def closing(self) -> Iterator[ChatChunk]:
-        if self._said.wants_usage:
-            yield structs.replace(self._chunk, usage=Usage.of([self._assembler.output()]))
+    def closing(self) -> bytes:
+        if not self._said.wants_usage:
+            return DONE
+        return frames([structs.replace(self._chunk, usage=Usage.of([self._assembler.output()]))]) + DONE
 
-    def failed(self, error: ErrorBody) -> ErrorBody:
-        return error
+    def failed(self, error: ErrorBody) -> bytes:
+        return frames([error])
 
     def whole(self) -> ChatCompletion:
         output = self._assembler.output()
@@ -160,6 +150,24 @@ class _Reply:
             return ChatMessage(content), answer.finish_reason
         worded = [ToolCall(call_id(), FunctionCall(name, "".join(parts))) for name, parts in calls]
         return ChatMessage(content or None, tool_calls=worded), _why(answer.finish_reason, parser)
+
+    def _choices(self, output: TokenOutput) -> Iterator[ChatChunkChoice]:
+        """The token, and where it is the last a choice of its own to say why; a bare end of text has only that one."""
+        logprobs = self._logprobs([output.token_id], [output.top_logprobs])
+        reason: ChatFinishReason | None = output.finish_reason
+        if self._parsers is None:
+            if output.text or logprobs or reason is None:
+                yield ChatChunkChoice(output.index, ChatDelta(content=output.text), logprobs)
+        else:
+            parser = self._parsers[output.index]
+            events = parser.feed(output.text) + (parser.end() if reason is not None else [])
+            deltas = [_delta(event) for event in events] or ([ChatDelta(content="")] if logprobs else [])
+            for delta in deltas:
+                yield ChatChunkChoice(output.index, delta, logprobs)
+                logprobs = None
+            reason = _why(output.finish_reason, parser)
+        if reason is not None:
+            yield ChatChunkChoice(output.index, ChatDelta(), None, reason, output.stop_reason)
 
     def _with(self, choice: ChatChunkChoice) -> ChatChunk:
         return structs.replace(self._chunk, choices=[choice])

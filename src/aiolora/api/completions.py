@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from litestar import Response, post
@@ -12,7 +12,7 @@ from aiolora.api.decode import decode, sampling, structure
 from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
 from aiolora.api.serving import Served
-from aiolora.api.sse import CHUNKS
+from aiolora.api.sse import DONE, HOLE, Mould, frames
 from aiolora.api.wire import (
     Completion,
     CompletionChoice,
@@ -93,8 +93,6 @@ def _params(said: CompletionRequest) -> SamplingParams:
 class _Reply:
     """Words one completion request: all its prompts and all their answers."""
 
-    framing = CHUNKS
-
     def __init__(self, said: CompletionRequest, answer_id: str, assemblers: Sequence[Assembler]) -> None:
         self._said = said
         self._assemblers = assemblers
@@ -104,24 +102,31 @@ class _Reply:
         self._offsets: dict[int, int] = {}  # choice -> characters so far; a choice is absent before its first token
         usage = None if said.wants_usage else UNSET
         self._body = Completion(answer_id, int(time.time()), said.model, [], usage)
+        self._mould = Mould(self._with(CompletionChoice(0, HOLE, None, None)))
+        # tokens are nothing but text
+        self._plain = said.logprobs is None and said.prompt_logprobs is None and not said.echo
 
-    def opening(self) -> Iterable[Completion]:
-        return ()
+    def opening(self) -> bytes:
+        return b""
 
-    def token(self, position: int, output: TokenOutput) -> Iterator[Completion]:
+    def token(self, position: int, output: TokenOutput) -> bytes:
         index = position * self._n + output.index
+        if self._plain and output.finish_reason is None:
+            return self._mould.frame(index, output.text)
         begins = index not in self._offsets and (self._said.echo or self._said.prompt_logprobs is not None)
         source = self._assemblers[position].output() if begins else None
         scored: list[Scored] = [(output.token_id, output.top_logprobs)]
         end = (output.finish_reason, output.stop_reason)
-        yield structs.replace(self._body, choices=[self._choice(index, output.text, scored, end, source)])
+        return frames([self._with(self._choice(index, output.text, scored, end, source))])
 
-    def closing(self) -> Iterator[Completion]:
-        if self._said.wants_usage:
-            yield structs.replace(self._body, usage=self._usage(assembler.output() for assembler in self._assemblers))
+    def closing(self) -> bytes:
+        if not self._said.wants_usage:
+            return DONE
+        usage = self._usage(assembler.output() for assembler in self._assemblers)
+        return frames([structs.replace(self._body, usage=usage)]) + DONE
 
-    def failed(self, error: ErrorBody) -> ErrorBody:
-        return error
+    def failed(self, error: ErrorBody) -> bytes:
+        return frames([error])
 
     def whole(self) -> Completion:
         outputs = [assembler.output() for assembler in self._assemblers]
@@ -132,6 +137,9 @@ class _Reply:
                 end = (answer.finish_reason, answer.stop_reason)
                 choices.append(self._choice(position * self._n + answer.index, answer.text, scored, end, output))
         return structs.replace(self._body, choices=choices, usage=self._usage(outputs))
+
+    def _with(self, choice: CompletionChoice) -> Completion:
+        return structs.replace(self._body, choices=[choice])
 
     def _choice(
         self, index: int, text: str, scored: list[Scored], end: End, source: RequestOutput | None

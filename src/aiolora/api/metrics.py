@@ -96,7 +96,6 @@ class Meter:
 
         self.first = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
         self.between = Distribution(_BETWEEN)
-        self.generated_tokens = 0
         self.whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
         self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", _PHASE)
         self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.", _PHASE)
@@ -139,26 +138,27 @@ class Count:
         self._lengths = [0] * len(assemblers)
         self._unfinished = sum(assembler.request.params.n for assembler in assemblers)
         self.prompt_tokens = 0
-        self.generated_tokens = 0
+
+    @property
+    def generated_tokens(self) -> int:
+        """Of all requests so far."""
+        return sum(self._lengths)
 
     def take(self, burst: list[tuple[int, TokenOutput]]) -> None:
         """Tokens that have just come, with the positions of their requests."""
         now, newest = time.monotonic(), self._newest
         for position, output in burst:
             answer = position * self._n + output.index
-            if newest[answer]:
-                self._between.add(now - newest[answer])
+            before, newest[answer] = newest[answer], now
+            if before:
+                self._between.add(now - before)
             elif position not in self._running:
                 self._start(position)
-            newest[answer] = now
             self._lengths[position] += 1
             if output.finish_reason is not None:
                 self._meter.ended(output.finish_reason)
                 self._unfinished -= 1
-        count = len(burst)
-        self.generated_tokens += count
-        self._tally.generated_tokens += count
-        self._meter.generated_tokens += count
+        self._tally.generated_tokens += len(burst)
 
     def end(self, *, failed: bool = False) -> None:
         """Nothing more will come; what has not ended was left, or failed."""
@@ -208,7 +208,7 @@ class _Read(Collector):
     def collect(self) -> Iterator[Metric]:
         base, says = {"model_name": self._base}, "Between two tokens of one answer."
         yield self._meter.between.metric("aiolora:inter_token_latency_seconds", says, base)
-        tokens = [([self._base], self._meter.generated_tokens)]
+        tokens = [([self._base], sum(tally.generated_tokens for _, tally in self._tallies))]
         yield _counter("generation_tokens", "Tokens generated.", tokens, ["model_name"])
         if self._engine.started:
             yield from self._of_engine()

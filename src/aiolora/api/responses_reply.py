@@ -22,7 +22,7 @@ from aiolora.api.responses_wire import (
     TextFormat,
     TextOptions,
 )
-from aiolora.api.sse import EVENTS
+from aiolora.api.sse import named_frames
 from aiolora.api.tool_calls import CallArguments, CallBegins, Content, Event
 from aiolora.api.tools import ToolUse, call_id
 from aiolora.api.wire import ChatTokenLogprob, Usage
@@ -32,8 +32,6 @@ from aiolora.types import TokenOutput
 
 class ResponseReply:
     """Words one answer."""
-
-    framing = EVENTS
 
     def __init__(self, said: ResponsesRequest, response_id: str, assembler: Assembler, use: ToolUse | None) -> None:
         self._said = said
@@ -45,23 +43,25 @@ class ResponseReply:
         self._output: list[Item] = []
         self._logprobs: list[ChatTokenLogprob] = []
 
-    def opening(self) -> Iterator[StreamEvent]:
-        yield self._event("response.created", response=self._response("in_progress"))
-        yield self._event("response.in_progress", response=self._response("in_progress"))
+    def opening(self) -> bytes:
+        return named_frames(
+            self._event(kind, response=self._response("in_progress"))
+            for kind in ("response.created", "response.in_progress")
+        )
 
-    def token(self, position: int, output: TokenOutput) -> Iterator[StreamEvent]:
+    def token(self, position: int, output: TokenOutput) -> bytes:
         logprobs: list[ChatTokenLogprob] = []
         if self._said.wants_logprobs:
             logprobs = scored([output.token_id], [output.top_logprobs], self._said.top_logprobs or 0)
-        yield from self._take(output.text, logprobs)
+        return named_frames(self._take(output.text, logprobs))
 
-    def closing(self) -> Iterator[StreamEvent]:
-        yield from self._end()
-        yield self._event("response.completed", response=self._ended())
+    def closing(self) -> bytes:
+        ended = list(self._end())
+        return named_frames([*ended, self._event("response.completed", response=self._ended())])
 
-    def failed(self, error: ErrorBody) -> StreamEvent:
+    def failed(self, error: ErrorBody) -> bytes:
         detail = error.error
-        return self._event("error", code=detail.code, message=detail.message, param=detail.param)
+        return named_frames([self._event("error", code=detail.code, message=detail.message, param=detail.param)])
 
     def whole(self) -> ModelResponse:
         [answer] = self._assembler.output().outputs

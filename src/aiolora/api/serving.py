@@ -5,8 +5,9 @@ import copy
 import difflib
 import string
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import quote
 
@@ -15,8 +16,9 @@ from litestar.di import NamedDependency
 from msgspec import Struct
 
 from aiolora.api.errors import ErrorBody, HTTPRequest, describe, naming
+from aiolora.api.leaving import finished_before_leaving
 from aiolora.api.metrics import Count, Meter
-from aiolora.api.sse import EventStream, Framing
+from aiolora.api.sse import EventStream, Write
 from aiolora.api.visits import Visit, visit_of
 from aiolora.api.wire import GenerationRequest
 from aiolora.engine.async_engine import AsyncLLMEngine
@@ -32,24 +34,25 @@ _CLIENT_CLOSED = 499  # nginx's word for it; nobody is left to read it
 
 
 class Reply(Protocol):
-    """How a route words what its requests bring. `position` is that of the prompt among the request's prompts."""
+    """How a route words what its requests bring: frames of a stream, or a body.
 
-    framing: Framing
+    `position` is that of the prompt among the request's prompts.
+    """
 
-    def opening(self) -> Iterable[Struct]:
-        """Chunks before the first token."""
+    def opening(self) -> bytes:
+        """Frames before the first token."""
         ...
 
-    def token(self, position: int, output: TokenOutput) -> Iterable[Struct]:
-        """Chunks for one token."""
+    def token(self, position: int, output: TokenOutput) -> bytes:
+        """Frames for one token."""
         ...
 
-    def closing(self) -> Iterable[Struct]:
-        """Chunks after the last token."""
+    def closing(self) -> bytes:
+        """Frames after the last token."""
         ...
 
-    def failed(self, error: ErrorBody) -> Struct:
-        """The last chunk of a stream that fails."""
+    def failed(self, error: ErrorBody) -> bytes:
+        """The last frame of a stream that fails."""
         ...
 
     def whole(self) -> Struct:
@@ -217,8 +220,8 @@ class Serving:
         """Run what was prepared, and answer in `reply`'s words. A client that leaves ends the run."""
         headers = _adapter_header(assemblers)
         if stream:
-            return EventStream(self._events(assemblers, reply), headers)
-        if not await _finished_before_leaving(request, self._run(assemblers)):
+            return EventStream(partial(self._stream, assemblers, reply), headers)
+        if not await finished_before_leaving(request.receive, self._run(assemblers)):
             return Response(None, status_code=_CLIENT_CLOSED)
         return Response(reply.whole(), headers=headers)
 
@@ -228,42 +231,21 @@ class Serving:
                 async for burst in bursts:
                     count.take(burst)
 
-    async def _events(self, assemblers: Sequence[Assembler], reply: Reply) -> AsyncGenerator[bytes, None]:
+    async def _stream(self, assemblers: Sequence[Assembler], reply: Reply, write: Write) -> None:
         """Everything that is ready in one write; an error, now that the status is sent, as the last frame."""
-        frames, last = reply.framing
         try:
-            yield frames(reply.opening())
+            await write(reply.opening())
             with self._counted(assemblers) as count:
                 async with aclosing(self.engine.run(assemblers)) as bursts:
                     async for burst in bursts:
                         count.take(burst)
-                        yield frames([chunk for position, output in burst for chunk in reply.token(position, output)])
-            yield frames(reply.closing()) + last
+                        await write(b"".join([reply.token(position, output) for position, output in burst]))
+            await write(reply.closing())
         except Exception as error:
-            yield frames([reply.failed(describe(error)[1])])
+            await write(reply.failed(describe(error)[1]))
 
 
 Served: TypeAlias = NamedDependency[Serving]  # how a route asks for it
-
-
-async def _finished_before_leaving(request: HTTPRequest, work: Coroutine[Any, Any, None]) -> bool:
-    """Race `work` with the client: its end, or False when the client has gone and the work was cancelled."""
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            return False
-        task.result()
-        return True
-    finally:
-        leaving.cancel()
-        task.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
-
-
-async def _left(request: HTTPRequest) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _adapter_header(assemblers: Sequence[Assembler]) -> dict[str, str]:

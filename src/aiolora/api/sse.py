@@ -1,10 +1,8 @@
-"""Server-sent events: frames of bytes, and a response that closes its generator when the client leaves."""
+"""Server-sent events: frames of bytes, and a response that writes them while its client is there."""
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import aclosing
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from typing import Any, Protocol, TypeAlias
 
-import anyio
 import msgspec
 from litestar import Request, Response
 from litestar.response.base import ASGIResponse
@@ -12,8 +10,17 @@ from litestar.response.streaming import ASGIStreamingResponse
 from litestar.types import Receive, Send
 from msgspec import Struct
 
+from aiolora.api.leaving import finished_before_leaving
+from aiolora.api.visits import visit_of
+
+Write: TypeAlias = Callable[[bytes], Awaitable[None]]  # sends what is ready
+Work: TypeAlias = Callable[[Write], Coroutine[Any, Any, None]]  # writes all of a stream
+
+DONE = b"data: [DONE]\n\n"  # behind the last frame of completions and chat
+HOLE = "\0"  # the text of a mould's chunk
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 _encode = msgspec.json.Encoder().encode
+_HOLE = _encode(HOLE)
 
 
 def frames(events: Iterable[Struct]) -> bytes:
@@ -30,49 +37,53 @@ class Named(Protocol):
 
 def named_frames(events: Iterable[Named]) -> bytes:
     """An `event:` line and a `data:` line an event, joined for one write."""
-    return b"".join(b"event: %b\ndata: %b\n\n" % (event.type.encode(), _encode(event)) for event in events)
+    return b"".join([b"event: %b\ndata: %b\n\n" % (event.type.encode(), _encode(event)) for event in events])
 
 
-class Framing(NamedTuple):
-    """How a route's events become bytes, and what comes behind the last."""
+class Mould:
+    """Frames of chunks with one choice that differ in its index and text alone: all around it is encoded once."""
 
-    frames: Callable[[Iterable[Any]], bytes]
-    last: bytes
+    __slots__ = ("_between", "_head", "_tail")
 
+    def __init__(self, chunk: Struct) -> None:
+        """`chunk` has choice 0 with `HOLE` for its text, and nothing that a client said behind that."""
+        head, _, self._tail = frames([chunk]).rpartition(_HOLE)
+        head, at, self._between = head.rpartition(b'"index":0')
+        self._head = head + at[:-1]
 
-CHUNKS = Framing(frames, b"data: [DONE]\n\n")  # completions and chat
-EVENTS = Framing(named_frames, b"")  # responses
+    def frame(self, index: int, text: str) -> bytes:
+        """`frames` of the chunk with this index and text."""
+        return b"%b%d%b%b%b" % (self._head, index, self._between, _encode(text), self._tail)
 
 
 class EventStream(Response[Any]):
     """A stream of frames. `Response` of anything: OpenAI's routes answer with one shape or a stream of its chunks."""
 
-    def __init__(self, source: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(self, work: Work, headers: Mapping[str, str]) -> None:
+        """`work` writes all frames; it is cancelled when the client leaves."""
         super().__init__(None, headers={**_HEADERS, **headers})
-        self._source = source
+        self._work = work
 
     def to_asgi_response(self, app: object, request: Request[Any, Any, Any], **_: Any) -> ASGIResponse:
         """What Litestar sends; the route's own media type and headers have no say."""
-        return _ASGIEventStream(self._source, self.headers)
+        return _ASGIEventStream(self._work, self.headers, visit_of(request.scope).send)
 
 
 class _ASGIEventStream(ASGIStreamingResponse):
-    def __init__(self, source: AsyncGenerator[bytes, None], headers: dict[str, Any]) -> None:
-        super().__init__(iterator=source, headers=headers, media_type="text/event-stream")
-        self._source = source
+    def __init__(self, work: Work, headers: dict[str, Any], send: Send) -> None:
+        super().__init__(iterator=(), headers=headers, media_type="text/event-stream")
+        self._work = work
+        self._send = send
 
     async def send_body(self, send: Send, receive: Receive) -> None:
-        """Send until the end or until the client leaves; either way the generator is closed before this returns."""
-        async with aclosing(self._source) as source, anyio.create_task_group() as tasks:
-            tasks.start_soon(_send_all, source, send, tasks.cancel_scope)
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            tasks.cancel_scope.cancel()
+        """Send until the end or until the client leaves; either way the work has ended before this returns.
 
+        Frames go straight to the server: the layers in between look at the head of an answer alone.
+        """
+        past_layers = self._send
 
-async def _send_all(source: AsyncGenerator[bytes, None], send: Send, scope: anyio.CancelScope) -> None:
-    """In a task of its own: a wake-up then runs through these few coroutines, not through all that lead to a route."""
-    async for part in source:
-        await send({"type": "http.response.body", "body": part, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-    scope.cancel()
+        def write(body: bytes) -> Awaitable[None]:
+            return past_layers({"type": "http.response.body", "body": body, "more_body": True})
+
+        if await finished_before_leaving(receive, self._work(write)):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

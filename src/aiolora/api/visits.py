@@ -34,10 +34,11 @@ class Caller(Struct, frozen=True):
 class Visit:
     """One HTTP request, and what is known of it so far: nothing of what was said."""
 
-    __slots__ = ("caller", "generated_tokens", "id", "model", "prompt_tokens", "status", "traceparent")
+    __slots__ = ("caller", "generated_tokens", "id", "model", "prompt_tokens", "send", "status", "traceparent")
 
-    def __init__(self, request_id: str, traceparent: str | None = None) -> None:
+    def __init__(self, request_id: str, send: Send, traceparent: str | None = None) -> None:
         self.id = request_id
+        self.send = send  # the server's own: past the layers that want to see the head of an answer
         self.traceparent = traceparent
         self.caller: Caller | None = None  # until the guard has looked
         self.model: str | None = None  # that answers
@@ -88,7 +89,7 @@ class Door:
             if scope["type"] != ScopeType.HTTP:
                 await app(scope, receive, send)
                 return
-            visit = _arrival(scope)
+            visit = _arrival(scope, send)
             began = time.perf_counter()
             header = (b"x-request-id", visit.id.encode())
 
@@ -116,12 +117,12 @@ def visit_of(scope: Any) -> Visit:
     return visit
 
 
-def _arrival(scope: Scope) -> Visit:
+def _arrival(scope: Scope, send: Send) -> Visit:
     headers = dict(scope["headers"])
     said = headers.get(b"x-request-id", b"")
     request_id = said.decode() if _SANE.fullmatch(said) else uuid.uuid4().hex
     trace = headers.get(b"traceparent")
-    visit = Visit(request_id, trace.decode("latin-1") if trace else None)
+    visit = Visit(request_id, send, trace.decode("latin-1") if trace else None)
     scope.setdefault("state", {})[_STATE] = visit
     return visit
 

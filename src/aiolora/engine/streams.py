@@ -42,11 +42,15 @@ class Streams:
                 self._mailboxes[ticket.id] = mailbox
                 self._post(partial(_add, request=ticket))
                 self._charge(request.mix, len(request.prompt_token_ids))
-            while not all(assembler.finished for assembler in assemblers):
+            unfinished = set(positions.values())
+            while unfinished:
                 burst = []
                 for delta in await mailbox.get():
                     position = positions[delta.request_id]
-                    output = assemblers[position].feed(delta)
+                    assembler = assemblers[position]
+                    output = assembler.feed(delta)
+                    if assembler.finished:
+                        unfinished.discard(position)
                     if output is None:
                         continue
                     self._charge(requests[position].mix, 1)
