@@ -1,7 +1,7 @@
 """Fixtures of the whole suite: tiny models and adapters, made once a session."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from aiolora.engine import plan
 from tests import tiny
 
 ModelOf = Callable[[str], Path]
@@ -18,6 +19,16 @@ ModelOf = Callable[[str], Path]
 def one_thread() -> None:
     """Tiny matrices only lose by threads, and other work may share the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def few_graphs() -> Iterator[None]:
+    """On a GPU an engine captures graphs of each kind, not of each size: it starts in seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        if tiny.DEVICE == "cuda":
+            patch.setattr(plan, "_GRAPH_SIZES", (1, 4, 12))
+            patch.setattr(plan, "_PROMPT_SIZES", ((64, (16,)),))
+        yield
 
 
 @pytest.fixture(scope="session")

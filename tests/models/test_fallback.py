@@ -35,6 +35,7 @@ from tests.borrowed import ONE_BY_ONE, OURS, REFUSED, SERVED, SIZES, make_borrow
 from tests.conftest import ModelOf
 from tests.tiny import (
     ALL_LINEARS,
+    DEVICE,
     VOCAB,
     Loaded,
     everything,
@@ -375,7 +376,8 @@ def test_the_table_in_the_docs_is_what_was_measured(measured_of: Callable[[str],
     """Writes the table; run twice to accept a change, and read its diff."""
     committed = rows(TABLE.read_text()) if TABLE.exists() else []
     measured = table({name: measured_of(name) for name in SERVED})
-    TABLE.write_text(measured)
+    if DEVICE == "cpu":  # of which it speaks
+        TABLE.write_text(measured)
     assert rows(measured) == committed
 
 

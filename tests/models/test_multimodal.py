@@ -246,7 +246,8 @@ def test_one_compiled_graph_serves_steps_with_media_and_without(made: Made, adap
     ]
 
     def answer(*, compiled: bool) -> list[Tensor]:
-        llm = LLM(str(made.folder), dtype="float32", enable_lora=True, max_num_batched_tokens=17, max_num_seqs=4)
+        args = {"device": "cpu", "max_num_batched_tokens": 17, "max_num_seqs": 4}
+        llm = LLM(str(made.folder), dtype="float32", enable_lora=True, **args)
         runner = llm.engine._built.engine._runner
         assert isinstance(runner, ModelRunner)
         if compiled:

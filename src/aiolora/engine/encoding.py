@@ -14,6 +14,7 @@ from aiolora.engine.scheduler import Batch
 from aiolora.lora.kinds import PageKinds
 from aiolora.models.encoder import Encoder
 from aiolora.models.inputs import MediaRows
+from aiolora.ops.transfer import sent
 from aiolora.types import MediaItem, Mix
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Encoding:
         parts = [self._of(span.item, span.mix)[span.low : span.high] for span in spans]
         rows = torch.cat([part.to(self._encoder.dtype) for part in parts])
         at = torch.cat([_places(span) for span in spans])
-        return MediaRows(rows, at.to(self._device))
+        return MediaRows(rows, sent(at, self._device))
 
     def warm_up(self, items: Iterable[MediaItem]) -> None:
         """Encode `items` without adapters and as with some, and keep nothing: kernels are compiled for sizes."""
