@@ -10,7 +10,7 @@ import torch
 from aiolora import LLM, AsyncLLMEngine, EngineArgs, LLMEngine, SamplingParams
 from aiolora.engine.encoding import KeptRows, _Key
 from aiolora.engine.runner import ModelRunner
-from aiolora.errors import ConfigError, NonFiniteLogitsError, RequestError
+from aiolora.errors import AdapterMismatchError, ConfigError, NonFiniteLogitsError, RequestError
 from aiolora.media.reader import MediaReader
 from aiolora.models.encoder import Encoder
 from aiolora.types import LoRARequest
@@ -91,6 +91,25 @@ def test_adapters_of_the_language_model_share_rows_and_those_of_a_tower_have_the
     ]
     assert sorted(encoded) == [False, True, True, True]
     assert outputs[0][0].outputs[0].token_ids == outputs[2][0].outputs[0].token_ids
+
+
+def test_a_tower_that_takes_no_adapters_has_no_pages(llava: Path, encoded: list[bool]) -> None:
+    folders = {
+        "language": make_mm_adapter(llava, llava / "own", seed=5, target_modules=r".*language_model.*proj"),
+        "all": make_mm_adapter(llava, llava / "whole", seed=6),
+    }
+    loras = [LoRARequest(name, number, str(folder)) for number, (name, folder) in enumerate(folders.items(), 1)]
+    wide, narrow = (
+        LLM(str(llava), dtype="float32", enable_lora=True, lora_target_modules=only)
+        for only in (None, ("language_model", "lm_head"))
+    )
+    answers = [llm.generate(about(1), PARAMS, lora_request=loras[0], use_tqdm=False) for llm in (wide, narrow)]
+    assert answers[0][0].outputs[0].token_ids == answers[1][0].outputs[0].token_ids
+    assert encoded == [False, False]
+    plans = [llm.engine._built.plan for llm in (wide, narrow)]
+    assert plans[0].adapter_nbytes > 1.2 * plans[1].adapter_nbytes
+    with pytest.raises(AdapterMismatchError, match=r"take no adapters \(--lora-target-modules\).*(tower|projector)"):
+        narrow.generate(about(1), PARAMS, lora_request=loras[1], use_tqdm=False)
 
 
 def test_without_room_an_image_is_encoded_for_each_step_that_has_some_of_it(llava: Path, encoded: list[bool]) -> None:

@@ -17,7 +17,7 @@ from aiolora.engine.plan import PAGE_SIZE, Plan, make_plan, pick_device, step_bo
 from aiolora.engine.runner import ModelRunner
 from aiolora.engine.sampler import Sampler
 from aiolora.engine.scheduler import Scheduler, SchedulerLimits
-from aiolora.engine.warm_up import activation_nbytes
+from aiolora.engine.warm_up import activation_nbytes, encoding_nbytes
 from aiolora.errors import ConfigError
 from aiolora.lora.kinds import PageKinds
 from aiolora.lora.layout import Layout, layout_of
@@ -71,8 +71,7 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
         lora_dtype = dtype if args.lora_dtype == "auto" else DTYPES[args.lora_dtype]
         layout = layout_of(model, lora_dtype, encoder=networks.encoder, only=args.lora_target_modules)
     bounds = step_bounds(args, model.config, device)
-    activations = activation_nbytes(model, *bounds, page_size=PAGE_SIZE) if device == "cuda" else 0
-    activations += args.media_memory if networks.encoder else 0
+    activations = _activations(args, networks, media, bounds) if device == "cuda" else 0
     plan = make_plan(
         args,
         model.config,
@@ -114,6 +113,16 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
     for request in defaults.values():
         intake.registry.announce(check(request))
     return Built(engine, intake, grammars, load, check, plan)
+
+
+def _activations(args: EngineArgs, networks: Networks, media: MediaReader, bounds: tuple[int, int]) -> int:
+    """Bytes that a step takes for a while on a GPU; an encoder is done before the decoder begins."""
+    model, encoder = networks
+    of_model = activation_nbytes(model, *bounds, page_size=PAGE_SIZE)
+    if encoder is None:
+        return of_model
+    of_items = encoding_nbytes(encoder, media.largest(model.config.max_positions))
+    return max(of_model, of_items) + args.media_memory
 
 
 def default_mm_loras(args: EngineArgs, media: MediaReader) -> dict[str, LoRARequest]:

@@ -14,6 +14,7 @@ from aiolora.engine.scheduler import Batch
 from aiolora.lora.kinds import PageKinds
 from aiolora.models.encoder import Encoder
 from aiolora.models.inputs import MediaRows
+from aiolora.models.layers import Linear
 from aiolora.ops.transfer import sent
 from aiolora.types import MediaItem, Mix
 
@@ -83,8 +84,12 @@ class Encoding:
         at = torch.cat([_places(span) for span in spans])
         return MediaRows(rows, sent(at, self._device))
 
+    def linears(self) -> Iterable[Linear]:
+        """Of the encoder."""
+        return [linear for _, linear in self._encoder.linears()]
+
     def warm_up(self, items: Iterable[MediaItem]) -> None:
-        """Encode `items` without adapters and as with some, and keep nothing: kernels are compiled for sizes."""
+        """Encode `items` without adapters and as with some, and keep nothing: what is set up once is set up then."""
         for item in items:
             self._encoder(item.modality, _tensors(item), None)
             if self._towers:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aiolora.lora.adapter import stands_for
 from aiolora.lora.kinds import PageKinds
 from aiolora.models.encoder import Encoder
 from aiolora.models.layers import Linear
@@ -161,15 +160,21 @@ class Layout:
 def layout_of(
     model: Model, dtype: torch.dtype, *, encoder: Encoder | None = None, only: tuple[str, ...] | None = None
 ) -> Layout:
-    """Group the model's Linears into kinds; `only` (names, or their ends behind a dot) narrows what may be changed."""
+    """Group the model's Linears into kinds; `only` narrows what may be changed, and kinds of nothing have no pages.
+
+    A name of `only` means a module by its name, by its end or by whatever is between dots in it: "q_proj", "mlp".
+    """
 
     def taken(module: str) -> bool:
-        return only is None or any(stands_for(end, name) for name in (module, *model.spellings(module)) for end in only)
+        names = [f".{name}." for name in (module, *model.spellings(module))]
+        return only is None or any(f".{part}." in name for name in names for part in only)
 
     kinds: dict[Key, Kind] = {}
     targets: dict[str, Target] = {}
 
     def add(layer: int, linear: Linear) -> None:
+        if not any(map(taken, linear.parts)):
+            return
         name, inputs, bounds = key = _key(layer, linear)
         kinds[key] = Kind(name, layer + 1, inputs, bounds)
         number = list(kinds).index(key)

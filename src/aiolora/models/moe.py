@@ -30,16 +30,23 @@ class ExpertLinear(nn.Module):
     """A projection of every expert of a layer, or several of the same input fused along the out-features."""
 
     def __init__(
-        self, path: str, fused: str, experts: int, inputs: int, parts: dict[str, int], dtype: torch.dtype, device: str
+        self,
+        path: str,
+        fused: str,
+        config: MoEConfig,
+        inputs: int,
+        parts: dict[str, int],
+        dtype: torch.dtype,
+        device: str,
     ) -> None:
         """`path`: of the experts. In a checkpoint all of them are `fused`, or each has `parts` (-> out-features)."""
         super().__init__()
         self.path = path
         self.fused = f"{path}.{fused}"
-        self.experts = experts
+        self.experts, self.top_k = config.experts, config.top_k
         self.inputs = inputs
         self.parts = {f"{path}.{part}": outputs for part, outputs in parts.items()}
-        shape = (experts, sum(parts.values()), inputs)
+        shape = (config.experts, sum(parts.values()), inputs)
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
         self.site: ExpertSite | None = None
 
@@ -73,7 +80,7 @@ class MoE(nn.Module):
             return Linear(inputs, named, bias=False, dtype=dtype, device=device)
 
         def expert_linear(fused: str, inputs: int, **parts: int) -> ExpertLinear:
-            return ExpertLinear(f"{path}.experts", fused, config.experts, inputs, parts, dtype, device)
+            return ExpertLinear(f"{path}.experts", fused, config, inputs, parts, dtype, device)
 
         self.gate = linear(hidden, **{config.gate: config.experts})
         self.gate_up = expert_linear("gate_up_proj", hidden, gate_proj=inner, up_proj=inner)
