@@ -1,6 +1,5 @@
 """Multi-modal models against transformers and PEFT: the same float32 logits, whoever else is in the batch."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from tests.media.tiny import (
     picture,
     sound,
 )
-from tests.tiny import VOCAB, everything, prompt_ids, reported, rewrite
+from tests.tiny import VOCAB, everything, prompt_ids, reconfigure, reported, rewrite
 
 TOLERANCE = 1e-4
 FORBIDDEN = {IMAGE: -100, AUDIO: -100}  # transformers counts placeholders among what was answered, too
@@ -274,10 +273,29 @@ def test_an_adapter_under_the_names_of_earlier_days_is_the_same(made: Made, adap
     ]
     new, same = llm.generate([prompt] * 2, WORDS, lora_request=loras, use_tqdm=False)
     assert_same(reported(new)[1], reported(same)[1])
-    config = json.loads((old / "adapter_config.json").read_text())
-    (old / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 64}}))
-    with pytest.raises(AdapterUnsupportedError, match="alpha_pattern beside modules under earlier names"):
-        llm.engine.add_lora(LoRARequest("patterns", 3, str(old)))
+
+
+def test_patterns_are_held_against_the_names_of_the_file_and_the_ends_have_earlier_names_too(
+    made: Made, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = {"lora_alpha": 8, "r": 4, "modules_to_save": ["language_model.norm"]}
+    config["target_modules"] = ["q_proj", "embed_tokens", "lm_head"]
+    patterns = {name: {f"{name}layers.0.self_attn.q_proj": 6} for name in ("language_model.", "language_model.model.")}
+    new, old = patterns.values()
+    for name in ("new", "old"):
+        make_mm_adapter(
+            made.folder, tmp_path / name, seed=4, rank_pattern=new, alpha_pattern=dict.fromkeys(new, 64), **config
+        )
+    rewrite(tmp_path / "old", lambda tensors: {earlier(name): tensor for name, tensor in tensors.items()})
+    reconfigure(tmp_path / "old", rank_pattern=old, alpha_pattern=dict.fromkeys(old, 64))
+    llm = LLM(str(made.folder), dtype="float32", enable_lora=True)
+    prompt: Any = {"prompt_token_ids": made.ids((1, 4), (2, 9)), "multi_modal_data": made.model.data(1)}
+    loras = [LoRARequest(name, number, str(tmp_path / name)) for number, name in enumerate(("new", "old"), 1)]
+    first, same = llm.generate([prompt] * 2, WORDS, lora_request=loras, use_tqdm=False)
+    assert_same(reported(first)[1], reported(same)[1])
+    reconfigure(tmp_path / "old", alpha_pattern={})
+    (other,) = llm.generate(prompt, WORDS, lora_request=LoRARequest("plain", 3, str(tmp_path / "old")), use_tqdm=False)
+    assert (reported(other)[1][:4] - reported(first)[1][:4]).abs().max() > 0.01, "the pattern tells"
 
 
 def test_a_checkpoint_under_the_names_of_earlier_days_is_the_same_model(made: Made, tmp_path: Path) -> None:
@@ -299,6 +317,7 @@ def test_a_checkpoint_under_the_names_of_earlier_days_is_the_same_model(made: Ma
 def earlier(name: str) -> str:
     """What transformers called the modules of composite models before version 4.52."""
     for now, before in (
+        (r"lm_head\.", "language_model.lm_head."),
         (r"model\.language_model\.", "language_model.model."),
         (r"(?:model\.)?vision_tower\.", "model.vision_tower.vision_model."),
         (r"model\.(\w+_tower|multi_modal_projector|visual|encoder|projector)\.", r"\1."),

@@ -3,7 +3,6 @@
 `docs/multimodal.md` says what a model must provide to be one of these.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -84,18 +83,11 @@ MULTIMODAL: dict[str, Multimodal] = {  # by model_type
     "qwen2_audio": Multimodal({"audio": _qwen2_audio}),
 }
 
-# Names that checkpoints and adapters have from earlier versions of transformers.
-_RENAMED = (
-    (r"language_model\.lm_head\.", "lm_head."),
-    (r"language_model\.(?:model\.)+", f"{PREFIX}."),  # transformers 5.17 saves some with one more
-    (r"(vision_tower|audio_tower|multi_modal_projector|visual|encoder|projector)\.", r"model.\1."),
-    (r"model\.(layers|embed_tokens|norm)\.", rf"{PREFIX}.\1."),
-    (r"model\.vision_tower\.vision_model\.", "model.vision_tower."),
+# Names of earlier versions of transformers, as in `DecoderConfig.renamed`.
+RENAMED = (
+    (r"^language_model\.lm_head\b", "lm_head"),
+    (r"^language_model\.(?:model\.)+", f"{PREFIX}."),  # transformers 5.17 saves some with one more
+    (r"^(vision_tower|audio_tower|multi_modal_projector|visual|encoder|projector)\.", r"model.\1."),
+    (r"^model\.(layers|embed_tokens|norm)\b", rf"{PREFIX}.\1"),
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
 )
-
-
-def current_name(name: str) -> str:
-    """The name that transformers gives now to a tensor or module of a multi-modal model."""
-    for old, new in _RENAMED:
-        name = re.sub(f"^{old}", new, name)
-    return name
