@@ -44,6 +44,9 @@ from tests.sparse import SPARSE
 
 # where models run that a test makes: AIOLORA_TEST_DEVICE=cuda (or cpu), by default where `LLM` runs them by itself
 DEVICE = pick_device(os.environ.get("AIOLORA_TEST_DEVICE", "auto"))
+# of a logit or a log-probability beside transformers' on the CPU, all float32: a GPU sums in other orders, without TF32
+TOLERANCE = 1e-4 if DEVICE == "cpu" else 1e-3
+TELLS = 0.01  # what an adapter changes at least
 VOCAB = 96  # few enough that logprobs can ask for all of them
 EOS = 2
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -1,6 +1,7 @@
 """What encoders made of images is kept by what it depends on, and never more of it than there is room for."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from aiolora.engine.runner import ModelRunner
 from aiolora.errors import AdapterMismatchError, ConfigError, NonFiniteLogitsError, RequestError
 from aiolora.media.reader import MediaReader
 from aiolora.models.encoder import Encoder
+from aiolora.models.layers import Linear
 from aiolora.types import LoRARequest
 from tests.media.tiny import IMAGE, make_llava, make_mm_adapter, picture
 from tests.tiny import prompt_ids
@@ -169,6 +171,29 @@ def test_a_warm_up_encodes_a_small_and_a_large_one_as_with_adapters_and_without(
         runner._encoding.warm_up(llm.engine._built.intake.media.samples())
     assert encoded == ([False, True] * 2 if lora else [False] * 2)
     assert runner._encoding.kept.nbytes == 0
+
+
+def test_warming_up_takes_each_kind_of_a_towers_linears_through_all_sizes(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(str(llava), dtype="float32", enable_lora=True)
+    runner = llm.engine._built.engine._runner
+    assert isinstance(runner, ModelRunner)
+    assert runner._encoding is not None
+    seen: dict[int, set[tuple[int, int]]] = {}
+    forward = Linear.forward
+
+    def spied(self: Linear, x: Any, routing: Any) -> Any:
+        if self.site is not None:
+            seen.setdefault(self.site.kind, set()).add((len(x), -1 if routing is None else len(routing.items)))
+        return forward(self, x, routing)
+
+    monkeypatch.setattr(Linear, "forward", spied)
+    kinds = runner._packer._kinds
+    runner.warm_up(replace(llm.engine._built.plan, lora_pages=4), kinds=kinds.sites)
+    wanted = {(size, items) for size in (2, 16, 32, 64, 101, 251, 301) for items in (-1, 1, 65)}
+    assert len(kinds.of_towers) == 8
+    assert all(wanted <= seen[kind] for kind in kinds.of_towers)
 
 
 def test_what_is_kept_never_exceeds_the_limit_and_what_was_used_last_stays() -> None:

@@ -19,9 +19,8 @@ from aiolora.types import Prompt
 from tests.conftest import ModelOf
 from tests.lora.fidelity import peft_logits, train
 from tests.sparse import SPARSE
-from tests.tiny import DEVICE, FAMILIES, everything, hf_logits, kernels, load_hf, prompt_ids, reported
+from tests.tiny import DEVICE, FAMILIES, TELLS, TOLERANCE, everything, hf_logits, kernels, load_hf, prompt_ids, reported
 
-TOLERANCE = 1e-4
 NEW = 5  # tokens of an answer
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -151,7 +150,7 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
         """Log-probabilities by PEFT."""
         plain, peft = hf_logits(base, tokens), trained[number]
         logits = plain if peft is None else peft_logits(peft, tokens[:-NEW], tokens[-NEW:])
-        if (lora := loras[number]) and (logits.log_softmax(-1) - plain.log_softmax(-1)).abs().max() < 100 * TOLERANCE:
+        if (lora := loras[number]) and (logits.log_softmax(-1) - plain.log_softmax(-1)).abs().max() < TELLS:
             alike.add(lora.lora_name)
         return logits.log_softmax(-1)[:-1]
 

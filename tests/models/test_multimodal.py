@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from aiolora import LLM, SamplingParams
 from aiolora.engine.runner import ModelRunner
@@ -36,9 +35,8 @@ from tests.media.tiny import (
     picture,
     sound,
 )
-from tests.tiny import VOCAB, everything, prompt_ids, reconfigure, reported, rewrite
+from tests.tiny import TOLERANCE, VOCAB, everything, prompt_ids, reconfigure, reported, rewrite
 
-TOLERANCE = 1e-4
 FORBIDDEN = {IMAGE: -100, AUDIO: -100}  # transformers counts placeholders among what was answered, too
 WORDS = everything(4, logit_bias=FORBIDDEN)
 
@@ -68,13 +66,9 @@ class Model:
         return {self.modality: several if len(several) > 1 else several[0]}
 
 
-def _clip(_: Path, image: Any) -> dict[str, Tensor]:
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return {"pixel_values": processor(images=[image], return_tensors="pt")["pixel_values"]}
-
-
-def _qwen(folder: Path, image: Any) -> dict[str, Tensor]:
-    return dict(Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image], return_tensors="pt"))
+def _pixels(folder: Path, image: Any) -> dict[str, Tensor]:
+    processor = AutoImageProcessor.from_pretrained(folder)  # of torchvision where that is there, as ours
+    return dict(processor(images=[image], input_data_format="channels_last", return_tensors="pt"))
 
 
 def _granite(folder: Path, samples: Any) -> dict[str, Tensor]:
@@ -90,8 +84,18 @@ def _whisper(folder: Path, samples: Any) -> dict[str, Tensor]:
     return {"input_features": made["input_features"], "feature_attention_mask": made["attention_mask"]}
 
 
-_LLAVA = {"modality": "image", "tower": "vision_tower.*(q_proj|fc1)", "connector": "linear_[12]", "features": _clip}
-_QWEN = {"modality": "image", "tower": "visual.blocks.*(qkv|proj)", "connector": r"merger.mlp.[02]", "features": _qwen}
+_LLAVA = {
+    "modality": "image",
+    "tower": "vision_tower.*(q_proj|fc1)",
+    "connector": "linear_[12]",
+    "features": _pixels,
+}
+_QWEN = {
+    "modality": "image",
+    "tower": "visual.blocks.*(qkv|proj)",
+    "connector": r"merger.mlp.[02]",
+    "features": _pixels,
+}
 _GRANITE = {
     "modality": "audio",
     "tower": r"encoder.layers.*(to_kv|up_proj)|\.encoder.out_mid",

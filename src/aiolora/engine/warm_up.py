@@ -12,6 +12,7 @@ from aiolora.engine.batch import routing_of, step_inputs
 from aiolora.engine.kv_cache import KVCache
 from aiolora.engine.plan import Plan
 from aiolora.engine.staging import Staging
+from aiolora.errors import ConfigError
 from aiolora.models.encoder import Encoder
 from aiolora.models.inputs import HeadInputs, StepInputs
 from aiolora.models.layers import Linear
@@ -117,16 +118,25 @@ def _routing(size: int, kinds: int, pages: int, idle: int, device: str) -> dict[
 
 
 def encoding_nbytes(encoder: Encoder, items: Iterable[MediaItem]) -> int:
-    """Bytes of GPU memory that the encoder takes for a while for one of `items`: by encoding each."""
+    """Bytes of GPU memory that the encoder takes for a while for one of `items`: by encoding each.
+
+    Raises `ConfigError` where there are not so many.
+    """
     before, peak = torch.cuda.memory_allocated(), 0
     for item in items:
         features = {name: torch.from_numpy(array) for name, array in item.features.items()}
-        with torch.inference_mode():
-            with rehearsal():
+        try:
+            with torch.inference_mode():
+                with rehearsal():
+                    encoder(item.modality, features, None)
+                torch.cuda.reset_peak_memory_stats()
                 encoder(item.modality, features, None)
-            torch.cuda.reset_peak_memory_stats()
-            encoder(item.modality, features, None)
-        torch.cuda.synchronize()
+            torch.cuda.synchronize()
+        except torch.cuda.OutOfMemoryError as error:
+            raise ConfigError(
+                f"beside the weights there is no memory to encode the largest {item.modality} that is taken, of "
+                f"{item.count} tokens; lower --max-image-pixels or --max-model-len"
+            ) from error
         peak = max(peak, torch.cuda.max_memory_allocated() - before)
         torch.cuda.empty_cache()
     return peak
