@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from aiolora.engine import plan
 from tests import tiny
 
 ModelOf = Callable[[str], Path]
@@ -31,6 +32,16 @@ def no_model_cards() -> Iterator[None]:
     """PEFT writes one beside every adapter that it saves, which nobody here reads: a third of what saving costs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PeftModel, "create_or_update_model_card", lambda model, folder: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_graphs() -> Iterator[None]:
+    """On a GPU an engine captures graphs of each kind, not of each size: it starts in seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        if tiny.DEVICE == "cuda":
+            patch.setattr(plan, "_GRAPH_SIZES", (1, 4, 12))
+            patch.setattr(plan, "_PROMPT_SIZES", ((64, (16,)),))
         yield
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from transformers import (
 from aiolora.config import EngineArgs
 from aiolora.engine.batch import Packer
 from aiolora.engine.kv_cache import KVCache
+from aiolora.engine.plan import pick_device
 from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence as Answer
 from aiolora.lora.kinds import PageKinds, Room
@@ -40,6 +42,11 @@ from aiolora.types import LoRARequest, Request, RequestOutput, SamplingParams
 from tests.dense import DENSE
 from tests.sparse import SPARSE
 
+# where models run that a test makes: AIOLORA_TEST_DEVICE=cuda (or cpu), by default where `LLM` runs them by itself
+DEVICE = pick_device(os.environ.get("AIOLORA_TEST_DEVICE", "auto"))
+# of a logit or a log-probability beside transformers' on the CPU, all float32: a GPU sums in other orders, without TF32
+TOLERANCE = 1e-4 if DEVICE == "cpu" else 1e-3
+TELLS = 0.01  # what an adapter changes at least
 VOCAB = 96  # few enough that logprobs can ask for all of them
 EOS = 2
 ALL_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -277,10 +284,10 @@ class Loaded:
 
     @classmethod
     def of(cls, folder: Path, **args: Any) -> "Loaded":
-        model = load_decoder(EngineArgs(model=str(folder), **({"dtype": "float32"} | args)), folder, device="cpu")
-        cache = KVCache(model.config, num_pages=128, page_size=4, dtype=model.embed.weight.dtype, device="cpu")
+        model = load_decoder(EngineArgs(model=str(folder), **({"dtype": "float32"} | args)), folder, device=DEVICE)
+        cache = KVCache(model.config, num_pages=128, page_size=4, dtype=model.embed.weight.dtype, device=DEVICE)
         residency: Residency[None] = Residency(PageKinds(0), Room(0), max_host=1)
-        return cls(model, cache, Packer(page_size=4, kinds=PageKinds(0), residency=residency, device="cpu"))
+        return cls(model, cache, Packer(page_size=4, kinds=PageKinds(0), residency=residency, device=DEVICE))
 
     def sequences(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
         """Sequences whose pages lie scattered among each other's."""
@@ -292,12 +299,12 @@ class Loaded:
         return answers
 
     def step(self, *runs: tuple[Answer, int, int]) -> list[Tensor]:
-        """Run (sequence, first token, count) together: the logits [count, V] of each."""
+        """Run (sequence, first token, count) together: the logits [count, V] of each, float32 on the CPU."""
         with torch.inference_mode():
             batch = Batch([Scheduled(seq, start, count, True) for seq, start, count in runs])
             inputs = self.packer.pack(batch, self.packer.routes(batch))
-            inputs = replace(inputs, logits_at=torch.arange(len(inputs.tokens)))
-            logits = self.model.logits(self.model(inputs, self.cache.layers))
+            inputs = replace(inputs, logits_at=torch.arange(len(inputs.tokens), device=DEVICE))
+            logits = self.model.logits(self.model(inputs, self.cache.layers)).float().cpu()
         return list(logits.split([count for _, _, count in runs]))
 
 

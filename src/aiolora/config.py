@@ -61,7 +61,8 @@ class EngineArgs(Struct, kw_only=True, frozen=True):
         Meta(description="more bytes for what they change of embedding, head and norms; 0: nothing is served of that"),
     ] = None
     lora_target_modules: Annotated[
-        tuple[str, ...] | None, Meta(description="only these modules (suffixes) take adapters")
+        tuple[str, ...] | None,
+        Meta(description="only these modules take adapters: q_proj, or what lies in mlp; others have no memory"),
     ] = None
 
     default_mm_loras: Annotated[

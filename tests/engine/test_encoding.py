@@ -1,6 +1,7 @@
 """What encoders made of images is kept by what it depends on, and never more of it than there is room for."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from aiolora import LLM, AsyncLLMEngine, EngineArgs, LLMEngine, SamplingParams
 from aiolora.engine.encoding import KeptRows, _Key
 from aiolora.engine.runner import ModelRunner
-from aiolora.errors import ConfigError, NonFiniteLogitsError, RequestError
+from aiolora.errors import AdapterMismatchError, ConfigError, NonFiniteLogitsError, RequestError
 from aiolora.media.reader import MediaReader
 from aiolora.models.encoder import Encoder
+from aiolora.models.layers import Linear
 from aiolora.types import LoRARequest
 from tests.media.tiny import IMAGE, make_llava, make_mm_adapter, picture
 from tests.tiny import prompt_ids
@@ -93,6 +95,25 @@ def test_adapters_of_the_language_model_share_rows_and_those_of_a_tower_have_the
     assert outputs[0][0].outputs[0].token_ids == outputs[2][0].outputs[0].token_ids
 
 
+def test_a_tower_that_takes_no_adapters_has_no_pages(llava: Path, encoded: list[bool]) -> None:
+    folders = {
+        "language": make_mm_adapter(llava, llava / "own", seed=5, target_modules=r".*language_model.*proj"),
+        "all": make_mm_adapter(llava, llava / "whole", seed=6),
+    }
+    loras = [LoRARequest(name, number, str(folder)) for number, (name, folder) in enumerate(folders.items(), 1)]
+    wide, narrow = (
+        LLM(str(llava), dtype="float32", enable_lora=True, lora_target_modules=only)
+        for only in (None, ("language_model", "lm_head"))
+    )
+    answers = [llm.generate(about(1), PARAMS, lora_request=loras[0], use_tqdm=False) for llm in (wide, narrow)]
+    assert answers[0][0].outputs[0].token_ids == answers[1][0].outputs[0].token_ids
+    assert encoded == [False, False]
+    plans = [llm.engine._built.plan for llm in (wide, narrow)]
+    assert plans[0].adapter_nbytes > 1.2 * plans[1].adapter_nbytes
+    with pytest.raises(AdapterMismatchError, match=r"take no adapters \(--lora-target-modules\).*(tower|projector)"):
+        narrow.generate(about(1), PARAMS, lora_request=loras[1], use_tqdm=False)
+
+
 def test_without_room_an_image_is_encoded_for_each_step_that_has_some_of_it(llava: Path, encoded: list[bool]) -> None:
     roomy = LLM(str(llava), dtype="float32", max_num_batched_tokens=10, max_num_seqs=2)
     (expected,) = roomy.generate(about(1), PARAMS, use_tqdm=False)
@@ -150,6 +171,29 @@ def test_a_warm_up_encodes_a_small_and_a_large_one_as_with_adapters_and_without(
         runner._encoding.warm_up(llm.engine._built.intake.media.samples())
     assert encoded == ([False, True] * 2 if lora else [False] * 2)
     assert runner._encoding.kept.nbytes == 0
+
+
+def test_warming_up_takes_each_kind_of_a_towers_linears_through_all_sizes(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(str(llava), dtype="float32", enable_lora=True)
+    runner = llm.engine._built.engine._runner
+    assert isinstance(runner, ModelRunner)
+    assert runner._encoding is not None
+    seen: dict[int, set[tuple[int, int]]] = {}
+    forward = Linear.forward
+
+    def spied(self: Linear, x: Any, routing: Any) -> Any:
+        if self.site is not None:
+            seen.setdefault(self.site.kind, set()).add((len(x), -1 if routing is None else len(routing.items)))
+        return forward(self, x, routing)
+
+    monkeypatch.setattr(Linear, "forward", spied)
+    kinds = runner._packer._kinds
+    runner.warm_up(replace(llm.engine._built.plan, lora_pages=4), kinds=kinds.sites)
+    wanted = {(size, items) for size in (2, 16, 32, 64, 101, 251, 301) for items in (-1, 1, 65)}
+    assert len(kinds.of_towers) == 8
+    assert all(wanted <= seen[kind] for kind in kinds.of_towers)
 
 
 def test_what_is_kept_never_exceeds_the_limit_and_what_was_used_last_stays() -> None:

@@ -24,10 +24,11 @@ from aiolora.engine.runner import ModelRunner
 from aiolora.engine.scheduler import Batch, Scheduled
 from aiolora.engine.sequence import Sequence as Answer
 from aiolora.engine.staging import Numbers, Staging, size_of
-from aiolora.engine.warm_up import blank_step
+from aiolora.engine.warm_up import blank_step, sizes_of
 from aiolora.lora.kinds import PageKinds, Room
 from aiolora.lora.residency import Residency
 from aiolora.models.inputs import StepInputs
+from aiolora.ops.experts import APART, rows_of_tile
 from aiolora.ops.linear import Routing
 from aiolora.types import AdapterVersion, Mix, Prompt, Request, SitePages
 from tests.conftest import ModelOf
@@ -414,13 +415,31 @@ def test_warming_up_leaves_no_trace(model_of: ModelOf, ends: int | None) -> None
     for layer in runner._cache.layers:
         layer.v[0].fill_(1.0)
     runner.warm_up(replace(built.plan, lora_pages=4), kinds=6)
-    assert len(seen) == 15
+    assert len(seen) == 42  # of 7 sizes, once to compile, once in earnest
     for layer in runner._cache.layers:
         assert layer.k.eq(0.25).all()
         assert layer.v[1:].isnan().all()
         assert layer.v[0].eq(1.0).all()
     assert runner._in_flight.rows == {}
     assert runner._in_flight.tokens.eq(0).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "olmoe"])
+@pytest.mark.parametrize("most", [1, 40, 1024, 8192])
+def test_warming_up_meets_every_way_in_which_kernels_cut_a_step(family: str, most: int, model_of: ModelOf) -> None:
+    llm = LLM(str(model_of(family)), dtype="float32", max_num_batched_tokens=most, max_num_seqs=min(most, 256))
+    built, model = llm.engine._built, llm.engine._built.engine._runner._model  # type: ignore[attr-defined]
+    apart = {(linear.top_k, linear.experts) for _, linear in model.experts()}
+    assert bool(apart) == (family != "llama")
+
+    def way(tokens: int) -> object:
+        few = next((size for size in (16, 32, 64, 256) if tokens <= size), None)
+        return few, {(rows_of_tile(tokens, *one, "cuda"), tokens * one[0] > APART) for one in apart}
+
+    met = sizes_of(built.plan, model)
+    assert all(0 < count <= built.plan.max_model_len for counts in met for count in counts)
+    ways = [way(sum(counts)) for counts in met]
+    assert all(way(tokens) in ways for tokens in range(1, most + 1))
 
 
 def test_tables_have_few_widths_however_many_adapters_a_mix_has() -> None:

@@ -30,6 +30,9 @@ class Fixed:
     def blanks(self) -> list[int]:
         return [1, 9]
 
+    def blank(self, share: float) -> int:
+        return max(self._token_id, int(1000 * share))
+
     def item(self, source: object, param: str) -> MediaItem:
         assert isinstance(source, int)
         return item_of(self._modality, {"values": np.full(3, source)}, source)
@@ -45,6 +48,12 @@ class Words:
 @pytest.fixture
 def reader() -> MediaReader:
     return MediaReader({"image": Fixed("image", IMAGE), "audio": Fixed("audio", AUDIO)}, Fetcher(), model="m")
+
+
+def test_the_largest_is_one_of_which_a_prompt_has_room_where_there_is_any(reader: MediaReader) -> None:
+    assert [item.count for item in reader.largest(2000)] == [1000, 1000]
+    assert [item.count for item in reader.largest(300)] == [285, 285]
+    assert [item.count for item in reader.largest(50)] == [IMAGE, AUDIO]
 
 
 def test_each_placeholder_becomes_as_many_as_its_item_has_rows(reader: MediaReader) -> None:

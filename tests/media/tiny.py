@@ -36,7 +36,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.tiny import EOS, VOCAB, fill, word_tokenizer
+from tests.tiny import EOS, SIZES, VOCAB, fill, word_tokenizer
 
 IMAGE = VOCAB - 1  # the placeholder: a word of the tokenizer
 AUDIO = VOCAB - 2
@@ -46,17 +46,7 @@ TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
     "{% elif part['type'] == 'audio' %}<|audio|>{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
 )
-_TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": EOS,
-}
+_TEXT = {name: size for name, size in SIZES.items() if name != "tie_word_embeddings"}  # that is the whole model's
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -13,7 +13,7 @@ from transformers import Olmo3Config
 from aiolora.errors import UnsupportedModelError
 from aiolora.models import families
 from tests import tiny
-from tests.tiny import Loaded, hf_logits, load_hf, make_model, prompt_ids
+from tests.tiny import TOLERANCE, Loaded, hf_logits, load_hf, make_model, prompt_ids
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
 
@@ -37,4 +37,4 @@ def test_the_worked_family_serves_its_shapes_with_the_logits_of_transformers(
         loaded = Loaded.of(folder, model_impl="aiolora")
         (seq,) = loaded.sequences([prompt_ids(number, 50)])
         logits = torch.cat([*loaded.step((seq, 0, 41)), *loaded.step((seq, 41, 9))])
-        torch.testing.assert_close(logits, hf_logits(load_hf(folder), seq.tokens), rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits, hf_logits(load_hf(folder), seq.tokens), rtol=0, atol=TOLERANCE)

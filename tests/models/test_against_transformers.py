@@ -24,6 +24,7 @@ from tests.conftest import ModelOf
 from tests.dense import DENSE, longrope
 from tests.tiny import (
     FAMILIES,
+    TOLERANCE,
     VOCAB,
     Loaded,
     everything,
@@ -36,7 +37,6 @@ from tests.tiny import (
     reported,
 )
 
-TOLERANCE = 1e-4
 LENGTHS = (75, 7, 1, 40)
 HF = Callable[[str], nn.Module]
 

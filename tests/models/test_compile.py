@@ -30,7 +30,7 @@ def fresh() -> Iterator[None]:
 
 def serve(folder: Path, adapters: Path, **args: Any) -> tuple[LLM, ModelRunner]:
     """An engine with two adapters, and its runner."""
-    llm = LLM(str(folder), dtype="float32", enable_lora=True, **args)
+    llm = LLM(str(folder), dtype="float32", device="cpu", enable_lora=True, **args)
     for number, config in enumerate(({"r": 5}, {"r": 20, "target_modules": ALL_LINEARS}), 1):
         path = adapters / f"a{number}"
         if not path.exists():

@@ -36,6 +36,9 @@ from tests.conftest import ModelOf
 from tests.sparse import SPARSE
 from tests.tiny import (
     ALL_LINEARS,
+    DEVICE,
+    TELLS,
+    TOLERANCE,
     VOCAB,
     Loaded,
     everything,
@@ -48,7 +51,6 @@ from tests.tiny import (
     rewrite,
 )
 
-TOLERANCE = 1e-4
 TABLE = Path(__file__).parents[2] / "docs" / "models-fallback.md"
 ADAPTERS = {"all": 8, "few": 5}  # ranks: of every projection, and of every third
 OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate")
@@ -190,7 +192,7 @@ def test_peft_adapters_and_the_base_in_one_batch_have_pefts_numbers(
 ) -> None:
     measured = measured_of(name)
     assert measured.served < TOLERANCE
-    assert measured.apart > 100 * TOLERANCE, "an adapter that changes nothing"
+    assert measured.apart > TELLS, "an adapter that changes nothing"
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -377,7 +379,8 @@ def test_the_table_in_the_docs_is_what_was_measured(measured_of: Callable[[str],
     """Writes the table; run twice to accept a change, and read its diff."""
     committed = rows(TABLE.read_text()) if TABLE.exists() else []
     measured = table({name: measured_of(name) for name in SERVED})
-    TABLE.write_text(measured)
+    if DEVICE == "cpu":  # of which it speaks
+        TABLE.write_text(measured)
     assert rows(measured) == committed
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,9 +19,8 @@ from aiolora.types import Prompt
 from tests.conftest import ModelOf
 from tests.lora.fidelity import peft_logits, train
 from tests.sparse import SPARSE
-from tests.tiny import FAMILIES, everything, hf_logits, kernels, load_hf, prompt_ids, reported
+from tests.tiny import DEVICE, FAMILIES, TELLS, TOLERANCE, everything, hf_logits, kernels, load_hf, prompt_ids, reported
 
-TOLERANCE = 1e-4
 NEW = 5  # tokens of an answer
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -115,8 +115,13 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def outcomes(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    return [measure(shape, model_of(shape), tmp_path_factory.mktemp("families")) for shape in SHAPES]
+def outcome_of(model_of: ModelOf, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
+    return cache(lambda shape: measure(shape, model_of(shape), tmp_path_factory.mktemp("families")))
+
+
+@pytest.fixture
+def outcomes(outcome_of: Callable[[str], Outcome]) -> list[Outcome]:
+    return [outcome_of(shape) for shape in SHAPES]
 
 
 def measure(shape: str, model: Path, folder: Path) -> Outcome:
@@ -150,7 +155,7 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
         """Log-probabilities by PEFT."""
         plain, peft = hf_logits(base, tokens), trained[number]
         logits = plain if peft is None else peft_logits(peft, tokens[:-NEW], tokens[-NEW:])
-        if (lora := loras[number]) and (logits.log_softmax(-1) - plain.log_softmax(-1)).abs().max() < 100 * TOLERANCE:
+        if (lora := loras[number]) and (logits.log_softmax(-1) - plain.log_softmax(-1)).abs().max() < TELLS:
             alike.add(lora.lora_name)
         return logits.log_softmax(-1)[:-1]
 
@@ -175,9 +180,13 @@ def measure(shape: str, model: Path, folder: Path) -> Outcome:
     return Outcome(shape, tuple(modules), max(errors), refused, sorted(alike))
 
 
-def test_the_base_and_every_adapter_have_their_own_numbers_in_one_batch(outcomes: list[Outcome]) -> None:
-    assert [(one.shape, one.error) for one in outcomes if not one.error < TOLERANCE] == []
-    assert [(one.shape, one.alike) for one in outcomes if one.alike] == [], "adapters that change nothing"
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_base_and_every_adapter_have_their_own_numbers_in_one_batch(
+    shape: str, outcome_of: Callable[[str], Outcome]
+) -> None:
+    outcome = outcome_of(shape)
+    assert outcome.error < TOLERANCE
+    assert outcome.alike == [], "adapters that change nothing"
 
 
 @pytest.mark.parametrize("shape", ["gemma2", "phi3 partly rotated, tied", "olmo2", "starcoder2"])
@@ -202,7 +211,8 @@ def test_the_table_in_the_docs_is_what_was_measured(outcomes: list[Outcome]) -> 
     """Writes the table; run twice to accept a change, and read its diff."""
     committed = rows(TABLE.read_text()) if TABLE.exists() else []
     measured = table(outcomes)
-    TABLE.write_text(measured)
+    if DEVICE == "cpu":  # of which it speaks
+        TABLE.write_text(measured)
     assert rows(measured) == committed
 
 

@@ -1,6 +1,5 @@
 """Multi-modal models against transformers and PEFT: the same float32 logits, whoever else is in the batch."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from aiolora import LLM, SamplingParams
 from aiolora.engine.runner import ModelRunner
@@ -37,9 +35,8 @@ from tests.media.tiny import (
     picture,
     sound,
 )
-from tests.tiny import VOCAB, everything, prompt_ids, reported, rewrite
+from tests.tiny import TOLERANCE, VOCAB, everything, prompt_ids, reconfigure, reported, rewrite
 
-TOLERANCE = 1e-4
 FORBIDDEN = {IMAGE: -100, AUDIO: -100}  # transformers counts placeholders among what was answered, too
 WORDS = everything(4, logit_bias=FORBIDDEN)
 
@@ -69,13 +66,9 @@ class Model:
         return {self.modality: several if len(several) > 1 else several[0]}
 
 
-def _clip(_: Path, image: Any) -> dict[str, Tensor]:
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return {"pixel_values": processor(images=[image], return_tensors="pt")["pixel_values"]}
-
-
-def _qwen(folder: Path, image: Any) -> dict[str, Tensor]:
-    return dict(Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image], return_tensors="pt"))
+def _pixels(folder: Path, image: Any) -> dict[str, Tensor]:
+    processor = AutoImageProcessor.from_pretrained(folder)  # of torchvision where that is there, as ours
+    return dict(processor(images=[image], input_data_format="channels_last", return_tensors="pt"))
 
 
 def _granite(folder: Path, samples: Any) -> dict[str, Tensor]:
@@ -91,8 +84,18 @@ def _whisper(folder: Path, samples: Any) -> dict[str, Tensor]:
     return {"input_features": made["input_features"], "feature_attention_mask": made["attention_mask"]}
 
 
-_LLAVA = {"modality": "image", "tower": "vision_tower.*(q_proj|fc1)", "connector": "linear_[12]", "features": _clip}
-_QWEN = {"modality": "image", "tower": "visual.blocks.*(qkv|proj)", "connector": r"merger.mlp.[02]", "features": _qwen}
+_LLAVA = {
+    "modality": "image",
+    "tower": "vision_tower.*(q_proj|fc1)",
+    "connector": "linear_[12]",
+    "features": _pixels,
+}
+_QWEN = {
+    "modality": "image",
+    "tower": "visual.blocks.*(qkv|proj)",
+    "connector": r"merger.mlp.[02]",
+    "features": _pixels,
+}
 _GRANITE = {
     "modality": "audio",
     "tower": r"encoder.layers.*(to_kv|up_proj)|\.encoder.out_mid",
@@ -246,7 +249,8 @@ def test_one_compiled_graph_serves_steps_with_media_and_without(made: Made, adap
     ]
 
     def answer(*, compiled: bool) -> list[Tensor]:
-        llm = LLM(str(made.folder), dtype="float32", enable_lora=True, max_num_batched_tokens=17, max_num_seqs=4)
+        args = {"device": "cpu", "max_num_batched_tokens": 17, "max_num_seqs": 4}
+        llm = LLM(str(made.folder), dtype="float32", enable_lora=True, **args)
         runner = llm.engine._built.engine._runner
         assert isinstance(runner, ModelRunner)
         if compiled:
@@ -273,10 +277,29 @@ def test_an_adapter_under_the_names_of_earlier_days_is_the_same(made: Made, adap
     ]
     new, same = llm.generate([prompt] * 2, WORDS, lora_request=loras, use_tqdm=False)
     assert_same(reported(new)[1], reported(same)[1])
-    config = json.loads((old / "adapter_config.json").read_text())
-    (old / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 64}}))
-    with pytest.raises(AdapterUnsupportedError, match="alpha_pattern beside modules under earlier names"):
-        llm.engine.add_lora(LoRARequest("patterns", 3, str(old)))
+
+
+def test_patterns_are_held_against_the_names_of_the_file_and_the_ends_have_earlier_names_too(
+    made: Made, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = {"lora_alpha": 8, "r": 4, "modules_to_save": ["language_model.norm"]}
+    config["target_modules"] = ["q_proj", "embed_tokens", "lm_head"]
+    patterns = {name: {f"{name}layers.0.self_attn.q_proj": 6} for name in ("language_model.", "language_model.model.")}
+    new, old = patterns.values()
+    for name in ("new", "old"):
+        make_mm_adapter(
+            made.folder, tmp_path / name, seed=4, rank_pattern=new, alpha_pattern=dict.fromkeys(new, 64), **config
+        )
+    rewrite(tmp_path / "old", lambda tensors: {earlier(name): tensor for name, tensor in tensors.items()})
+    reconfigure(tmp_path / "old", rank_pattern=old, alpha_pattern=dict.fromkeys(old, 64))
+    llm = LLM(str(made.folder), dtype="float32", enable_lora=True)
+    prompt: Any = {"prompt_token_ids": made.ids((1, 4), (2, 9)), "multi_modal_data": made.model.data(1)}
+    loras = [LoRARequest(name, number, str(tmp_path / name)) for number, name in enumerate(("new", "old"), 1)]
+    first, same = llm.generate([prompt] * 2, WORDS, lora_request=loras, use_tqdm=False)
+    assert_same(reported(first)[1], reported(same)[1])
+    reconfigure(tmp_path / "old", alpha_pattern={})
+    (other,) = llm.generate(prompt, WORDS, lora_request=LoRARequest("plain", 3, str(tmp_path / "old")), use_tqdm=False)
+    assert (reported(other)[1][:4] - reported(first)[1][:4]).abs().max() > 0.01, "the pattern tells"
 
 
 def test_a_checkpoint_under_the_names_of_earlier_days_is_the_same_model(made: Made, tmp_path: Path) -> None:
@@ -298,6 +321,7 @@ def test_a_checkpoint_under_the_names_of_earlier_days_is_the_same_model(made: Ma
 def earlier(name: str) -> str:
     """What transformers called the modules of composite models before version 4.52."""
     for now, before in (
+        (r"lm_head\.", "language_model.lm_head."),
         (r"model\.language_model\.", "language_model.model."),
         (r"(?:model\.)?vision_tower\.", "model.vision_tower.vision_model."),
         (r"model\.(\w+_tower|multi_modal_projector|visual|encoder|projector)\.", r"\1."),

@@ -23,7 +23,7 @@ from aiolora.engine.plan import PAGE_SIZE, Plan, make_plan, pick_device, step_bo
 from aiolora.engine.runner import ModelRunner
 from aiolora.engine.sampler import Sampler
 from aiolora.engine.scheduler import Scheduler, SchedulerLimits
-from aiolora.engine.warm_up import activation_nbytes
+from aiolora.engine.warm_up import activation_nbytes, encoding_nbytes
 from aiolora.errors import ConfigError
 from aiolora.lora.kinds import PageKinds
 from aiolora.lora.layout import Layout, layout_of
@@ -105,8 +105,7 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
     activations = 0
     if device == "cuda":
         bounds = step_bounds(args, model.config, device)
-        activations = activation_nbytes(model, *bounds, page_size=PAGE_SIZE, rehearsed=rehearsed)
-    activations += args.media_memory if networks.encoder else 0
+        activations = _activations(args, networks, media, bounds, rehearsed=rehearsed)
     plan = make_plan(
         args,
         model.config,
@@ -159,6 +158,18 @@ def build(args: EngineArgs, read_again: Callable[[AdapterVersion], None], report
     phases.over("rest")
     _log.info("started in %s", phases)
     return Built(engine, intake, grammars, load, check, plan, phases)
+
+
+def _activations(
+    args: EngineArgs, networks: Networks, media: MediaReader, bounds: tuple[int, int], *, rehearsed: bool
+) -> int:
+    """Bytes that a step takes for a while on a GPU; an encoder is done before the decoder begins."""
+    model, encoder = networks
+    of_model = activation_nbytes(model, *bounds, page_size=PAGE_SIZE, rehearsed=rehearsed)
+    if encoder is None:
+        return of_model
+    of_items = encoding_nbytes(encoder, media.largest(model.config.max_positions))
+    return max(of_model, of_items) + args.media_memory
 
 
 def default_mm_loras(args: EngineArgs, media: MediaReader) -> dict[str, LoRARequest]:

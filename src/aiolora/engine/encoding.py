@@ -14,6 +14,8 @@ from aiolora.engine.scheduler import Batch
 from aiolora.lora.kinds import PageKinds
 from aiolora.models.encoder import Encoder
 from aiolora.models.inputs import MediaRows
+from aiolora.models.layers import Linear
+from aiolora.ops.transfer import sent
 from aiolora.types import MediaItem, Mix
 
 logger = logging.getLogger(__name__)
@@ -80,10 +82,14 @@ class Encoding:
         parts = [self._of(span.item, span.mix)[span.low : span.high] for span in spans]
         rows = torch.cat([part.to(self._encoder.dtype) for part in parts])
         at = torch.cat([_places(span) for span in spans])
-        return MediaRows(rows, at.to(self._device))
+        return MediaRows(rows, sent(at, self._device))
+
+    def linears(self) -> Iterable[Linear]:
+        """Of the encoder."""
+        return [linear for _, linear in self._encoder.linears()]
 
     def warm_up(self, items: Iterable[MediaItem]) -> None:
-        """Encode `items` without adapters and as with some, and keep nothing: kernels are compiled for sizes."""
+        """Encode `items` without adapters and as with some, and keep nothing: what is set up once is set up then."""
         for item in items:
             self._encoder(item.modality, _tensors(item), None)
             if self._towers:

@@ -18,15 +18,13 @@ from aiolora.engine.routes import Routes
 from aiolora.engine.sampler import Chosen, Sampled, Sampler, read
 from aiolora.engine.scheduler import Batch
 from aiolora.engine.sequence import Sequence
-from aiolora.engine.warm_up import blank_head, blank_step
+from aiolora.engine.warm_up import IDLE, blank_head, blank_step, sizes_of, walk_linears
 from aiolora.models.inputs import StepInputs
 from aiolora.models.model import Model
 from aiolora.ops.registration import rehearsal
 from aiolora.types import MediaItem, Report, Request, SamplingParams, unreported
 
 _ROWS_OF_LOGITS = 256  # of prompt positions at a time: 131 MB of float32 for a vocabulary of 128k
-_WARM_UP = ((1, 1), (1, 15), (1, 100), (1, 250), (1, 300))  # tokens of each sequence: the sizes that kernels tell apart
-_IDLE = 64  # empty tiles that make as many as those of a long prompt
 
 
 @dataclass(slots=True)
@@ -172,13 +170,14 @@ class ModelRunner:
             self._encoding.warm_up(media)
 
     def _walk_through(self, plan: Plan, kinds: int) -> None:
-        """A step of each size that kernels tell apart, without adapters, with, and with many."""
+        """A step of each size that kernels tell apart, without adapters, with, and with many; an encoder's Linears."""
+        if self._encoding is not None:
+            walk_linears(self._encoding.linears(), kinds=kinds, pages=plan.lora_pages)
         params = SamplingParams(temperature=1.0, top_k=2, top_p=0.5, logprobs=1)
         seq = Sequence(Request(id="", prompt_token_ids=(0,), params=params), 0, seed=0, number=0, max_length=2)
-        for wished in _WARM_UP:
-            counts = [min(count, plan.max_model_len) for count in wished]
+        for counts in sizes_of(plan, self._model):
             sizes = {"num_logits": len(counts), "page_size": plan.page_size, "pages": plan.lora_pages}
-            for number, idle in {(0, 0), (kinds, 0), (kinds, _IDLE if kinds else 0)}:
+            for number, idle in {(0, 0), (kinds, 0), (kinds, IDLE if kinds else 0)}:
                 inputs = blank_step(counts, device=str(self._device), kinds=number, idle=idle, **sizes)
                 head = None
                 if number:

@@ -23,12 +23,15 @@ class _Buffer:
 
 
 class Staging:
-    """Two buffers in turn: a step is laid out while the one before is still being copied. Engine thread only."""
+    """As many buffers as are still being copied at a time, and one: nobody waits for a copy. Engine thread only.
+
+    Two serve steps, which are laid out one ahead; the encoder of an image sends the routing of its rows besides.
+    """
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._pinned = device.startswith("cuda")
-        self._buffers = [_Buffer(torch.empty(0, dtype=torch.int32)) for _ in range(2)]
+        self._buffers: list[_Buffer] = []
 
     def send(self, numbers: Numbers) -> dict[str, Tensor]:
         """`numbers` as tensors of the device, copied behind what its current stream does; on the CPU not copied."""
@@ -53,11 +56,11 @@ class Staging:
         return tensors
 
     def _next(self, size: int) -> _Buffer:
-        """The buffer that was sent longest ago, free again and large enough."""
-        buffer = self._buffers.pop(0)
+        """The buffer that was sent longest ago if it is free again, else a new one; large enough."""
+        oldest = self._buffers[0] if self._buffers else None
+        free = oldest is not None and (oldest.sent is None or oldest.sent.query())  # type: ignore[no-untyped-call]
+        buffer = self._buffers.pop(0) if free else _Buffer(torch.empty(0, dtype=torch.int32))
         self._buffers.append(buffer)
-        if buffer.sent is not None:
-            buffer.sent.synchronize()
         if len(buffer.tensor) < size:
             buffer.tensor = torch.empty(2 * size, dtype=torch.int32, pin_memory=self._pinned)
         return buffer

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from aiolora.errors import AdapterFormatError, AdapterUnsupportedError
+from aiolora.errors import AdapterFormatError
 from aiolora.lora.adapter import PeftConfig
 from aiolora.lora.layout import Layout
 from aiolora.lora.tensorfile import Entry
@@ -68,9 +68,10 @@ def module_of(key: str, layout: Layout) -> str | None:
         known = module in layout.targets or module.removesuffix(".base_layer") in layout.fused
         return module if known else None
     match = _TOKENS.fullmatch(key) or _WHOLE.fullmatch(key)
-    if match is None or not any(match["module"] in weight.rows for weight in layout.weights):
+    if match is None:
         return None
-    return match["module"]
+    module = layout.named(match["module"])
+    return module if any(module in weight.rows for weight in layout.weights) else None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Contents:
     kept: dict[str, Entry] = field(default_factory=dict)  # module -> the weight below its factors or tokens
     tokens: dict[str, Entry] = field(default_factory=dict)  # module -> rows of trained tokens
     strange: list[str] = field(default_factory=list)  # none of these
+    written: dict[str, str] = field(default_factory=dict)  # module -> the name that the file has for it, where another
 
     @property
     def adapted(self) -> dict[str, dict[str, Entry]]:
@@ -103,22 +105,18 @@ def sort(adapter: str, config: PeftConfig, entries: Iterable[Entry], layout: Lay
         if part is not None:
             named = layout.named(part.module)
             if named != part.module:
-                if config.rank_pattern or config.alpha_pattern:
-                    raise AdapterUnsupportedError(
-                        adapter,
-                        f"rank_pattern or alpha_pattern beside modules under earlier names ({part.module} is {named} "
-                        "now); load it with today's transformers and save it again",
-                    )
+                if (other := contents.written.setdefault(named, part.module)) != part.module:
+                    raise AdapterFormatError(adapter, f"{part.module} and {other} are one module of the base model")
                 part = part._replace(module=named)
         if part is not None and part.name in known:
             place, key, what, module = contents.parts.setdefault(part.module, {}), part.name, part.name, part.module
-        elif tokens is not None and module_of(entry.name, layout):
-            place, key, what, module = contents.tokens, tokens["module"], "trained tokens", tokens["module"]
-        elif whole is not None and module_of(entry.name, layout):
+        elif tokens is not None and (base := module_of(entry.name, layout)):
+            place, key, what, module = contents.tokens, base, "trained tokens", base
+        elif whole is not None and (base := module_of(entry.name, layout)):
             if whole["kept"] == ".modules_to_save":
                 continue  # a second copy of what stands under the module's own name
             place = contents.kept if whole["kept"] else contents.trained
-            key, what, module = whole["module"], "the weight", whole["module"]
+            key, what, module = base, "the weight", base
         else:
             contents.strange.append(entry.name)
             continue

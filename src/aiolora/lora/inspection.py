@@ -124,8 +124,14 @@ def _coverage(raw: dict[str, Any], entries: Iterable[str], layout: Layout) -> Co
     except msgspec.ValidationError:
         config = PeftConfig()
     if isinstance(config.target_modules, list) and not isinstance(config.exclude_modules, str):
-        wanted = config.target_modules
-        meant = [module for module in layout.targets if any(stands_for(name, module) for name in wanted)]
+        wanted = {name: layout.meant(name) for name in config.target_modules}
+        meant = [
+            module for module in layout.targets if any(stands_for(end, module) for end in set().union(*wanted.values()))
+        ]
         missing = [module for module in meant if module not in placed.values() and not config.spares(module)]
-        missing += [name for name in wanted if not any(stands_for(name, module) for module in layout.targets)]
+        missing += [
+            name
+            for name, ends in wanted.items()
+            if not any(stands_for(end, module) for end in ends for module in layout.targets)
+        ]
     return Coverage(len(placed), tuple(key for key in entries if key not in placed), tuple(missing))

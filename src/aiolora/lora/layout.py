@@ -10,13 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aiolora.lora.adapter import stands_for
 from aiolora.lora.kinds import PageKinds
 from aiolora.models.encoder import Encoder
 from aiolora.models.layers import Linear
 from aiolora.models.model import Model
 from aiolora.models.moe import ExpertLinear
-from aiolora.models.multimodal import current_name
 from aiolora.ops.blocks import ROWS_PER_BLOCK
 from aiolora.ops.linear import RANKS_PER_PAGE
 
@@ -109,6 +107,7 @@ class Layout:
     weights: tuple[Weight, ...] = ()  # embedding, head, norms on the residual stream
     tied: bool = False  # the head is the embedding
     fused: Mapping[str, Mapping[str, Fused]] = field(default_factory=dict)  # module -> parameters, in order
+    current: Callable[[str], str] = str  # `Model.named`
     towers: int = 0  # so many kinds, behind those of the decoder's layers, are an encoder's
 
     @property
@@ -131,8 +130,12 @@ class Layout:
         return next(iter(self.weights[HEAD].rows)) if self.weights else ""
 
     def named(self, module: str) -> str:
-        """The name that `module` has in the model, where an adapter calls it by one from earlier days."""
-        return current_name(module) if self.towers and module not in self.targets else module
+        """The name that `module` has in the model, where an adapter calls it by one of another checkpoint."""
+        return module if module in self.targets else self.current(module)
+
+    def meant(self, wanted: str) -> set[str]:
+        """A name of a list in an adapter's config, the end of a module's behind a dot, and what it is in the model."""
+        return {wanted, self.current(wanted), self.current(f".{wanted}")[1:]}
 
     @property
     def most_blocks(self) -> int:
@@ -162,15 +165,20 @@ class Layout:
 def layout_of(
     model: Model, dtype: torch.dtype, *, encoder: Encoder | None = None, only: tuple[str, ...] | None = None
 ) -> Layout:
-    """Group the model's Linears into kinds; `only` (names, or their ends behind a dot) narrows what may be changed."""
+    """Group the model's Linears into kinds; `only` narrows what may be changed, and kinds of nothing have no pages.
+
+    A name of `only` means a module by its name, by its end or by whatever is between dots in it: "q_proj", "mlp".
+    """
 
     def taken(module: str) -> bool:
-        return only is None or any(stands_for(end, name) for name in (module, *model.spellings(module)) for end in only)
+        return only is None or any(f"{model.named(f'.{part}')}." in f".{module}." for part in only)
 
     kinds: dict[Key, Kind] = {}
     targets: dict[str, Target] = {}
 
     def add(layer: int, linear: Linear) -> None:
+        if not any(map(taken, linear.parts)):
+            return
         name, inputs, bounds = key = _key(layer, linear)
         kinds[key] = Kind(name, layer + 1, inputs, bounds)
         number = list(kinds).index(key)
@@ -186,7 +194,6 @@ def layout_of(
     for layer, linear in encoder.linears() if encoder else ():
         add(layer, linear)
     towers = len(kinds) - of_decoder
-    targets |= {other: targets[name] for name in targets for other in model.spellings(name)}
     embed_tokens, (lm_head,) = model.embed.name, model.head.parts
     for name, base in ((embed_tokens, model.embed.weight.T), (lm_head, model.head.weight)):
         if taken(name):
@@ -204,7 +211,7 @@ def layout_of(
         weight({lm_head: 0}, model.head.weight),
         weight({norm.name: row for row, norm in enumerate(norms)}, stacked),
     )
-    return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head, fused, towers)
+    return Layout(tuple(kinds.values()), targets, dtype, weights, model.config.tied_head, fused, model.named, towers)
 
 
 def _experts(

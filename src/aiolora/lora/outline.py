@@ -84,16 +84,17 @@ def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: La
     kinds = {module: layout.targets[module].kind for module in adapted}
     kinds |= {parameter: one.target.kind for parameter, one in fused.items()}
     for module, kind in kinds.items():
+        written = found.written.get(module, module)  # what patterns were written for
         if module in fused:
             rank = fused[module].rank
         else:
-            rank = _checked_rank(name, config, module, adapted[module], layout.targets[module])
+            rank = _checked_rank(name, config, written, adapted[module], layout.targets[module])
         if rank > limits.max_rank:
             raise AdapterRankError(
                 name,
                 f"rank {rank} of {module} exceeds max_lora_rank={limits.max_rank}; start with --max-lora-rank {rank}",
             )
-        scales[module] = config.scale(module, rank)
+        scales[module] = config.scale(written, rank)
         ranks[kind] = max(ranks.get(kind, 0), rank)
     pages = {kind: -(-rank // RANKS_PER_PAGE) for kind, rank in sorted(ranks.items())}
     _check_room(name, pages, layout, limits)
@@ -151,7 +152,8 @@ def _check_parts(
         targets = _modules(adapted, layout)
         heads = [end.rpartition(".")[2] for end in (layout.embed_tokens, layout.lm_head)]
         for wanted in config.target_modules:
-            meant = [module for module in targets if stands_for(wanted, module)]
+            ends = layout.meant(wanted)
+            meant = [module for module in targets if any(stands_for(end, module) for end in ends)]
             if not meant and wanted.rpartition(".")[2] in heads and not config.spares(wanted):
                 raise AdapterFormatError(name, f"target_modules names {wanted!r}, but no tensor belongs to it")
             # any other name that stands for nothing is of another model: PEFT passes it by
@@ -167,7 +169,8 @@ def _check_parts(
         if bare := [
             module
             for module in layout.targets
-            if stands_for(wanted, weight_of(module)) and layout.targets[module].place not in served
+            if any(stands_for(end, weight_of(module)) for end in layout.meant(wanted))
+            and layout.targets[module].place not in served
         ]:
             raise AdapterFormatError(
                 name,

@@ -1,5 +1,6 @@
 """Images, by transformers' own image processors."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -36,6 +37,10 @@ class Images:
     @property
     def blanks(self) -> Sequence[object]:
         return _BLANKS
+
+    def blank(self, share: float) -> object:
+        side = max(1, math.isqrt(int(self.max_pixels * share)))
+        return np.zeros((side, side, 3), dtype=np.uint8)
 
     def item(self, source: object, param: str) -> MediaItem:
         return item_of(IMAGE, *self.measure(self.hf, _processed(self.processor, source, self.max_pixels, param)))

@@ -25,6 +25,10 @@ class Processor(Protocol):
         """Two sources without content, a small one and a large one."""
         ...
 
+    def blank(self, share: float) -> object:
+        """One of so much of the largest that is taken."""
+        ...
+
     def item(self, source: object, param: str) -> MediaItem:
         """`source` as its encoder takes it. Raises `RequestError`."""
         ...

@@ -37,7 +37,8 @@ def processors_of(folder: Path, *, max_pixels: int) -> dict[str, Processor]:
 
 
 def _image_processor(folder: Path) -> Any:
-    from transformers import AutoImageProcessor
+    # not from the top: there transformers 5.17 has it only beside torchvision
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(folder)
 

@@ -67,6 +67,17 @@ class MediaReader:
         """A small one and a large one of each modality, to warm an encoder up with."""
         return [processor.item(source, "") for processor in self._processors.values() for source in processor.blanks]
 
+    def largest(self, max_tokens: int) -> list[MediaItem]:
+        """About the largest of each modality of which a prompt of so many tokens has room."""
+        found = []
+        for processor in self._processors.values():
+            share, item, larger = 1.0, processor.item(processor.blank(1.0), ""), 0
+            while item.count > max_tokens and item.count != larger:  # some have as many tokens whatever they show
+                share, larger = share * 0.95 * max_tokens / item.count, item.count
+                item = processor.item(processor.blank(share), "")
+            found.append(item)
+        return found
+
     def wanted(self, prompt: Prompt | Messages) -> bool:
         """Whether `prompt` brings media, which `read` is for; the others are only `worded`."""
         return has_media(prompt)

@@ -9,11 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiolora.media.content import AUDIO
-from aiolora.media.decode import Samples, audio_of
+from aiolora.media.decode import MAX_SECONDS, Samples, audio_of
 from aiolora.media.items import item_of
 from aiolora.types import MediaItem
 
-_BLANKS = [(np.zeros(seconds * 16_000, dtype=np.float32), 16_000) for seconds in (1, 10)]
+
+def _silence(seconds: float) -> object:
+    return np.zeros(max(1, int(seconds * 16_000)), dtype=np.float32), 16_000
+
+
+_BLANKS = [_silence(seconds) for seconds in (1, 10)]
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class GraniteRecordings:
     def blanks(self) -> Sequence[object]:
         return _BLANKS
 
+    def blank(self, share: float) -> object:
+        return _silence(MAX_SECONDS * share)
+
     def item(self, source: object, param: str) -> MediaItem:
         frames = self.frames(audio_of(source, self.rate, param=param))
         windows = math.ceil(len(frames) / self.hf.window_size)
@@ -89,6 +97,9 @@ class QwenRecordings:
     @property
     def blanks(self) -> Sequence[object]:
         return _BLANKS
+
+    def blank(self, share: float) -> object:
+        return _silence(MAX_SECONDS * share)
 
     def item(self, source: object, param: str) -> MediaItem:
         rate = int(self.processor.sampling_rate)

@@ -1,5 +1,6 @@
 """The one decoder: attention and an MLP on a residual stream; how families differ is named as switches."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -78,7 +79,7 @@ class DecoderConfig:
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # one name: as above
     down: str = "down_proj"
     moe: MoEConfig | None = None  # experts in the place of the MLP, in some layers or all
-    spellings: tuple[tuple[str, str], ...] = ()  # other checkpoints have the second part of a name for the first
+    renamed: tuple[tuple[str, str], ...] = ()  # in turn: regexes of other checkpoints' names, what we have for it
 
 
 class Layer(nn.Module):
@@ -246,13 +247,11 @@ class Decoder(nn.Module):
             if isinstance(module, CHECKPOINTED) and not (module is self.head and self.config.tied_head):
                 yield from module.checkpoint()
 
-    def spellings(self, name: str) -> Iterator[str]:
-        """What other checkpoints may call it."""
-        other = name
-        for ours, theirs in self.config.spellings:
-            other = other.replace(ours, theirs)
-        if other != name:
-            yield other
+    def named(self, name: str) -> str:
+        """What is called `name` in a checkpoint, as we call it."""
+        for theirs, ours in self.config.renamed:
+            name = re.sub(theirs, ours, name)
+        return name
 
     def experts(self) -> Iterator[tuple[int, ExpertLinear]]:
         """(layer, projection) of the routed experts."""

@@ -9,9 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from aiolora.models.adopted import replace
 from aiolora.models.layers import Completed, Linear, layer_of
 from aiolora.models.multimodal import MULTIMODAL
+from aiolora.models.patches import Patches, products
 from aiolora.ops.linear import Routing
+from aiolora.ops.transfer import sent
 
 Rows: TypeAlias = Callable[[int], Routing]  # the routing of so many rows, all of the item's mix
 
@@ -51,6 +54,10 @@ class Encoder(nn.Module):
             self.model = AutoModel.from_config(_without_text(hf), dtype=dtype)
         del self.model.language_model
         self.model.requires_grad_(False)
+        kind.begin(self.model)
+        if device != "cpu":
+            for path, conv in [(path, module) for path, module in self.model.named_modules() if products(module)]:
+                replace(self.model, path, Patches(conv))
         self._paths = list(_open(self.model, self._item, kind.unread, dtype, device))
         self.eval()
 
@@ -62,10 +69,10 @@ class Encoder(nn.Module):
     def forward(self, modality: str, features: Mapping[str, Tensor], rows: Rows | None) -> Tensor:
         """Rows [n, H] of one item in the encoder's dtype; `rows`: None where no adapter has a share in them."""
         given = {
-            name: value.to(self._device, self.dtype if value.is_floating_point() else None)
+            name: sent(value, self._device).to(self.dtype) if value.is_floating_point() else value
             for name, value in features.items()
         }
-        with self._adapted(rows):
+        with self._adapted(rows), _exact() if self.dtype is torch.float32 else contextlib.nullcontext():
             return self._ways[modality](self.model, given)
 
     def linears(self) -> Iterator[tuple[int, Linear]]:
@@ -84,6 +91,17 @@ class Encoder(nn.Module):
             yield
         finally:
             self._item.rows = None
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Without TF32 in convolutions, where torch has it by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _without_text(hf: Any) -> Any:
@@ -117,7 +135,6 @@ def _open(
             weight=nn.Parameter(old.weight, requires_grad=False),
         )
         inner.bias = old.bias
-        parent, _, name = path.rpartition(".")
         if type(old) is nn.Linear:
-            setattr(model.get_submodule(parent), name, Completed(inner, item.of_rows))
+            replace(model, path, Completed(inner, item.of_rows))
         yield f"model.{path}", inner

@@ -126,9 +126,9 @@ class Fallback(nn.Module):
         """None: what transformers routes to experts is no row a token."""
         yield from ()
 
-    def spellings(self, name: str) -> Iterator[str]:
-        """None: transformers renames what it loads."""
-        yield from ()
+    def named(self, name: str) -> str:
+        """As it is: transformers renames what it loads."""
+        return name
 
     def norms(self) -> Iterator[Norm]:
         """None: transformers' norms are of many kinds, and none of ours."""

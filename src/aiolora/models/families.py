@@ -9,7 +9,7 @@ import torch
 from aiolora.errors import UnsupportedModelError
 from aiolora.models.decoder import DecoderConfig, LayerNorms, Rope
 from aiolora.models.moe import MoEConfig
-from aiolora.models.multimodal import MULTIMODAL, PREFIX
+from aiolora.models.multimodal import MULTIMODAL, PREFIX, RENAMED
 from aiolora.ops.experts import Gate
 
 Switches = Callable[[Any], dict[str, object]]
@@ -152,8 +152,8 @@ def _starcoder2(hf: Any) -> dict[str, object]:
 
 def _mixtral(hf: Any) -> dict[str, object]:
     moe = _experts(hf, hf.num_local_experts, inner=hf.intermediate_size, normalised=True)
-    old = (".mlp.", ".block_sparse_moe."), (".gate_proj", ".w1"), (".up_proj", ".w3"), (".down_proj", ".w2")
-    return _mistral(hf) | {"moe": moe, "spellings": old}
+    parts = (r"\.w1\b", ".gate_proj"), (r"\.w3\b", ".up_proj"), (r"\.w2\b", ".down_proj")
+    return _mistral(hf) | {"moe": moe, "renamed": ((r"\.block_sparse_moe\.", ".mlp."), *parts)}
 
 
 def _qwen2_moe(hf: Any) -> dict[str, object]:
@@ -174,16 +174,16 @@ def _olmoe(hf: Any) -> dict[str, object]:
 
 def _granitemoe(hf: Any) -> dict[str, object]:
     moe = _experts(hf, hf.num_local_experts, inner=hf.intermediate_size, normalised=True)
-    block = ".block_sparse_moe."
+    block = r"(\.block_sparse_moe\.)"
     old = (
-        (f"{block}experts.gate_up_proj", f"{block}input_linear.weight"),
-        (f"{block}experts.down_proj", f"{block}output_linear.weight"),
-        (f"{block}router.weight", f"{block}router.layer.weight"),
+        (rf"{block}input_linear\.weight$", r"\1experts.gate_up_proj"),
+        (rf"{block}output_linear\.weight$", r"\1experts.down_proj"),
+        (rf"{block}router\.layer\.weight$", r"\1router.weight"),
     )
     return (
         _biases(hf)
         | _granite_scales(hf)
-        | {"moe": replace(moe, path="block_sparse_moe", gate="router"), "spellings": old}
+        | {"moe": replace(moe, path="block_sparse_moe", gate="router"), "renamed": old}
     )
 
 
@@ -244,7 +244,8 @@ def decoder_config(hf: Any, *, max_positions: int | None = None) -> DecoderConfi
     """
     if hf.model_type in MULTIMODAL:
         config = decoder_config(hf.get_text_config(), max_positions=max_positions)
-        return replace(config, prefix=PREFIX, tied_head=bool(getattr(hf, "tie_word_embeddings", False)))
+        tied = bool(getattr(hf, "tie_word_embeddings", False))
+        return replace(config, prefix=PREFIX, tied_head=tied, renamed=(*RENAMED, *config.renamed))
     switches = FAMILIES.get(hf.model_type) or _WITHIN.get(hf.model_type)
     if switches is None:
         served = ", ".join(sorted(FAMILIES.keys() | MULTIMODAL.keys()))

@@ -17,7 +17,7 @@ from aiolora.models.encoder import Encoder
 from aiolora.models.families import decoder_config
 from aiolora.models.llama_config import LlamaConfig
 from aiolora.models.model import Model
-from aiolora.models.multimodal import MULTIMODAL, current_name
+from aiolora.models.multimodal import MULTIMODAL
 from aiolora.models.paths import Way, context_of, way_of
 from aiolora.models.weights import load_weights, locate, random_weights
 from aiolora.types import Report, unreported
@@ -82,7 +82,7 @@ def load_networks(
         elif encoder is None:
             load_weights(model, folder, report=report)
         else:
-            load_weights(model, folder, more=encoder.checkpoint(), current_name=current_name, report=report)
+            load_weights(model, folder, more=encoder.checkpoint(), report=report)
     return Networks(model.eval(), encoder)
 
 

@@ -69,8 +69,8 @@ class Model(Protocol):
         """(layer, projection) of routed experts that take adapters."""
         ...
 
-    def spellings(self, name: str) -> Iterator[str]:
-        """What other checkpoints, and adapters trained on them, may call the module `name`."""
+    def named(self, name: str) -> str:
+        """Our name of the module or tensor that other checkpoints, and adapters trained on them, call `name`."""
         ...
 
     def norms(self) -> Iterator[Norm]:

@@ -46,12 +46,9 @@ class ExpertLinear(nn.Module):
         self,
         path: str,
         fused: str,
-        experts: int,
+        config: MoEConfig,
         inputs: int,
         parts: dict[str, int],
-        *,
-        bias: bool,
-        turned: bool,
         dtype: torch.dtype,
         device: str,
     ) -> None:
@@ -62,17 +59,17 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.path = path
         self.fused = f"{path}.{fused}"
-        self.experts = experts
+        self.experts, self.top_k = config.experts, config.top_k
         self.inputs = inputs
         self.parts = {f"{path}.{part}": outputs for part, outputs in parts.items()}
-        self.turned = turned
+        self.turned = config.turned
         outputs = sum(parts.values())
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
-        self.weight = parameter(experts, outputs, inputs)
-        self.bias = parameter(experts, outputs) if bias else None
+        self.weight = parameter(config.experts, outputs, inputs)
+        self.bias = parameter(config.experts, outputs) if config.bias else None
         self.site: ExpertSite | None = None
 
     def slices(self) -> Iterator[tuple[str, int, int]]:
@@ -122,17 +119,7 @@ class MoE(nn.Module):
             return Linear(inputs, named, bias=bias, dtype=dtype, device=device)
 
         def expert_linear(fused: str, inputs: int, **parts: int) -> ExpertLinear:
-            return ExpertLinear(
-                f"{path}.experts",
-                fused,
-                config.experts,
-                inputs,
-                parts,
-                bias=config.bias,
-                turned=config.turned,
-                dtype=dtype,
-                device=device,
-            )
+            return ExpertLinear(f"{path}.experts", fused, config, inputs, parts, dtype, device)
 
         self.gate = linear(hidden, bias=config.bias, **{config.gate: config.experts})
         self.gate_up = expert_linear("gate_up_proj", hidden, gate_proj=inner, up_proj=inner)

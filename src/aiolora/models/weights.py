@@ -1,7 +1,7 @@
 """Where a model lives, and its tensors streamed from safetensors into the parameters that take them."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -44,23 +44,20 @@ def load_weights(
     folder: Path,
     *,
     more: Iterable[tuple[str, Tensor]] = (),
-    current_name: Callable[[str], str] = str,
     report: Report = unreported,
 ) -> None:
     """Fill every parameter from the safetensors of `folder`, one tensor at a time, and `more` (an encoder's).
 
-    `current_name`: of a tensor whose name in the checkpoint may be an older one.
     Raises `WeightsError` naming tensors that the model does not know, that it misses, or whose shape differs.
     """
     wanted = dict(model.checkpoint()) | dict(more)
     targets = {name: Stored(tensor.shape, tensor, [name]) for name, tensor in wanted.items()}
     targets |= {name: stored for _, linear in model.experts() for name, stored in linear.stored()}
-    spelled = {other: name for name in targets for other in model.spellings(name)}
     tied = {"lm_head.weight"} if model.config.tied_head else set()
     unknown: list[str] = []
     seen: set[str] = set()
     for written, tensor in unpacked(_tensors(folder), model.embed.weight.device):
-        name = current_name(spelled.get(written, written))
+        name = written if written in targets else model.named(written)
         if name in targets:
             target = targets[name]
             if tensor.shape != target.shape:

@@ -22,6 +22,8 @@ from torch import Tensor
 from aiolora.ops.linear import Partial, Routing, paid
 from aiolora.ops.registration import define
 
+APART = 2048  # rows up to which a GPU shrinks each by itself
+
 
 class ExpertSite(NamedTuple):
     """Where the pool keeps the pages of one projection of all experts of a layer. The addresses never change."""
@@ -60,6 +62,12 @@ def rows_of_tile(tokens: int, top_k: int, experts: int, device: str) -> int:
     if device == "cpu":
         return max(1, tokens)
     return 16 if tokens * top_k <= 16 * experts else 64
+
+
+def sizes_apart(top_k: int, experts: int, most: int) -> set[int]:
+    """Sizes of steps, tokens up to `most`, one for each way in which a GPU cuts the work."""
+    last = [16, 32, 64, APART // top_k, 16 * experts // top_k]  # of a way, some of them the same
+    return {size for end in last for size in (end, end + 1) if 0 < size <= most}
 
 
 def most_tiles(tokens: int, top_k: int, experts: int, tile: int) -> int:

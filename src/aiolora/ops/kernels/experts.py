@@ -15,14 +15,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from aiolora.ops.experts import APART
 from aiolora.ops.kernels.expand import expand_mixes, next_mix, two_pages
 from aiolora.ops.kernels.launch import ceil_div, launch, power_of_2
 from aiolora.ops.kernels.linear import chained, precision
 from aiolora.ops.kernels.routes import choose_experts
 
 __all__ = ["choose_experts", "gated_experts", "summed_experts"]
-
-APART = 2048  # rows up to which each is shrunk by itself
 
 
 class Tiling(NamedTuple):
