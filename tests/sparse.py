@@ -26,6 +26,13 @@ _GPT_OSS = {
         "original_max_position_embeddings": 32,
     },
 }
+
+
+def _gate(**constants: object) -> dict[str, object]:
+    """Of gpt-oss' experts, where this version of transformers has them in its config."""
+    return constants if hasattr(GptOssConfig(), "swiglu_limit") else {}
+
+
 SPARSE: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
     "mixtral": (MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 11}),
     "qwen2-moe": (
@@ -72,15 +79,15 @@ SPARSE: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
             "attention_multiplier": 0.2,
         },
     ),
-    "gpt-oss": (GptOssConfig, _GPT_OSS | {"swiglu_limit": 0.8}),
+    "gpt-oss": (GptOssConfig, _GPT_OSS | _gate(swiglu_limit=0.8)),
     "gpt-oss without biases, one key head": (
         GptOssConfig,
         _GPT_OSS
         | {
             "attention_bias": False,
             "num_key_value_heads": 1,
-            "swiglu_alpha": 1.1,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
-        },
+        }
+        | _gate(swiglu_alpha=1.1),
     ),
 }

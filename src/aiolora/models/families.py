@@ -188,7 +188,8 @@ def _granitemoe(hf: Any) -> dict[str, object]:
 
 
 def _gpt_oss(hf: Any) -> dict[str, object]:
-    limit: float = hf.swiglu_limit
+    # constants of transformers' code until its config had them
+    limit: float = getattr(hf, "swiglu_limit", 7.0)
     if limit <= 0:
         raise UnsupportedModelError(f"swiglu_limit={limit} is not served, only limits above zero")
     moe = _experts(hf, hf.num_local_experts, inner=hf.intermediate_size, normalised=True)
