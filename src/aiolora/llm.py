@@ -13,7 +13,7 @@ from aiolora.config import EngineArgs, Environment
 from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.build import READERS, Built, build
 from aiolora.engine.core import Snapshot
-from aiolora.engine.intake import LoRA
+from aiolora.engine.intake import LoRA, Settled
 from aiolora.engine.names import Names, not_held
 from aiolora.engine.output import Assembler
 from aiolora.errors import AdapterFormatError, AioloraError, RequestError
@@ -27,7 +27,6 @@ from aiolora.types import (
     Conversation,
     LoRARequest,
     Messages,
-    Mix,
     Prompt,
     RequestOutput,
     SamplingParams,
@@ -74,23 +73,22 @@ class LLMEngine:
         """
         if request_id in self._assemblers:
             raise RequestError(f"request_id {request_id!r} is in use; give each request its own", param="request_id")
-        read = self._intake.read(prompt)
-        lora_request = self._intake.default(lora_request, read)
-        mix = self._mix(lora_request)
-        self._intake.policies.check(mix)
+        media = self._intake.media
+        modalities = media.modalities_in(prompt)
+        settled = self._settled(self._intake.default(lora_request, modalities))
+        self._intake.policies.check(settled.mix)
         request = self._intake.request(
             prompt,
             params,
-            mix,
+            settled,
             grammar=self._built.grammars.wait(params),
             request_id=request_id,
-            lora_request=lora_request if isinstance(lora_request, LoRARequest) else None,
             priority=priority,
-            read=read,
+            read=media.read(prompt, settled.tokenizer) if modalities else None,
         )
-        self._assemblers[request_id] = Assembler(request, self._intake.tokenizers.of(request.mix))
+        self._assemblers[request_id] = Assembler(request, settled.tokenizer)
         self._engine.add(request)
-        self._intake.policies.charge(mix, len(request.prompt_token_ids))
+        self._intake.policies.charge(settled.mix, len(request.prompt_token_ids))
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has still something to bring."""
@@ -268,9 +266,9 @@ class LLMEngine:
         self._assemblers.pop(request_id, None)
         self._failures.pop(request_id, None)
 
-    def _mix(self, lora: LoRA) -> Mix | None:
+    def _settled(self, lora: LoRA) -> Settled:
         parts = self._intake.parts(lora)
-        return self._intake.mix([(self._version(part), weight) for part, weight in parts])
+        return self._intake.settled([(self._version(part), weight) for part, weight in parts], lora)
 
     def _version(self, lora: str | LoRARequest) -> AdapterVersion:
         registry = self._intake.registry

@@ -12,13 +12,14 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 from PIL import Image
+from transformers import AutoTokenizer
 
 from aiolora import LLM, SamplingParams
 from aiolora.api import create_app
 from aiolora.config import EngineArgs, ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.types import LoRARequest
-from tests.media.tiny import RATE, make_granite_speech, make_llava, make_mm_adapter, picture, sound
+from tests.media.tiny import RATE, TEMPLATE, make_granite_speech, make_llava, make_mm_adapter, picture, sound
 
 BASE = "llava"
 
@@ -189,6 +190,18 @@ async def test_a_bad_image_is_400_with_its_place(llava: Path) -> None:
             error = answer.json()["error"]
             assert (answer.status_code, error["param"]) == (400, param), error
             assert says in error["message"]
+
+
+async def test_a_default_adapter_that_answers_is_asked_in_its_own_words(llava: Path, tmp_path: Path) -> None:
+    adapter = make_mm_adapter(llava, tmp_path / "default", seed=3)
+    tokenizer = AutoTokenizer.from_pretrained(llava)
+    tokenizer.chat_template = TEMPLATE + "{% for tool in tools or [] %}w9 w9 {% endfor %}"
+    tokenizer.save_pretrained(adapter)
+    body = asked(image(data_url(1)), tools=[{"type": "function", "function": {"name": "f"}}])
+    async with serving(llava, {}, default_mm_loras={"image": str(adapter)}) as client:
+        answers = [await chat(client, body | {"model": model}) for model in (BASE, "image")]
+    assert [answer.headers["x-aiolora-adapter"].partition("@")[0] for answer in answers] == ["image", "image"]
+    assert [answer.json()["usage"]["prompt_tokens"] for answer in answers] == [16 + 2, 16 + 2]
 
 
 async def test_a_large_body_is_for_models_with_images_only(llava: Path, byte_model: Path) -> None:

@@ -6,10 +6,10 @@ import pytest
 from aiolora.engine.intake import Intake, Limits
 from aiolora.errors import RequestError
 from aiolora.lora.registry import AdapterRegistry
-from aiolora.media.content import has_media, parted
+from aiolora.media.content import modalities_in, parted
 from aiolora.media.fetch import Fetcher
 from aiolora.media.items import item_of
-from aiolora.media.reader import MediaReader, Read, rotary_of
+from aiolora.media.reader import MediaReader, rotary_of
 from aiolora.types import AnnouncedAdapter, LoRARequest, MediaItem
 
 IMAGE, AUDIO = 90, 91
@@ -94,7 +94,7 @@ def test_parts_stand_where_they_were_in_a_template_of_parts_and_in_one_of_text()
             ],
         },
     ]
-    assert has_media(messages)
+    assert modalities_in(messages) == {"image", "audio"}
     parts, given = parted(messages, {"image": "<i>", "audio": "<a>"}, parts=True)
     assert [one.source for one in given] == ["data:,x", "data:audio/wav;base64,eA=="]
     assert [one.param for one in given] == ["messages[1].content[1]", "messages[1].content[3]"]
@@ -106,7 +106,7 @@ def test_parts_stand_where_they_were_in_a_template_of_parts_and_in_one_of_text()
 
 @pytest.mark.parametrize("prompt", ["text", [1, 2], {"prompt": "x"}, [{"role": "user", "content": "x"}]])
 def test_text_has_no_media(prompt: Any) -> None:
-    assert not has_media(prompt)
+    assert not modalities_in(prompt)
 
 
 def test_one_modality_with_a_default_has_it_two_that_both_match_have_none_and_a_name_wins(reader: MediaReader) -> None:
@@ -121,17 +121,16 @@ def test_one_modality_with_a_default_has_it_two_that_both_match_have_none_and_a_
         Intake(Words(), registry, limits, reader, model="m", lora_enabled=True, default_mm_loras=given)  # type: ignore[arg-type]
         for given in (defaults, {"audio": "audio"})
     )
-    image, audio = item_of("image", {}, 1), item_of("audio", {}, 1)
-    assert both.default(None, Read("", (image, image))) == "image"
-    assert both.default(None, Read("", (audio,))) == "audio"
-    assert both.default(None, Read("", (audio, image))) is None
-    assert only.default(None, Read("", (audio, image))) == "audio"
-    assert only.default(None, Read("", (image,))) is None
-    assert both.default("other", Read("", (image,))) == "other"
-    assert both.default("m", Read("", (image,))) == "m"
-    assert both.default(None, None) is None
+    assert both.default(None, {"image"}) == "image"
+    assert both.default(None, {"audio"}) == "audio"
+    assert both.default(None, {"audio", "image"}) is None
+    assert only.default(None, {"audio", "image"}) == "audio"
+    assert only.default(None, {"image"}) is None
+    assert both.default("other", {"image"}) == "other"
+    assert both.default("m", {"image"}) == "m"
+    assert both.default(None, ()) is None
     registry.forget("image")
-    assert both.default(None, Read("", (image,))) is None, "the base answers where a default was unloaded"
+    assert both.default(None, {"image"}) is None, "the base answers where a default was unloaded"
 
 
 def test_three_axes_follow_text_grid_and_text() -> None:

@@ -61,14 +61,16 @@ async def chat_completions(request: HTTPRequest, serving: Served) -> Response[Ch
 async def prepare(serving: Serving, said: ChatRequest, answer_id: str) -> tuple[Assembler, ToolUse | None]:
     """The request of a conversation, checked but not yet running, and its tools. Raises `RequestError`."""
     limit = "max_tokens" if said.max_completion_tokens is None else "max_completion_tokens"
-    template = serving.tokenizer(serving.mix(await serving.lora(said))).tool_template
+    messages = messages_of(said.messages)
+    settled = await serving.settle(said, serving.engine.intake.media.modalities_in(messages))
+    template = settled.tokenizer.tool_template
     use = ToolUse.of(said, template)
     field = "tools" if use is not None and use.forced else structure(said)[0]
     with naming(prompt="messages", max_tokens=limit, structured_outputs=field):
         params = _params(said, use)
         offered = None if use is None else use.tools
-        prompt = conversation(said, messages_of(said.messages), offered, template)
-        [assembler] = await serving.prepare(answer_id, said, [prompt], params)
+        prompt = conversation(said, messages, offered, template)
+        [assembler] = await serving.prepare(answer_id, said, settled, [prompt], params)
     return assembler, use
 
 

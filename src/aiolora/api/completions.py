@@ -47,7 +47,7 @@ async def completions(request: HTTPRequest, serving: Served) -> Response[Complet
         raise RequestError(f"{len(prompts)} prompts with n={params.n}: at most {_MAX_CHOICES} answers", param="prompt")
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     with naming(structured_outputs=structure(said)[0]):
-        assemblers = await serving.prepare(answer_id, said, prompts, params)
+        assemblers = await serving.prepare(answer_id, said, await serving.settle(said), prompts, params)
     if params.prompt_logprobs is not None:
         _check_scored(assemblers, params.n * (params.prompt_logprobs + 1), said)
     reply = _Reply(said, answer_id, assemblers)

@@ -5,7 +5,7 @@ import copy
 import difflib
 import string
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import quote
@@ -20,10 +20,10 @@ from aiolora.api.sse import EventStream, Framing
 from aiolora.api.visits import Visit, visit_of
 from aiolora.api.wire import GenerationRequest
 from aiolora.engine.async_engine import AsyncLLMEngine
+from aiolora.engine.intake import Settled
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError, UnknownModelError
-from aiolora.tokenizer import Tokenizer
-from aiolora.types import Messages, Mix, Prompt, SamplingParams, TokenOutput
+from aiolora.types import Messages, Prompt, SamplingParams, TokenOutput
 
 if TYPE_CHECKING:
     from aiolora.api.tracing import Tracing  # of an extra
@@ -116,53 +116,41 @@ class Serving:
         with naming(model="lora"):
             return await self._weighted(said.model, said.lora)
 
-    def mix(self, lora: str | Iterable[str] | None) -> Mix | None:
-        """What those adapters, which are loaded, stand for now. Their weights are left out.
+    async def settle(self, said: GenerationRequest, modalities: Collection[str] = ()) -> Settled:
+        """Which adapters answer a request whose prompts bring `modalities`. Raises as `lora`."""
+        lora = await self.lora(said)
+        with naming(model="model" if said.lora is None else "lora"):
+            return await self._settled(lora, [said.model] if said.lora is None else said.lora, modalities)
 
-        Raises `UnknownModelError` where one was removed just now.
-        """
-        names = () if lora is None else (lora,) if isinstance(lora, str) else tuple(lora)
-        registry = self.engine.intake.registry
+    async def settle_model(self, model: str | None) -> Settled:
+        """The same for a text to `model`; None: the base. Raises as `find`."""
+        return await self._settled(None if model is None else await self.find(model), [model or self.base])
+
+    async def _settled(
+        self, lora: str | dict[str, float] | None, asked: Iterable[str], modalities: Collection[str] = ()
+    ) -> Settled:
         try:
-            return self.engine.intake.mix((registry.find(name), 1.0) for name in names)
-        except UnknownModelError:
-            raise self._unknown(names) from None
-
-    def tokenizer(self, mix: Mix | None) -> Tokenizer:
-        """What makes tokens of the prompts of requests with `mix`, and text of their answers."""
-        return self.engine.intake.tokenizers.of(mix)
+            return await self.engine.settle(lora, modalities=modalities, permits=self.permits)
+        except UnknownModelError:  # removed just now; the engine's words may tell of what does not exist here
+            raise self._unknown(asked) from None
 
     async def prepare(
-        self, answer_id: str, said: GenerationRequest, prompts: Iterable[Prompt | Messages], params: SamplingParams
+        self,
+        answer_id: str,
+        said: GenerationRequest,
+        settled: Settled,
+        prompts: Iterable[Prompt | Messages],
+        params: SamplingParams,
     ) -> list[Assembler]:
         """A request a prompt, checked but not yet running: what a client can get wrong is raised here."""
-        wanted = list(prompts)
-        while True:
-            assemblers = await self._prepared(answer_id, said, wanted, params)
-            if all(one.request.mix == assemblers[0].request.mix for one in assemblers):
-                return assemblers  # else another version was published meanwhile, and one has to answer all
-
-    async def _prepared(
-        self, answer_id: str, said: GenerationRequest, prompts: list[Prompt | Messages], params: SamplingParams
-    ) -> list[Assembler]:
-        lora = await self.lora(said)
         assemblers = []
-        with naming(model="model" if said.lora is None else "lora"):
-            for position, prompt in enumerate(prompts):
-                if position:
-                    await asyncio.sleep(0)  # others' tokens in between, however many prompts there are
-                try:
-                    request = await self.engine.prepare(
-                        prompt,
-                        params,
-                        lora=lora,
-                        priority=said.priority or 0,
-                        request_id=f"{answer_id}-{position}",
-                        permits=self.permits,
-                    )
-                except UnknownModelError:  # removed just now; the engine's words may tell of what does not exist here
-                    raise self._unknown([said.model] if said.lora is None else said.lora) from None
-                assemblers.append(Assembler(request, self.tokenizer(request.mix)))
+        for position, prompt in enumerate(prompts):
+            if position:
+                await asyncio.sleep(0)  # others' tokens in between, however many prompts there are
+            request = await self.engine.prepare(
+                prompt, params, lora=settled, priority=said.priority or 0, request_id=f"{answer_id}-{position}"
+            )
+            assemblers.append(Assembler(request, settled.tokenizer))
         return assemblers
 
     async def _weighted(self, model: str, lora: dict[str, float]) -> dict[str, float]:

@@ -8,10 +8,9 @@ from aiolora.api.decode import parse
 from aiolora.api.document import NAMES
 from aiolora.api.errors import HTTPRequest
 from aiolora.api.messages import conversation, messages_of
-from aiolora.api.serving import Served, Serving
+from aiolora.api.serving import Served
 from aiolora.api.wire import Message, Tool
 from aiolora.errors import RequestError
-from aiolora.types import Mix
 
 
 class TokenizeRequest(Struct, frozen=True, kw_only=True):
@@ -60,15 +59,15 @@ class Text(Struct, frozen=True):
 async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
     """The tokens of a text, or of a conversation as the model's template puts it."""
     said = parse(TokenizeRequest, await request.body())
-    mix = await _mix(serving, said.model)
+    tokenizer = (await serving.settle_model(said.model)).tokenizer
     if (said.prompt is None) == (said.messages is None):
         raise RequestError("send either a prompt or messages", param="prompt")
-    intake, tokenizer = serving.engine.intake, serving.tokenizer(mix)
+    intake = serving.engine.intake
 
     def work() -> Tokens:
         if said.messages is not None:
             talk = conversation(said, messages_of(said.messages), said.tools, tokenizer.tool_template)
-            if intake.media.wanted(talk):
+            if intake.media.modalities_in(talk):
                 raise RequestError("messages: only text is counted here", param="messages")
             _, tokens = intake.tokens(intake.media.worded(talk, tokenizer), tokenizer)
         else:
@@ -89,9 +88,9 @@ async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
 async def detokenize(request: HTTPRequest, serving: Served) -> Text:
     """The text of tokens, special ones included."""
     said = parse(DetokenizeRequest, await request.body())
-    mix = await _mix(serving, said.model)
+    settled = await serving.settle_model(said.model)
+    tokenizer, mix = settled.tokenizer, settled.mix
     vocabulary = (mix and mix.vocabulary) or serving.engine.intake.limits.vocab_size
-    tokenizer = serving.tokenizer(mix)
 
     def work() -> Text:
         bad = next((token for token in said.tokens if not 0 <= token < vocabulary), None)
@@ -100,7 +99,3 @@ async def detokenize(request: HTTPRequest, serving: Served) -> Text:
         return Text(tokenizer.decode(said.tokens))
 
     return await anyio.to_thread.run_sync(work)
-
-
-async def _mix(serving: Serving, model: str | None) -> Mix | None:
-    return None if model is None else serving.mix(await serving.find(model))

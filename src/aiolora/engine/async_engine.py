@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -16,7 +16,7 @@ from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import Engine, Snapshot
-from aiolora.engine.intake import Intake, LoRA, takes_long
+from aiolora.engine.intake import Intake, LoRA, Settled, takes_long
 from aiolora.engine.loading import Loading
 from aiolora.engine.names import Names
 from aiolora.engine.output import Assembler
@@ -159,10 +159,9 @@ class AsyncLLMEngine:
         {name: weight}. `priority`: lower is earlier, among the requests of the same adapters: a unit is worth 10 s of
         waiting. Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
         """
-        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id, priority=priority)
-        async with contextlib.aclosing(
-            self.run([Assembler(request, self.intake.tokenizers.of(request.mix))])
-        ) as bursts:
+        settled = await self.settle(lora, modalities=self.intake.media.modalities_in(prompt))
+        request = await self.prepare(prompt, sampling_params, lora=settled, request_id=request_id, priority=priority)
+        async with contextlib.aclosing(self.run([Assembler(request, settled.tokenizer)])) as bursts:
             async for burst in bursts:
                 for _, output in burst:
                     yield output
@@ -177,62 +176,66 @@ class AsyncLLMEngine:
         priority: int = 0,
     ) -> RequestOutput:
         """The whole answer. Cancelling aborts the request."""
-        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id, priority=priority)
-        assembler = Assembler(request, self.intake.tokenizers.of(request.mix))
+        settled = await self.settle(lora, modalities=self.intake.media.modalities_in(prompt))
+        request = await self.prepare(prompt, sampling_params, lora=settled, request_id=request_id, priority=priority)
+        assembler = Assembler(request, settled.tokenizer)
         async for _ in self.run([assembler]):
             pass
         return assembler.output()
+
+    async def settle(
+        self, lora: LoRA = None, *, modalities: Collection[str] = (), permits: Callable[[str], bool] | None = None
+    ) -> Settled:
+        """The adapters that `lora` means now, loaded. What is worded for them and prepared is answered by them.
+
+        `modalities`: what the prompt brings besides text, for which an adapter may answer by default where `lora` names
+        none. `permits`: which may; None: all of `default_mm_loras`. Raises `RequestError` and `AdapterError`.
+        """
+        self._alive()
+        lora = self.intake.default(lora, modalities, permits)
+        parts = self.intake.parts(lora)
+        settled = self.intake.settled([(await self._adapters.version(part), weight) for part, weight in parts], lora)
+        mix = settled.mix
+        if mix is not None:  # removed or replaced from now on, they still serve who has this, be it run soon or late
+            self._across.post(lambda engine: engine.adapters.hold(mix))
+            let_go = partial(self._across.post, lambda engine: engine.adapters.let_go(mix))
+            weakref.finalize(settled, let_go).atexit = False
+        return settled
 
     async def prepare(
         self,
         prompt: Prompt | Messages,
         sampling_params: SamplingParams | None = None,
         *,
-        lora: LoRA = None,
+        lora: LoRA | Settled = None,
         request_id: str | None = None,
         priority: int = 0,
-        permits: Callable[[str], bool] | None = None,
     ) -> Request:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here.
 
-        `permits`: which adapters may answer by default where `lora` names none; None: all of `default_mm_loras`.
+        `lora`: as for `stream`, or what `settle` made of it.
         """
         self._alive()
+        modalities = self.intake.media.modalities_in(prompt)
+        settled = lora if isinstance(lora, Settled) else await self.settle(lora, modalities=modalities)
+        self.intake.policies.check(settled.mix)
         read = None
-        if self.intake.media.wanted(prompt):
+        if modalities:
             read = await anyio.to_thread.run_sync(
-                self.intake.read, prompt, limiter=self._media_readers, abandon_on_cancel=True
+                self.intake.media.read, prompt, settled.tokenizer, limiter=self._media_readers, abandon_on_cancel=True
             )
-        lora = self.intake.default(lora, read, permits)
-        parts = self.intake.parts(lora)
-        # before the versions, which nobody holds while others wait
-        grammar = await self._parts.grammars.take(sampling_params)
-        mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
-        self.intake.policies.check(mix)
         tokenise = partial(
             self.intake.request,
             prompt,
             sampling_params,
-            mix,
-            grammar=grammar,
+            settled,
+            grammar=await self._parts.grammars.take(sampling_params),
             request_id=request_id,
-            lora_request=lora if isinstance(lora, LoRARequest) else None,
             priority=priority,
             read=read,
         )
         # handing over to a thread and back takes as long as about _LONG characters
-        if mix is None:
-            return await anyio.to_thread.run_sync(tokenise) if takes_long(prompt) else tokenise()
-        # removed or replaced from now on, it still serves this request, be it run soon or late
-        let_go = partial(self._across.post, lambda engine: engine.adapters.let_go(mix))
-        self._across.post(lambda engine: engine.adapters.hold(mix))
-        try:
-            request = await anyio.to_thread.run_sync(tokenise) if takes_long(prompt) else tokenise()
-        except BaseException:
-            let_go()
-            raise
-        weakref.finalize(request, let_go).atexit = False
-        return request
+        return await anyio.to_thread.run_sync(tokenise) if takes_long(prompt) else tokenise()
 
     def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         """Run prepared requests side by side; each time, every token that has come, with its request's position.

@@ -3,9 +3,11 @@
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+
+from msgspec import Struct
 
 from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestError
 from aiolora.lora.policies import Policies
@@ -35,6 +37,17 @@ LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
 MAX_WEIGHT = 100  # of one adapter in a request
 MAX_PARTS = 16  # adapters in a request
 MAX_PRIORITY = 1000  # either way
+
+
+class Settled(Struct, frozen=True, eq=False, weakref=True):
+    """The adapters that answer a request, decided once: its words, its tokens and its answer are all of these.
+
+    While it lives they are there for it, whatever becomes of their names.
+    """
+
+    mix: Mix | None
+    tokenizer: Tokenizer  # and chat template
+    lora_request: LoRARequest | None = None
 
 
 @dataclass(frozen=True)
@@ -92,11 +105,10 @@ class Intake:
         self,
         prompt: Prompt | Messages,
         params: SamplingParams | None,
-        mix: Mix | None,
+        settled: Settled,
         *,
         grammar: Grammar | None = None,
         request_id: str | None = None,
-        lora_request: LoRARequest | None = None,
         priority: int = 0,
         read: Read | None = None,
     ) -> Request:
@@ -108,7 +120,7 @@ class Intake:
             raise RequestError(
                 f"priority={priority}: must be {-MAX_PRIORITY} to {MAX_PRIORITY}, lower is earlier", param="priority"
             )
-        tokenizer = self.tokenizers.of(mix)
+        mix, tokenizer = settled.mix, settled.tokenizer
         text, ids = self.tokens(read.prompt if read else self.media.worded(prompt, tokenizer), tokenizer)
         placed = self.media.place(ids, read.items) if read else None
         if placed is not None:
@@ -123,13 +135,14 @@ class Intake:
             params=params,
             mix=mix,
             prompt=text,
-            lora_request=lora_request,
+            lora_request=settled.lora_request,
             priority=priority,
             arrival_s=time.monotonic(),
             eos_token_ids=None if tokenizer is self.tokenizers.base else ends,
             grammar=grammar,
             media=placed.items if placed else (),
             rotary=placed.rotary if placed else None,
+            held=settled,
         )
         if mix is not None and request.active_from == NEVER:
             version = mix.versions[0]
@@ -141,21 +154,14 @@ class Intake:
             )
         return request
 
-    def read(self, prompt: Prompt | Messages) -> Read | None:
-        """The prompt's images and recordings, fetched and decoded; None: it has none. Blocks; any thread.
-
-        Raises `RequestError`.
-        """
-        return self.media.read(prompt, self.tokenizer) if self.media.wanted(prompt) else None
-
-    def default(self, lora: LoRA, read: Read | None, permits: Callable[[str], bool] | None = None) -> LoRA:
+    def default(self, lora: LoRA, modalities: Collection[str], permits: Callable[[str], bool] | None = None) -> LoRA:
         """`lora`, or where a request names none that of the one modality in it that has a default.
 
         `permits`: whether who asks may use the adapter of this name, which else is not there; None: everybody may.
         """
-        if lora is not None or read is None:
+        if lora is not None:
             return lora
-        defaults = filter(None, map(self._default_mm_loras.get, read.modalities))
+        defaults = filter(None, map(self._default_mm_loras.get, modalities))
         known = filter(self.registry.look_up, defaults)  # it may have been unloaded
         found = [name for name in known if permits is None or permits(name)]
         return found[0] if len(found) == 1 else None
@@ -182,12 +188,13 @@ class Intake:
                 )
         return [(key, float(weight)) for key, weight in lora.items()]
 
-    def mix(self, parts: Iterable[tuple[AdapterVersion, float]]) -> Mix | None:
-        """The sum of those adapters, one that comes twice with both weights; None: there are none, the base model."""
+    def settled(self, parts: Iterable[tuple[AdapterVersion, float]], lora: LoRA) -> Settled:
+        """The sum of those adapters, one that comes twice with both weights; no parts: the base model."""
         weights: dict[AdapterVersion, float] = {}
         for version, weight in parts:
             weights[version] = weights.get(version, 0.0) + weight
-        return Mix(tuple(weights.items())) if weights else None
+        mix = Mix(tuple(weights.items())) if weights else None
+        return Settled(mix, self.tokenizers.of(mix), lora if isinstance(lora, LoRARequest) else None)
 
     def tokens(
         self, prompt: Prompt | Messages, tokenizer: Tokenizer, *, special: bool = True

@@ -32,19 +32,20 @@ class Given(Struct, frozen=True):
 Parted: TypeAlias = tuple[Prompt | Messages, list[Given]]
 
 
-def has_media(prompt: Prompt | Messages) -> bool:
-    """Whether `prompt` brings anything but text."""
+def modalities_in(prompt: Prompt | Messages) -> frozenset[str]:
+    """What `prompt` brings besides text. Raises `RequestError` where `multi_modal_data` is none."""
     if isinstance(prompt, Conversation):
-        return has_media(prompt.messages)
+        return modalities_in(prompt.messages)
     if isinstance(prompt, Mapping):
-        return bool(prompt.get("multi_modal_data"))
-    if isinstance(prompt, str):
-        return False
-    return any(
-        isinstance(part, Mapping) and part.get("type") in _PARTS
+        return frozenset(given.modality for given in _listed(prompt))
+    if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping):
+        return frozenset()
+    return frozenset(
+        _PARTS[str(part["type"])][0]
         for message in prompt
         if isinstance(message, Mapping)
         for part in _parts(message)
+        if isinstance(part, Mapping) and part.get("type") in _PARTS
     )
 
 
@@ -58,11 +59,8 @@ def parted(prompt: Prompt | Messages, placeholders: Mapping[str, str], *, parts:
         messages, given = parted(prompt.messages, placeholders, parts=parts)
         return structs.replace(prompt, messages=messages), given
     if isinstance(prompt, Mapping):
-        data = prompt.get("multi_modal_data") or {}
-        if not isinstance(data, Mapping):
-            raise RequestError("multi_modal_data is no mapping of a modality to its data", param="multi_modal_data")
         rest: dict[str, object] = {key: value for key, value in prompt.items() if key != "multi_modal_data"}
-        return rest, [given for modality, value in data.items() for given in _listed(str(modality), value)]
+        return rest, _listed(prompt)
     if isinstance(prompt, str) or not any(isinstance(message, Mapping) for message in prompt):
         return prompt, []
     found: list[Given] = []
@@ -74,10 +72,16 @@ def parted(prompt: Prompt | Messages, placeholders: Mapping[str, str], *, parts:
     return messages, found
 
 
-def _listed(modality: str, value: object) -> list[Given]:
-    """One of them or a list; a pair of samples and their rate is one."""
-    several = list(value) if isinstance(value, list) else [value]
-    return [Given(modality, one, "multi_modal_data") for one in several]
+def _listed(prompt: Mapping[str, object]) -> list[Given]:
+    """Of each modality one or a list; a pair of samples and their rate is one."""
+    data = prompt.get("multi_modal_data") or {}
+    if not isinstance(data, Mapping):
+        raise RequestError("multi_modal_data is no mapping of a modality to its data", param="multi_modal_data")
+    return [
+        Given(str(modality), one, "multi_modal_data")
+        for modality, value in data.items()
+        for one in (value if isinstance(value, list) else [value])
+    ]
 
 
 def _parts(message: Mapping[str, object]) -> Sequence[object]:

@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct, structs
 
 from aiolora.errors import RequestError
-from aiolora.media.content import Given, has_media, parted
+from aiolora.media.content import Given, modalities_in, parted
 from aiolora.media.fetch import Fetcher
 from aiolora.media.items import Processor
 from aiolora.media.processing import processors_of
@@ -67,9 +67,9 @@ class MediaReader:
         """A small one and a large one of each modality, to warm an encoder up with."""
         return [processor.item(source, "") for processor in self._processors.values() for source in processor.blanks]
 
-    def wanted(self, prompt: Prompt | Messages) -> bool:
-        """Whether `prompt` brings media, which `read` is for; the others are only `worded`."""
-        return has_media(prompt)
+    def modalities_in(self, prompt: Prompt | Messages) -> frozenset[str]:
+        """What `prompt` brings besides text, which `read` is for. Raises `RequestError`."""
+        return modalities_in(prompt)
 
     def worded(self, prompt: Prompt | Messages, spelling: Spelling) -> Prompt | Messages:
         """A prompt without media as the model's chat template expects it."""
