@@ -101,7 +101,8 @@ class Pretender(AsyncLLMEngine):
         priority: int = 0,
     ) -> Request:
         assert isinstance(lora, Settled)
-        return self._intake.request(prompt, sampling_params, lora, request_id=request_id)
+        split = self._intake.media.split(prompt, lora.tokenizer)
+        return self._intake.request(split, sampling_params, lora, request_id=request_id)
 
     async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         [assembler] = assemblers

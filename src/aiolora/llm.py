@@ -74,17 +74,19 @@ class LLMEngine:
         if request_id in self._assemblers:
             raise RequestError(f"request_id {request_id!r} is in use; give each request its own", param="request_id")
         media = self._intake.media
-        modalities = media.modalities_in(prompt)
-        settled = self._settled(self._intake.default(lora_request, modalities))
+        settled = self._settled(self._intake.default(lora_request, media.modalities_in(prompt)))
         self._intake.policies.check(settled.mix)
+        split = media.split(prompt, settled.tokenizer)
+        if split.urls:
+            with start_blocking_portal() as portal:
+                split = portal.call(media.fetched, split)
         request = self._intake.request(
-            prompt,
+            split,
             params,
             settled,
             grammar=self._built.grammars.wait(params),
             request_id=request_id,
             priority=priority,
-            read=media.read(prompt, settled.tokenizer) if modalities else None,
         )
         self._assemblers[request_id] = Assembler(request, settled.tokenizer)
         self._engine.add(request)

@@ -69,7 +69,7 @@ async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
             talk = conversation(said, messages_of(said.messages), said.tools, tokenizer.tool_template)
             if intake.media.modalities_in(talk):
                 raise RequestError("messages: only text is counted here", param="messages")
-            _, tokens = intake.tokens(intake.media.worded(talk, tokenizer), tokenizer)
+            _, tokens = intake.tokens(intake.media.split(talk, tokenizer).prompt, tokenizer)
         else:
             _, tokens = intake.tokens(said.prompt or "", tokenizer, special=said.add_special_tokens is not False)
         strings = tokenizer.spell(tokens) if said.return_token_strs else None

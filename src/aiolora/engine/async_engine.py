@@ -40,7 +40,7 @@ from aiolora.types import (
     unreported,
 )
 
-MEDIA_READERS = 8  # prompts whose images or recordings are fetched and decoded at a time
+MEDIA_READERS = 4  # prompts whose images or recordings are decoded at a time
 
 
 class AsyncLLMEngine:
@@ -63,7 +63,7 @@ class AsyncLLMEngine:
         self._names: Names | None = None
         self._streams: Streams | None = None
         self._starting = asyncio.Lock()
-        self._media_readers = anyio.CapacityLimiter(MEDIA_READERS)  # slow hosts hold up no adapter's read
+        self._media_readers = anyio.CapacityLimiter(MEDIA_READERS)  # images hold up no text
         self._snapshot: Snapshot | None = None
 
     @classmethod
@@ -219,23 +219,19 @@ class AsyncLLMEngine:
         modalities = self.intake.media.modalities_in(prompt)
         settled = lora if isinstance(lora, Settled) else await self.settle(lora, modalities=modalities)
         self.intake.policies.check(settled.mix)
-        read = None
-        if modalities:
-            read = await anyio.to_thread.run_sync(
-                self.intake.media.read, prompt, settled.tokenizer, limiter=self._media_readers, abandon_on_cancel=True
-            )
-        tokenise = partial(
+        split = await self.intake.media.fetched(self.intake.media.split(prompt, settled.tokenizer))
+        work = partial(
             self.intake.request,
-            prompt,
+            split,
             sampling_params,
             settled,
             grammar=await self._parts.grammars.take(sampling_params),
             request_id=request_id,
             priority=priority,
-            read=read,
         )
-        # handing over to a thread and back takes as long as about _LONG characters
-        return await anyio.to_thread.run_sync(tokenise) if takes_long(prompt) else tokenise()
+        if split.given:
+            return await anyio.to_thread.run_sync(work, limiter=self._media_readers)
+        return await anyio.to_thread.run_sync(work) if takes_long(prompt) else work()
 
     def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         """Run prepared requests side by side; each time, every token that has come, with its request's position.

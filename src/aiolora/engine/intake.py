@@ -13,7 +13,8 @@ from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestE
 from aiolora.lora.policies import Policies
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.tokenizers import Tokenizers
-from aiolora.media.reader import MediaReader, Read
+from aiolora.media.content import Split
+from aiolora.media.reader import MediaReader
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import (
     NEVER,
@@ -103,35 +104,36 @@ class Intake:
 
     def request(
         self,
-        prompt: Prompt | Messages,
+        split: Split,
         params: SamplingParams | None,
         settled: Settled,
         *,
         grammar: Grammar | None = None,
         request_id: str | None = None,
         priority: int = 0,
-        read: Read | None = None,
     ) -> Request:
-        """Tokenise and check. Raises `RequestError` naming the field, the value and the limit.
+        """Tokenise and check, and then work on images and recordings: nothing is made of what does not fit.
 
-        `grammar`: what the `structured_outputs` of `params` were compiled to. `read`: what `read` made of the prompt.
+        `split`: by `media.split` and, where it has URLs, `media.fetched`. `grammar`: what the `structured_outputs` of
+        `params` were compiled to. Raises `RequestError` naming the field, the value and the limit.
         """
         if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise RequestError(
                 f"priority={priority}: must be {-MAX_PRIORITY} to {MAX_PRIORITY}, lower is earlier", param="priority"
             )
         mix, tokenizer = settled.mix, settled.tokenizer
-        text, ids = self.tokens(read.prompt if read else self.media.worded(prompt, tokenizer), tokenizer)
-        placed = self.media.place(ids, read.items) if read else None
-        if placed is not None:
-            ids = placed.ids
+        text, ids = self.tokens(split.prompt, tokenizer)
         params = params or SamplingParams()
         vocab = (mix and mix.vocabulary) or self.limits.vocab_size
         self._check(ids, params, vocab)
+        self._check_length(len(ids), params)
+        opened = self.media.open(split.given)
+        self._check_length(len(ids) + sum(one.count - 1 for one in opened), params)
+        placed = self.media.place(ids, opened)
         ends = frozenset(end for end in tokenizer.eos_token_ids if end < vocab)
         request = Request(
             id=request_id or f"req-{uuid.uuid4().hex}",
-            prompt_token_ids=tuple(ids),
+            prompt_token_ids=tuple(placed.ids),
             params=params,
             mix=mix,
             prompt=text,
@@ -140,8 +142,8 @@ class Intake:
             arrival_s=time.monotonic(),
             eos_token_ids=None if tokenizer is self.tokenizers.base else ends,
             grammar=grammar,
-            media=placed.items if placed else (),
-            rotary=placed.rotary if placed else None,
+            media=placed.items,
+            rotary=placed.rotary,
             held=settled,
         )
         if mix is not None and request.active_from == NEVER:
@@ -240,7 +242,6 @@ class Intake:
             )
 
     def _check(self, ids: list[int], params: SamplingParams, vocab: int) -> None:
-        longest = self.limits.max_model_len
         if not ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         for field, values in (
@@ -251,15 +252,18 @@ class Intake:
             bad = next((value for value in values if not 0 <= value < vocab), None)
             if bad is not None:
                 raise RequestError(f"{field}: token id {bad} is not in the vocabulary of {vocab}", param=field)
-        if len(ids) >= longest:
-            raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens; with at least one to come the context (max_model_len) allows "
-                f"{longest - 1}; shorten it or start with a larger --max-model-len"
-            )
         for field in ("logprobs", "prompt_logprobs"):
             wanted = getattr(params, field)
             if wanted is not None and wanted > vocab:
                 raise RequestError(f"{field}={wanted} is over the vocabulary of {vocab}", param=field)
-        if params.min_tokens > longest - len(ids):
-            room = longest - len(ids)
+
+    def _check_length(self, count: int, params: SamplingParams) -> None:
+        longest = self.limits.max_model_len
+        if count >= longest:
+            raise PromptTooLongError(
+                f"the prompt has {count} tokens; with at least one to come the context (max_model_len) allows "
+                f"{longest - 1}; shorten it or start with a larger --max-model-len"
+            )
+        if params.min_tokens > longest - count:
+            room = longest - count
             raise RequestError(f"min_tokens={params.min_tokens}, the context leaves {room}", param="min_tokens")

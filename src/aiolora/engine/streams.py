@@ -34,7 +34,7 @@ class Streams:
             raise RequestError(f"request_id {taken!r} is in use; give each request its own", param="request_id")
         # a delta of a request that was left may still be on its way when its id is used again: tickets tell them apart
         tickets = [
-            structs.replace(request, id=f"{request.id}#{next(self._num_tickets)}", held=None)  # the engine has its books
+            structs.replace(request, id=f"{request.id}#{next(self._num_tickets)}", held=None)  # it has books
             for request in requests
         ]
         positions = {ticket.id: position for position, ticket in enumerate(tickets)}

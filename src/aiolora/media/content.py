@@ -6,6 +6,7 @@ from typing import TypeAlias
 from msgspec import Struct, structs
 
 from aiolora.errors import RequestError
+from aiolora.media.data_urls import is_data_url
 from aiolora.types import Conversation, Messages, Prompt
 
 IMAGE, AUDIO = "image", "audio"
@@ -27,6 +28,27 @@ class Given(Struct, frozen=True):
     modality: str
     source: object  # a decoded one (PIL, array, (samples, rate)), its file's bytes, or the URL where they are
     param: str  # the field that it came in
+
+
+class Split(Struct, frozen=True):
+    """A prompt with bare placeholders, and what is to stand behind those."""
+
+    prompt: Prompt | Messages
+    given: tuple[Given, ...] = ()  # in the order of their placeholders within a modality
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """Where files are still to be fetched from, each with the field that it came in."""
+        sources = ((one.source, one.param) for one in self.given)
+        return {source: param for source, param in sources if isinstance(source, str) and not is_data_url(source)}
+
+    def with_files(self, files: Mapping[str, bytes]) -> "Split":
+        """The same with those in the place of their URLs."""
+        given = (
+            structs.replace(one, source=files.get(one.source, one.source)) if isinstance(one.source, str) else one
+            for one in self.given
+        )
+        return Split(self.prompt, tuple(given))
 
 
 Parted: TypeAlias = tuple[Prompt | Messages, list[Given]]
