@@ -220,7 +220,7 @@ async def test_what_nobody_foresaw_is_500_without_details(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Standing(started=True)
-    monkeypatch.setattr(engine, "prepare", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(engine, "settle", lambda *_, **__: 1 / 0)
     async with AsyncTestClient(create_app(engine), raise_server_exceptions=False) as client:
         response = await client.post(COMPLETIONS, json={"model": "none", "prompt": "Hi"})
     error = error_of(response, 500)

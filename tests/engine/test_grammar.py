@@ -238,7 +238,7 @@ async def test_a_grammar_that_takes_long_is_refused_and_the_loop_does_not_wait(
         json.loads(whole.outputs[0].text)
         never: Future[CompiledGrammar | str] = Future()
         monkeypatch.setattr("aiolora.engine.grammar.COMPILE_TIMEOUT_S", 0.05)
-        monkeypatch.setattr(engine._parts.grammars, "compile", lambda wanted: never)
+        monkeypatch.setattr(engine._parts.grammars, "_compiled", lambda wish: never)
         slow = asyncio.ensure_future(engine.generate("a", wish({"regex": "a"})))
         meanwhile = await engine.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))
         assert len(meanwhile.outputs[0].token_ids) == 3
@@ -247,21 +247,22 @@ async def test_a_grammar_that_takes_long_is_refused_and_the_loop_does_not_wait(
         assert not never.cancelled(), "others may wait for it"
 
 
-async def test_an_adapter_that_goes_while_a_grammar_is_compiled_is_unknown_then(
+async def test_an_adapter_that_goes_while_a_grammar_is_compiled_still_answers_who_asked_before(
     byte_model: Path, adapter: LoRARequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with AsyncLLMEngine(EngineArgs(model=str(byte_model), **ARGS)) as engine:
-        await engine.add_lora(adapter)
+        version = await engine.add_lora(adapter)
         later: Future[CompiledGrammar | str] = Future()
         compiled = await engine._parts.grammars.take(wish({"regex": "a"}))
         assert compiled is not None
-        monkeypatch.setattr(engine._parts.grammars, "compile", lambda wanted: later)
+        monkeypatch.setattr(engine._parts.grammars, "_compiled", lambda wish: later)
         asked = asyncio.ensure_future(engine.generate("a", wish({"regex": "a"}), lora="a"))
         await asyncio.sleep(0)
         assert await engine.remove_lora("a")
-        later.set_result(compiled)
         with pytest.raises(UnknownModelError):
-            await asked
+            await engine.generate("a", wish({"regex": "a"}), lora="a")
+        later.set_result(compiled)
+        assert (await asked).adapter == version.label
 
 
 async def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from litestar import Response, post
 from msgspec import UNSET, structs
 
-from aiolora.api.decode import decode, sampling, structure
+from aiolora.api.decode import LONG, decode, sampling, structure
 from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
 from aiolora.api.serving import Served
@@ -20,6 +20,7 @@ from aiolora.api.wire import (
     CompletionRequest,
     Usage,
 )
+from aiolora.engine.beside import beside
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError
 from aiolora.types import FinishReason, Logprob, Prompt, RequestOutput, SamplingParams, TokenOutput
@@ -41,8 +42,8 @@ End: TypeAlias = tuple[FinishReason | None, int | str | None]  # finish reason, 
 )
 async def completions(request: HTTPRequest, serving: Served) -> Response[Completion]:
     """Continue one prompt or several, each n times; choice i of prompt p has the index p * n + i."""
-    said = decode(CompletionRequest, await request.body())
-    prompts, params = _prompts(said), _params(said)
+    body = await request.body()
+    said, prompts, params = await beside(len(body) > LONG, _read, body)
     if len(prompts) * params.n > _MAX_CHOICES:
         raise RequestError(f"{len(prompts)} prompts with n={params.n}: at most {_MAX_CHOICES} answers", param="prompt")
     answer_id = f"cmpl-{uuid.uuid4().hex}"
@@ -52,6 +53,11 @@ async def completions(request: HTTPRequest, serving: Served) -> Response[Complet
         _check_scored(assemblers, params.n * (params.prompt_logprobs + 1), said)
     reply = _Reply(said, answer_id, assemblers)
     return await serving.respond(request, assemblers, reply, stream=bool(said.stream))
+
+
+def _read(body: bytes) -> tuple[CompletionRequest, list[Prompt], SamplingParams]:
+    said = decode(CompletionRequest, body)
+    return said, _prompts(said), _params(said)
 
 
 def _check_scored(assemblers: Sequence[Assembler], each: int, said: CompletionRequest) -> None:

@@ -10,6 +10,8 @@ from aiolora.api.wire import GenerationRequest
 from aiolora.errors import RequestError
 from aiolora.types import SamplingParams, StructuredOutputsParams
 
+LONG = 16 << 10  # bytes of a body, of which the worst are read and worded in about a millisecond
+
 T = TypeVar("T")
 G = TypeVar("G", bound=GenerationRequest)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import difflib
 import string
 import time
 from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.intake import Settled
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError, UnknownModelError
+from aiolora.lora.registry import nearest
 from aiolora.types import Messages, Prompt, SamplingParams, TokenOutput
 
 if TYPE_CHECKING:
@@ -83,6 +83,9 @@ class Serving:
         """As `permits`, where `model` may be an alias: who may use an adapter may use it by every name."""
         name = self.engine.intake.registry.named(model)
         return self.permits(model) or (name is not None and self.permits(name))
+
+    def _sees(self, model: str) -> bool:
+        return model == self.base or self._may_ask_for(model)
 
     def names(self) -> list[str]:
         """What the visitor may name beside the base: adapters in the order they came, then aliases."""
@@ -168,10 +171,11 @@ class Serving:
 
     def _unknown(self, models: Iterable[str]) -> UnknownModelError:
         """Of the first that names nothing, in words that tell nothing of what the visitor may not use."""
-        asked, served = list(models), [self.base, *self.names()]
-        model = next((model for model in asked if model not in served), asked[0])
-        close = difflib.get_close_matches(model, served, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "GET /v1/models lists what is served"
+        asked, names = list(models), self.engine.intake.registry.names()
+        served = {self.base, *names}
+        model = next((one for one in asked if one not in served or not self._sees(one)), asked[0])
+        close = nearest(model, [self.base, *names], self._sees)
+        hint = "GET /v1/models lists what is served" if close is None else f"did you mean {close!r}?"
         return UnknownModelError(f"the model {model[:200]!r} does not exist; {hint}")
 
     @contextmanager

@@ -1,15 +1,15 @@
 """POST /tokenize and /detokenize: text to the model's tokens and back."""
 
-import anyio.to_thread
 from litestar import post
 from msgspec import Struct
 
-from aiolora.api.decode import parse
+from aiolora.api.decode import LONG, parse
 from aiolora.api.document import NAMES
 from aiolora.api.errors import HTTPRequest
 from aiolora.api.messages import conversation, messages_of
 from aiolora.api.serving import Served
 from aiolora.api.wire import Message, Tool
+from aiolora.engine.beside import beside
 from aiolora.errors import RequestError
 
 
@@ -58,7 +58,8 @@ class Text(Struct, frozen=True):
 )
 async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
     """The tokens of a text, or of a conversation as the model's template puts it."""
-    said = parse(TokenizeRequest, await request.body())
+    body = await request.body()
+    said = await beside(len(body) > LONG, parse, TokenizeRequest, body)
     tokenizer = (await serving.settle_model(said.model)).tokenizer
     if (said.prompt is None) == (said.messages is None):
         raise RequestError("send either a prompt or messages", param="prompt")
@@ -75,7 +76,7 @@ async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
         strings = tokenizer.spell(tokens) if said.return_token_strs else None
         return Tokens(len(tokens), serving.engine.plan.max_model_len, tokens, strings)
 
-    return await anyio.to_thread.run_sync(work)  # a body may be megabytes, and others stream on this loop
+    return await beside(len(body) > LONG, work)  # a body may be megabytes, and others stream on this loop
 
 
 @post(
@@ -87,7 +88,8 @@ async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
 )
 async def detokenize(request: HTTPRequest, serving: Served) -> Text:
     """The text of tokens, special ones included."""
-    said = parse(DetokenizeRequest, await request.body())
+    body = await request.body()
+    said = await beside(len(body) > LONG, parse, DetokenizeRequest, body)
     settled = await serving.settle_model(said.model)
     tokenizer, mix = settled.tokenizer, settled.mix
     vocabulary = (mix and mix.vocabulary) or serving.engine.intake.limits.vocab_size
@@ -98,4 +100,4 @@ async def detokenize(request: HTTPRequest, serving: Served) -> Text:
             raise RequestError(f"tokens: token id {bad} is not in the vocabulary of {vocabulary}", param="tokens")
         return Text(tokenizer.decode(said.tokens))
 
-    return await anyio.to_thread.run_sync(work)
+    return await beside(len(body) > LONG, work)

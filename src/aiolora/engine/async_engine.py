@@ -13,10 +13,11 @@ from torch import Tensor
 
 from aiolora.config import EngineArgs, Environment
 from aiolora.engine.adapters import AdapterStanding
+from aiolora.engine.beside import beside, takes_long
 from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import Engine, Snapshot
-from aiolora.engine.intake import Intake, LoRA, Settled, takes_long
+from aiolora.engine.intake import Intake, LoRA, Settled
 from aiolora.engine.loading import Loading
 from aiolora.engine.names import Names
 from aiolora.engine.output import Assembler
@@ -159,9 +160,8 @@ class AsyncLLMEngine:
         {name: weight}. `priority`: lower is earlier, among the requests of the same adapters: a unit is worth 10 s of
         waiting. Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
         """
-        settled = await self.settle(lora, modalities=self.intake.media.modalities_in(prompt))
-        request = await self.prepare(prompt, sampling_params, lora=settled, request_id=request_id, priority=priority)
-        async with contextlib.aclosing(self.run([Assembler(request, settled.tokenizer)])) as bursts:
+        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id, priority=priority)
+        async with contextlib.aclosing(self.run([self._assembler(request)])) as bursts:
             async for burst in bursts:
                 for _, output in burst:
                     yield output
@@ -176,9 +176,8 @@ class AsyncLLMEngine:
         priority: int = 0,
     ) -> RequestOutput:
         """The whole answer. Cancelling aborts the request."""
-        settled = await self.settle(lora, modalities=self.intake.media.modalities_in(prompt))
-        request = await self.prepare(prompt, sampling_params, lora=settled, request_id=request_id, priority=priority)
-        assembler = Assembler(request, settled.tokenizer)
+        request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id, priority=priority)
+        assembler = self._assembler(request)
         async for _ in self.run([assembler]):
             pass
         return assembler.output()
@@ -216,22 +215,23 @@ class AsyncLLMEngine:
         `lora`: as for `stream`, or what `settle` made of it.
         """
         self._alive()
-        modalities = self.intake.media.modalities_in(prompt)
-        settled = lora if isinstance(lora, Settled) else await self.settle(lora, modalities=modalities)
-        self.intake.policies.check(settled.mix)
-        split = await self.intake.media.fetched(self.intake.media.split(prompt, settled.tokenizer))
+        media, long = self.intake.media, takes_long(prompt)
+        if not isinstance(lora, Settled):
+            lora = await self.settle(lora, modalities=await beside(long, media.modalities_in, prompt))
+        self.intake.policies.check(lora.mix)
+        split = await media.fetched(await beside(long, media.split, prompt, lora.tokenizer))
         work = partial(
             self.intake.request,
             split,
             sampling_params,
-            settled,
+            lora,
             grammar=await self._parts.grammars.take(sampling_params),
             request_id=request_id,
             priority=priority,
         )
         if split.given:
             return await anyio.to_thread.run_sync(work, limiter=self._media_readers)
-        return await anyio.to_thread.run_sync(work) if takes_long(prompt) else work()
+        return await beside(long, work)
 
     def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         """Run prepared requests side by side; each time, every token that has come, with its request's position.
@@ -360,6 +360,9 @@ class AsyncLLMEngine:
     def reserve(self, name: str) -> None:
         """`name` means the base model too: no adapter may have it. Raises `AdapterConflictError` where one has."""
         self.intake.registry.reserve(name)
+
+    def _assembler(self, request: Request) -> Assembler:
+        return Assembler(request, self.intake.tokenizers.of(request.mix))
 
     @property
     def _parts(self) -> Built:

@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from msgspec import structs
 
+from aiolora.engine.beside import beside, takes_long
 from aiolora.errors import RequestError
 from aiolora.types import SamplingParams, StructuredOutputsParams
 
@@ -111,7 +112,8 @@ class Grammars:
         """What answers must match, if anything. Raises `RequestError` where that cannot be compiled, or not in time."""
         if params is None or params.structured_outputs is None:
             return None
-        compiled = asyncio.wrap_future(self.compile(params.structured_outputs))
+        wanted = params.structured_outputs
+        compiled = asyncio.wrap_future(self._compiled(await beside(takes_long(wanted), _wish, wanted)))
         try:
             return _usable(await asyncio.wait_for(asyncio.shield(compiled), COMPILE_TIMEOUT_S))
         except TimeoutError:
@@ -131,9 +133,11 @@ class Grammars:
 
         Raises `RequestError` for what need not be tried.
         """
+        return self._compiled(_wish(wanted))
+
+    def _compiled(self, wish: _Wish) -> Future[CompiledGrammar | str]:
         if self._tokenizer is None:
             raise RequestError(f"structured_outputs cannot be had: {self._why_not}", param="structured_outputs")
-        wish = _wish(wanted)
         found = self._cache.get(wish)
         if found is not None:
             self._cache.move_to_end(wish)

@@ -31,8 +31,6 @@ from aiolora.types import (
 
 logger = logging.getLogger(__name__)
 
-_LONG = 4096  # characters
-
 LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
 
 MAX_WEIGHT = 100  # of one adapter in a request
@@ -57,17 +55,6 @@ class Limits:
 
     max_model_len: int
     vocab_size: int
-
-
-def takes_long(prompt: Prompt | Messages) -> bool:
-    """Whether `Intake.request` would hold up a loop for longer than a thread costs (about 100 us)."""
-    if isinstance(prompt, str):
-        return len(prompt) > _LONG
-    if isinstance(prompt, Conversation):
-        return takes_long(prompt.messages) or len(str(prompt.tools)) > _LONG
-    if isinstance(prompt, Mapping):
-        return takes_long(str(prompt.get("prompt") or ""))
-    return sum(len(str(item.get("content") or "")) for item in prompt if isinstance(item, Mapping)) > _LONG
 
 
 class Intake:
