@@ -10,6 +10,7 @@ import pytest
 from aiolora.api import chat, completions, create_app, responses, tokenize
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.intake import Intake
+from aiolora.engine.output import Assembler
 from aiolora.media.reader import MediaReader
 from tests.api.conftest import inside
 
@@ -76,6 +77,30 @@ async def test_a_long_body_is_worked_on_beside_the_loop(
     answer = await http.post(route, json={"model": "base", "max_tokens": 1, **SHORT[route]})
     assert answer.status_code == 200, answer.text
     assert by_loop
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_scores_of_a_long_prompt_are_worded_beside_the_loop(
+    http: httpx.AsyncClient, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, bool]] = []
+    loop = threading.current_thread()
+
+    def told(name: str, work: Any) -> Any:
+        def telling(*args: Any) -> Any:
+            done.append((name, threading.current_thread() is loop))
+            return work(*args)
+
+        return telling
+
+    monkeypatch.setattr(Assembler, "take_prompt", told("read", Assembler.take_prompt))
+    monkeypatch.setattr(completions._Reply, "_choice", told("worded", completions._Reply._choice))
+    body = {"model": "base", "prompt": [5] * 200, "prompt_logprobs": 5, "echo": True, "max_tokens": 2, "stream": stream}
+    answer = await http.post(COMPLETIONS, json=body)
+    assert answer.status_code == 200, answer.text
+    assert done[0] == ("read", False)
+    assert ("worded", False) in done
+    assert ("worded", True) not in done
 
 
 SHORT: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
 from aiolora.api.media import MAX_BODY, check_size
 from aiolora.api.messages import conversation, messages_of
+from aiolora.api.scores import check_scored
 from aiolora.api.serving import Served, Serving
 from aiolora.api.sse import CHUNKS
 from aiolora.api.tool_calls import CallBegins, Content, Event, ToolCallParser
@@ -78,6 +79,7 @@ async def prepare(
         offered = None if use is None else use.tools
         prompt = await beside(long, conversation, said, messages, offered, template)
         [assembler] = await serving.prepare(answer_id, said, settled, [prompt], params)
+        check_scored([assembler], param="prompt_logprobs")
     return assembler, use
 
 

@@ -11,6 +11,7 @@ from msgspec import UNSET, structs
 from aiolora.api.decode import LONG, decode, sampling, structure
 from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
+from aiolora.api.scores import check_scored
 from aiolora.api.serving import Served
 from aiolora.api.sse import CHUNKS
 from aiolora.api.wire import (
@@ -26,7 +27,6 @@ from aiolora.errors import RequestError
 from aiolora.types import FinishReason, Logprob, Prompt, RequestOutput, SamplingParams, TokenOutput
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-_MAX_SCORED = 1_000_000  # of all prompts, in all choices: each becomes some 60 bytes
 _MAX_CHOICES = 2048  # prompts times n
 
 Scored: TypeAlias = tuple[int, dict[int, Logprob] | None]  # a token, and what was likely in its place
@@ -49,8 +49,8 @@ async def completions(request: HTTPRequest, serving: Served) -> Response[Complet
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     with naming(structured_outputs=structure(said)[0]):
         assemblers = await serving.prepare(answer_id, said, await serving.settle(said), prompts, params)
-    if params.prompt_logprobs is not None:
-        _check_scored(assemblers, params.n * (params.prompt_logprobs + 1), said)
+    field = "logprobs" if said.prompt_logprobs is None else "prompt_logprobs"
+    check_scored(assemblers, copies=params.n, param=field)
     reply = _Reply(said, answer_id, assemblers)
     return await serving.respond(request, assemblers, reply, stream=bool(said.stream))
 
@@ -58,17 +58,6 @@ async def completions(request: HTTPRequest, serving: Served) -> Response[Complet
 def _read(body: bytes) -> tuple[CompletionRequest, list[Prompt], SamplingParams]:
     said = decode(CompletionRequest, body)
     return said, _prompts(said), _params(said)
-
-
-def _check_scored(assemblers: Sequence[Assembler], each: int, said: CompletionRequest) -> None:
-    """`each`: scores that a token of a prompt brings."""
-    tokens = sum(len(assembler.request.prompt_token_ids) for assembler in assemblers)
-    if tokens * each > _MAX_SCORED:
-        raise RequestError(
-            f"{tokens} prompt tokens with {each} scores each are {tokens * each}, at most {_MAX_SCORED} fit into an "
-            "answer; send fewer prompts, or ask for fewer prompt_logprobs or a smaller n",
-            param="logprobs" if said.prompt_logprobs is None else "prompt_logprobs",
-        )
 
 
 def _prompts(said: CompletionRequest) -> list[Prompt]:

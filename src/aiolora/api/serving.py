@@ -19,6 +19,7 @@ from aiolora.api.sse import EventStream, Framing
 from aiolora.api.visits import Visit, visit_of
 from aiolora.api.wire import GenerationRequest
 from aiolora.engine.async_engine import AsyncLLMEngine
+from aiolora.engine.beside import beside
 from aiolora.engine.intake import Settled
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError, UnknownModelError
@@ -205,7 +206,8 @@ class Serving:
             return EventStream(self._events(assemblers, reply), headers)
         if not await _finished_before_leaving(request, self._run(assemblers)):
             return Response(None, status_code=_CLIENT_CLOSED)
-        return Response(reply.whole(), headers=headers)
+        scored = any(one.request.params.logprobs is not None or _scores_prompt(one) for one in assemblers)
+        return Response(await beside(scored, reply.whole), headers=headers)
 
     async def _run(self, assemblers: Sequence[Assembler]) -> None:
         with self._counted(assemblers) as count:
@@ -216,19 +218,28 @@ class Serving:
     async def _events(self, assemblers: Sequence[Assembler], reply: Reply) -> AsyncGenerator[bytes, None]:
         """Everything that is ready in one write; an error, now that the status is sent, as the last frame."""
         frames, last = reply.framing
+
+        def worded(burst: list[tuple[int, TokenOutput]]) -> bytes:
+            return frames([chunk for position, output in burst for chunk in reply.token(position, output)])
+
         try:
             yield frames(reply.opening())
             with self._counted(assemblers) as count:
                 async with aclosing(self.engine.run(assemblers)) as bursts:
                     async for burst in bursts:
                         count.take(burst)
-                        yield frames([chunk for position, output in burst for chunk in reply.token(position, output)])
+                        yield await beside(_scores_prompt(assemblers[0]), worded, burst)
             yield frames(reply.closing()) + last
         except Exception as error:
             yield frames([reply.failed(describe(error)[1])])
 
 
 Served: TypeAlias = NamedDependency[Serving]  # how a route asks for it
+
+
+def _scores_prompt(assembler: Assembler) -> bool:
+    """Whether the answer brings scores of all of its prompt: a million of them are worded in seconds."""
+    return assembler.request.params.prompt_logprobs is not None
 
 
 async def _finished_before_leaving(request: HTTPRequest, work: Coroutine[Any, Any, None]) -> bool:

@@ -6,6 +6,7 @@ from functools import partial
 
 from msgspec import structs
 
+from aiolora.engine.beside import beside, takes_long
 from aiolora.engine.core import Engine, Message
 from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.output import Assembler
@@ -49,6 +50,8 @@ class Streams:
                 burst = []
                 for delta in await mailbox.get():
                     position = positions[delta.request_id]
+                    if takes_long(delta.prompt_logprobs):
+                        await beside(True, assemblers[position].take_prompt, delta)
                     output = assemblers[position].feed(delta)
                     if output is None:
                         continue
