@@ -143,6 +143,7 @@ BODIES: dict[str, tuple[bytes, str]] = {
     "a list": (b"[]", "invalid_value"),
     "null": (b"null", "invalid_value"),
     "a number of 5000 digits": (b'{"model": "smollm", "prompt": "a", "n": ' + b"9" * 5000 + b"}", "invalid_value"),
+    "lists without end": (b'{"model": "smollm", "prompt": [' + b"[]," * (1 << 18) + b"[]]}", "invalid_json"),
     "depth in an unknown field": (b'{"model": "smollm", "prompt": "a", "x": ' + DEEP + b"}", "invalid_json"),
     "depth in a known field": (b'{"model": "smollm", "prompt": "a", "suffix": ' + DEEP + b"}", "invalid_json"),
 }
