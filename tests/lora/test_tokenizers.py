@@ -246,10 +246,10 @@ async def test_a_conversation_is_worded_for_the_version_that_answers_it_though_a
     }
     take = Grammars.take
 
-    async def slowly(self: Grammars, params: SamplingParams | None) -> Any:
+    async def slowly(self: Grammars, params: SamplingParams | None, owner: str) -> Any:
         if params is not None and params.structured_outputs is not None:
             await engine.add_lora(LoRARequest("tools", 1, str(plain), load_inplace=True))
-        return await take(self, params)
+        return await take(self, params, owner)
 
     monkeypatch.setattr(Grammars, "take", slowly)
     async with AsyncTestClient(create_app(engine, served_model_name="base")) as client:
