@@ -25,7 +25,7 @@ from aiolora.cli.server import config, new_event_loop
 from aiolora.config import EngineArgs, ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.core import Snapshot
-from aiolora.engine.intake import Intake, Limits
+from aiolora.engine.intake import Intake, Limits, Settled
 from aiolora.engine.output import Assembler
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.media.fetch import Fetcher
@@ -88,6 +88,9 @@ class Pretender(AsyncLLMEngine):
         numbers: dict[str, Any] = dict.fromkeys(Snapshot.__struct_fields__, 1)
         return Snapshot(**numbers | {"resident_adapters": ()})
 
+    async def settle(self, lora: object = None, *, modalities: object = (), permits: object = None) -> Settled:
+        return self._intake.settled((), None)
+
     async def prepare(
         self,
         prompt: Prompt | Messages,
@@ -96,10 +99,11 @@ class Pretender(AsyncLLMEngine):
         lora: object = None,
         request_id: str | None = None,
         priority: int = 0,
-        permits: object = None,
         owner: str | None = None,
     ) -> Request:
-        return self._intake.request(prompt, sampling_params, None, request_id=request_id)
+        assert isinstance(lora, Settled)
+        split = self._intake.media.split(prompt, lora.tokenizer)
+        return self._intake.request(split, sampling_params, lora, request_id=request_id)
 
     async def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         [assembler] = assemblers

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from aiolora import LLM, LoRARequest, RequestOutput, SamplingParams
 from aiolora.engine.output import Assembler
+from aiolora.media.reader import MediaReader
 from aiolora.models.loading import outline, read_config
+from aiolora.types import MediaItem
 from benchmarks.command import tell
 from benchmarks.reference import Check, Reference
 from benchmarks.session import core_of
@@ -203,7 +205,7 @@ class MediaReference(Reference):
 
     def know(self, prompt: Mapping[str, Any]) -> bytes:
         """Which image `prompt` is about: its digest."""
-        (item,) = self._media.read(prompt, _Words()).items
+        item = _item(self._media, prompt)
         features = {name: torch.from_numpy(array).to(self._device) for name, array in item.features.items()}
         self._features[tuple(prompt["prompt_token_ids"][: _TEXT // 2])] = features
         return item.digest
@@ -256,6 +258,12 @@ class _Words:
 
     def decode(self, ids: Sequence[int]) -> str:
         return " "
+
+
+def _item(media: MediaReader, prompt: Mapping[str, Any]) -> MediaItem:
+    """That of a prompt about one image."""
+    [opened] = media.open(media.split(prompt, _Words()).given)
+    return opened.item()
 
 
 @dataclass
@@ -345,7 +353,7 @@ class MediaSession:
         host, device = [], []
         for _ in range(repeat + 1):
             prompt = self.prompt(image=True)
-            (item,) = self.llm.engine._built.intake.media.read(prompt, _Words()).items
+            item = _item(self.llm.engine._built.intake.media, prompt)
             features = {name: torch.from_numpy(array) for name, array in item.features.items()}
             start = time.perf_counter()
             with torch.inference_mode():

@@ -32,7 +32,7 @@ HOMES = {
     "transformers": {"tokenizer", "models", "media"},
     "PIL": {"media"},
     "httpx": {"media"},
-    "socket": {"media/fetch", "cli/server"},
+    "socket": {"media/addresses", "cli/server"},
     "tokenizers": {"tokenizer"},
     "huggingface_hub": {"hub"},
     "llguidance": {"engine/grammar"},

@@ -12,7 +12,7 @@ from aiolora.config import EngineArgs, Environment
 from aiolora.engine.adapters import AdapterStanding
 from aiolora.engine.build import READERS, Built, build
 from aiolora.engine.core import Snapshot
-from aiolora.engine.intake import LoRA
+from aiolora.engine.intake import LoRA, Settled
 from aiolora.engine.interpreter import INTERPRETER
 from aiolora.engine.names import Names, not_held
 from aiolora.engine.output import Assembler
@@ -27,7 +27,6 @@ from aiolora.types import (
     Conversation,
     LoRARequest,
     Messages,
-    Mix,
     Prompt,
     RequestOutput,
     SamplingParams,
@@ -74,23 +73,24 @@ class LLMEngine:
         """
         if request_id in self._assemblers:
             raise RequestError(f"request_id {request_id!r} is in use; give each request its own", param="request_id")
-        read = self._intake.read(prompt)
-        lora_request = self._intake.default(lora_request, read)
-        mix = self._mix(lora_request)
-        self._intake.policies.check(mix)
+        media = self._intake.media
+        settled = self._settled(self._intake.default(lora_request, media.modalities_in(prompt)))
+        self._intake.policies.check(settled.mix)
+        split = media.split(prompt, settled.tokenizer)
+        if split.urls:
+            with start_blocking_portal() as portal:
+                split = portal.call(media.fetched, split)
         request = self._intake.request(
-            prompt,
+            split,
             params,
-            mix,
+            settled,
             grammar=self._built.grammars.wait(params),
             request_id=request_id,
-            lora_request=lora_request if isinstance(lora_request, LoRARequest) else None,
             priority=priority,
-            read=read,
         )
-        self._assemblers[request_id] = Assembler(request, self._intake.tokenizers.of(request.mix))
+        self._assemblers[request_id] = Assembler(request, settled.tokenizer)
         self._engine.add(request)
-        self._intake.policies.charge(mix, len(request.prompt_token_ids))
+        self._intake.policies.charge(settled.mix, len(request.prompt_token_ids))
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has still something to bring."""
@@ -276,9 +276,9 @@ class LLMEngine:
         self._assemblers.pop(request_id, None)
         self._failures.pop(request_id, None)
 
-    def _mix(self, lora: LoRA) -> Mix | None:
+    def _settled(self, lora: LoRA) -> Settled:
         parts = self._intake.parts(lora)
-        return self._intake.mix([(self._version(part), weight) for part, weight in parts])
+        return self._intake.settled([(self._version(part), weight) for part, weight in parts], lora)
 
     def _version(self, lora: str | LoRARequest) -> AdapterVersion:
         registry = self._intake.registry

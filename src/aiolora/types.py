@@ -350,6 +350,7 @@ class Request(Struct, frozen=True, kw_only=True, weakref=True, dict=True):
     grammar: Grammar | None = None  # what `params.structured_outputs` became
     media: tuple[MediaItem, ...] = ()  # by where they are in the prompt
     rotary: Rotary | None = None  # None: every token stands at its number
+    held: object = None  # as long as this lives, the adapters of `mix` are not dropped
 
     @cached_property
     def active_from(self) -> int:

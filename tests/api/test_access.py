@@ -11,6 +11,7 @@ from aiolora.api import create_app
 from aiolora.config import ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.grammar import CompiledGrammar
+from aiolora.engine.intake import Settled
 from aiolora.errors import ConfigError
 from aiolora.types import LoRARequest, Request, SamplingParams
 from tests.api.conftest import NAMING, inside
@@ -150,18 +151,33 @@ async def test_an_alias_that_moves_while_its_adapter_is_read_answers_with_nothin
     client: httpx.AsyncClient, byte_engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await alias(client, "mine", "alpha")
-    prepare = byte_engine.prepare
+    settle = byte_engine.settle
 
-    async def moved(*args: Any, **kwargs: Any) -> Request:
+    async def moved(*args: Any, **kwargs: Any) -> Settled:
         await byte_engine.alias_lora("mine", "gamma")
-        return await prepare(*args, **kwargs)
+        return await settle(*args, **kwargs)
 
-    monkeypatch.setattr(byte_engine, "prepare", moved)
+    monkeypatch.setattr(byte_engine, "settle", moved)
     answer = await ask(client, "alpha-key", "mine")
     assert answer.headers["x-aiolora-adapter"].startswith("alpha@")
 
 
 async def test_an_adapter_removed_under_a_request_is_told_in_words_for_its_key(
+    client: httpx.AsyncClient, byte_engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle = byte_engine.settle
+
+    async def removed(*args: Any, **kwargs: Any) -> Settled:
+        await byte_engine.remove_lora("alpha")
+        return await settle(*args, **kwargs)
+
+    monkeypatch.setattr(byte_engine, "settle", removed)
+    answer = await ask(client, "alpha-key", "alpha")
+    assert answer.status_code == 404
+    assert "'alpha' does not exist; GET /v1/models lists what is served" in answer.json()["error"]["message"]
+
+
+async def test_one_removed_after_it_was_settled_still_answers(
     client: httpx.AsyncClient, byte_engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = byte_engine.prepare
@@ -172,8 +188,8 @@ async def test_an_adapter_removed_under_a_request_is_told_in_words_for_its_key(
 
     monkeypatch.setattr(byte_engine, "prepare", removed)
     answer = await ask(client, "alpha-key", "alpha")
-    assert answer.status_code == 404
-    assert "'alpha' does not exist; GET /v1/models lists what is served" in answer.json()["error"]["message"]
+    assert answer.headers["x-aiolora-adapter"].startswith("alpha@")
+    assert (await ask(client, "alpha-key", "alpha")).status_code == 404
 
 
 async def test_an_adapter_removed_before_its_template_is_looked_at_is_told_in_words_for_its_key(

@@ -7,7 +7,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types import Completion
 
-from aiolora.api import completions
+from aiolora.api import scores
 from tests.api.conftest import BASE
 
 FRANCE = "The capital of France is"
@@ -129,7 +129,7 @@ async def test_logprobs_of_the_answer_are_four_lists_of_one_length(client: Async
 async def test_more_scores_of_prompts_than_fit_into_an_answer_are_refused(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completions, "_MAX_SCORED", 11)
+    monkeypatch.setattr(scores, "MAX_SCORED", 11)
     said = {"prompt": [504, 3575], "prompt_logprobs": 2, **GREEDY}
     assert (await http.post("/v1/completions", json=said)).status_code == 200
     for more, param in (({"n": 2}, "prompt_logprobs"), ({"prompt": [[504, 3575]] * 2}, "prompt_logprobs")):
@@ -137,6 +137,9 @@ async def test_more_scores_of_prompts_than_fit_into_an_answer_are_refused(
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == param
         assert "at most 11" in answer.json()["error"]["message"]
+    talk = {"messages": [{"role": "user", "content": "Hi"}], "prompt_logprobs": 2, **GREEDY}
+    answer = await http.post("/v1/chat/completions", json=talk)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt_logprobs")
 
 
 async def test_prompt_logprobs_come_by_token_id(http: httpx.AsyncClient) -> None:

@@ -144,6 +144,7 @@ BODIES: dict[str, tuple[bytes, str]] = {
     "a list": (b"[]", "invalid_value"),
     "null": (b"null", "invalid_value"),
     "a number of 5000 digits": (b'{"model": "smollm", "prompt": "a", "n": ' + b"9" * 5000 + b"}", "invalid_value"),
+    "lists without end": (b'{"model": "smollm", "prompt": [' + b"[]," * (1 << 18) + b"[]]}", "invalid_json"),
     "depth in an unknown field": (b'{"model": "smollm", "prompt": "a", "x": ' + DEEP + b"}", "invalid_json"),
     "depth in a known field": (b'{"model": "smollm", "prompt": "a", "suffix": ' + DEEP + b"}", "invalid_json"),
 }
@@ -221,7 +222,7 @@ async def test_what_nobody_foresaw_is_500_without_details(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Standing(started=True)
-    monkeypatch.setattr(engine, "prepare", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(engine, "settle", lambda *_, **__: 1 / 0)
     async with AsyncTestClient(create_app(engine), raise_server_exceptions=False) as client:
         response = await client.post(COMPLETIONS, json={"model": "none", "prompt": "Hi"})
     error = error_of(response, 500)

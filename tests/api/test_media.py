@@ -1,5 +1,6 @@
 """Images over HTTP: OpenAI's parts, default adapters, and what bad ones get."""
 
+import asyncio
 import base64
 import io
 import wave
@@ -12,14 +13,16 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 from PIL import Image
+from transformers import AutoTokenizer
 
+import aiolora.media.images
 from aiolora import LLM, SamplingParams
 from aiolora.api import create_app
 from aiolora.config import EngineArgs, ServerArgs
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.types import LoRARequest
 from tests.api.conftest import inside
-from tests.media.tiny import RATE, make_granite_speech, make_llava, make_mm_adapter, picture, sound
+from tests.media.tiny import RATE, TEMPLATE, make_granite_speech, make_llava, make_mm_adapter, picture, sound
 
 BASE = "llava"
 
@@ -190,6 +193,60 @@ async def test_a_bad_image_is_400_with_its_place(llava: Path) -> None:
             error = answer.json()["error"]
             assert (answer.status_code, error["param"]) == (400, param), error
             assert says in error["message"]
+
+
+async def test_images_that_do_not_fit_together_are_refused_before_one_is_processed(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processed, process = [], aiolora.media.images._processed
+    monkeypatch.setattr("aiolora.media.images._processed", lambda *given: processed.append(given) or process(*given))
+    images = [image(data_url(seed)) for seed in range(8)]
+    async with serving(llava, {}, max_model_len=100) as client:
+        processed.clear()
+        refused = await chat(client, asked(text("w5"), *images))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert f"the prompt has {8 * 16 + 1} tokens" in refused.json()["error"]["message"]
+        assert not processed
+        assert (await chat(client, asked(text("w5"), *images[:5]))).status_code == 200
+        assert len(processed) == 5
+    async with serving(llava, {}, max_image_pixels=1300) as client:
+        processed.clear()
+        refused = await chat(client, asked(*images, image(data_url(9))))
+        assert "11160 pixels of image in all; the limit is 10400" in refused.json()["error"]["message"]
+        assert not processed
+
+
+async def test_requests_that_wait_for_a_slow_host_hold_up_no_others_image(llava: Path) -> None:
+    asking, answer = [], asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asking.append(await reader.readline())
+        await answer.wait()
+        writer.close()
+
+    async with serving(llava, {}, allowed_media_domains=("127.0.0.1",)) as client:
+        host = await asyncio.start_server(silent, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{host.sockets[0].getsockname()[1]}/x.png"
+        slow = [asyncio.ensure_future(chat(client, asked(image(url)))) for _ in range(12)]
+        while not asking:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert (await chat(client, asked(image(data_url(1))))).status_code == 200
+        assert not any(one.done() for one in slow)
+        answer.set()
+        assert [one.status_code for one in await asyncio.gather(*slow)] == [400] * 12
+        host.close()
+
+
+async def test_a_default_adapter_that_answers_is_asked_in_its_own_words(llava: Path, tmp_path: Path) -> None:
+    adapter = make_mm_adapter(llava, tmp_path / "default", seed=3)
+    tokenizer = AutoTokenizer.from_pretrained(llava)
+    tokenizer.chat_template = TEMPLATE + "{% for tool in tools or [] %}w9 w9 {% endfor %}"
+    tokenizer.save_pretrained(adapter)
+    body = asked(image(data_url(1)), tools=[{"type": "function", "function": {"name": "f"}}])
+    async with serving(llava, {}, default_mm_loras={"image": str(adapter)}) as client:
+        answers = [await chat(client, body | {"model": model}) for model in (BASE, "image")]
+    assert [answer.headers["x-aiolora-adapter"].partition("@")[0] for answer in answers] == ["image", "image"]
+    assert [answer.json()["usage"]["prompt_tokens"] for answer in answers] == [16 + 2, 16 + 2]
 
 
 async def test_a_large_body_is_for_models_with_images_only(llava: Path, byte_model: Path) -> None:

@@ -12,7 +12,7 @@ from aiolora.api.messages import conversation
 from aiolora.api.tool_calls import LLAMA, MISTRAL
 from aiolora.api.tools import ToolUse
 from aiolora.api.wire import ChatRequest, Function, FunctionName, NamedTool, Tool
-from aiolora.types import Messages
+from aiolora.types import Messages, SamplingParams
 from tests.api.conftest import BASE, Server
 
 PARAMETERS: dict[str, Any] = {
@@ -183,7 +183,9 @@ def test_every_family_is_forced_in_its_own_words(template: str, choice: Any, ser
     assert use is not None
     wanted = use.grammar()
     assert wanted is not None
-    matcher = server.engine._parts.grammars.compile(wanted).result().begin()
+    compiled = server.engine._parts.grammars.wait(SamplingParams(structured_outputs=wanted))
+    assert compiled is not None
+    matcher = compiled.begin()
     tokenizer = server.engine.intake.tokenizer
     wording = use.wording
     one = f'{wording.begin}{{"name": "weather", "{wording.arguments}": {{"a": 1}}}}{wording.end}'

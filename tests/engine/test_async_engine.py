@@ -21,6 +21,7 @@ from aiolora.errors import (
     UnknownModelError,
 )
 from aiolora.lora import loader
+from aiolora.media.content import Split
 from tests.conftest import ModelOf
 from tests.engine.waiting import idle, running
 from tests.tiny import make_loras
@@ -284,7 +285,7 @@ async def test_an_adapter_removed_while_its_prompt_is_tokenised_still_serves_it_
     def slow(*args: Any, **kwargs: Any) -> Any:
         loop.call_soon_threadsafe(taken.set)
         go_on.wait()
-        return request(PROMPT, *args[1:], **kwargs)
+        return request(Split(PROMPT), *args[1:], **kwargs)
 
     monkeypatch.setattr(engine.intake, "request", slow)
     answer = asyncio.ensure_future(engine.generate("x" * 10_000, SHORT, lora=adapters[0]))

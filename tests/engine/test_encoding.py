@@ -127,11 +127,12 @@ def test_without_room_an_image_is_encoded_for_each_step_that_has_some_of_it(llav
 def test_an_image_that_cannot_be_encoded_ends_its_own_request_and_no_other(
     llava: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception | None
 ) -> None:
-    forward, bad = Encoder.forward, MediaReader.of(llava, "m", domains=(), max_pixels=1 << 20).read(about(2), Words())
+    forward, reader = Encoder.forward, MediaReader.of(llava, "m", domains=(), max_pixels=1 << 20)
+    [bad] = [one.item() for one in reader.open(reader.split(about(2), Words()).given)]
 
     def failing(self: Encoder, modality: str, features: Any, rows: Any) -> Any:
         made = forward(self, modality, features, rows)
-        if not torch.equal(features["pixel_values"], torch.from_numpy(bad.items[0].features["pixel_values"])):
+        if not torch.equal(features["pixel_values"], torch.from_numpy(bad.features["pixel_values"])):
             return made
         if failure is not None:
             raise failure

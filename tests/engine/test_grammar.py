@@ -356,18 +356,20 @@ async def test_too_many_grammars_in_a_line_are_refused_and_equal_ones_count_once
     assert await grammars.take(wish({"regex": "e"}), "hog") is not None
 
 
-async def test_an_adapter_that_goes_while_a_grammar_is_compiled_is_unknown_then(
+async def test_an_adapter_that_goes_while_a_grammar_is_compiled_still_answers_who_asked_before(
     byte_model: Path, adapter: LoRARequest, gates: dict[str, threading.Event]
 ) -> None:
     async with AsyncLLMEngine(EngineArgs(model=str(byte_model), **ARGS)) as engine:
-        await engine.add_lora(adapter)
+        version = await engine.add_lora(adapter)
         gates["a"] = threading.Event()
         asked = asyncio.ensure_future(engine.generate("a", wish({"regex": "a"}), lora="a"))
         await asyncio.sleep(0)
         assert await engine.remove_lora("a")
-        gates["a"].set()
         with pytest.raises(UnknownModelError):
-            await asked
+            await engine.generate("a", wish({"regex": "a"}), lora="a")
+        assert not asked.done()
+        gates["a"].set()
+        assert (await asked).adapter == version.label
 
 
 async def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from aiolora import LLM, AsyncLLMEngine, EngineArgs, LoRARequest, SamplingParams, StructuredOutputsParams
 from aiolora.api import create_app
+from aiolora.engine.grammar import Grammars
 from aiolora.errors import AdapterFormatError, RequestError
 from tests.lora.fidelity import train
 from tests.tiny import load_hf, make_adapter
@@ -222,3 +223,39 @@ async def test_a_server_words_each_answer_by_the_tokenizer_of_its_model(byte_mod
         wrong = await client.post("/v1/completions", json={**said, "model": "base"})
         assert wrong.status_code == 400
         assert "not in the vocabulary of 320" in wrong.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def plain(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with the base's tokenizer and template."""
+    return make_adapter(byte_model, tmp_path_factory.mktemp("plain") / "plain", seed=5)
+
+
+async def test_a_conversation_is_worded_for_the_version_that_answers_it_though_another_takes_its_name_on_the_way(
+    byte_model: Path, folder: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = EngineArgs(model=str(byte_model), dtype="float32", device="cpu", enable_lora=True, max_model_len=128)
+    engine = AsyncLLMEngine.from_engine_args(args)
+    nothing = {"name": "f", "parameters": {"type": "object", "additionalProperties": False}}
+    said = {
+        "model": "tools",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 100,
+        "tools": [{"type": "function", "function": nothing}],
+        "tool_choice": "required",
+    }
+    take = Grammars.take
+
+    async def slowly(self: Grammars, params: SamplingParams | None, owner: str) -> Any:
+        if params is not None and params.structured_outputs is not None:
+            await engine.add_lora(LoRARequest("tools", 1, str(plain), load_inplace=True))
+        return await take(self, params, owner)
+
+    monkeypatch.setattr(Grammars, "take", slowly)
+    async with AsyncTestClient(create_app(engine, served_model_name="base")) as client:
+        old = await engine.add_lora(LoRARequest("tools", 1, str(folder)))
+        answer = await client.post("/v1/chat/completions", json=said)
+        new = engine.intake.registry.find("tools")
+    assert old.digest != new.digest
+    assert answer.headers["x-aiolora-adapter"] == old.label
+    assert answer.json()["usage"]["prompt_tokens"] == 7, "its own template knows tools"

@@ -7,8 +7,20 @@ import pytest
 from PIL import Image
 
 from aiolora.errors import RequestError
-from aiolora.media.decode import audio_of, image_of, resampled
+from aiolora.media.decode import Image as Pixels
+from aiolora.media.decode import Samples, picture_of, recording_of, resampled
 from tests.media.tiny import picture
+
+
+def image_of(source: object, *, max_pixels: int, param: str) -> Pixels:
+    return picture_of(source, max_pixels=max_pixels, param=param).decoded()
+
+
+def audio_of(source: object, rate: int, *, param: str) -> Samples:
+    recording = recording_of(source, param=param)
+    samples = recording.samples(rate)
+    assert len(samples) == recording.length_at(rate), "known before it is read"
+    return samples
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import http.server
 import socket
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from aiolora.errors import RequestError
+from aiolora.media.addresses import LOOK_UPS
 from aiolora.media.fetch import ANY, Fetcher
 
 FILE = b"a file of some bytes"
+RAN_DRY: list[str] = []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -28,6 +31,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(b"x")
                 time.sleep(0.05)
             return
+        elif self.path == "/drip":
+            for number in range(100):
+                self.wfile.write(b"HTTP/1.0 200 OK\r\n" if not number else b"x: y\r\n")
+                time.sleep(0.05)
+            RAN_DRY.append(self.path)
         elif self.path == "/host":
             body = self.headers["Host"].encode()
         self.send_response(status)
@@ -55,71 +63,68 @@ def site() -> Iterator[str]:
     server.server_close()
 
 
-def refused(fetcher: Fetcher, url: str, says: str) -> None:
+async def fetched(fetcher: Fetcher, url: str) -> bytes:
+    return (await fetcher.files({url: "p"}))[url]
+
+
+async def refused(fetcher: Fetcher, url: str, says: str) -> None:
     with pytest.raises(RequestError, match=says) as caught:
-        fetcher.bytes_of(url, "messages[0].content[0]")
+        await fetcher.files({url: "messages[0].content[0]"})
     assert caught.value.param == "messages[0].content[0]"
 
 
-def test_data_urls_need_nobodys_leave() -> None:
-    for url in ("data:image/png;base64,aGk=", "DATA:;base64,aGk=", "data:,hi", "data:text/plain;charset=utf-8,h%69"):
-        assert Fetcher().bytes_of(url, "p") == b"hi"
-    for url in ("data:", "data:image/png;base64", "data:;base64,a", "data:;base64,a b="):
-        refused(Fetcher(), url, "data URL")
-    refused(Fetcher(), "data:" + ";" * 1_000_000 + ",", "first 256 characters")
-    refused(Fetcher(max_nbytes=3), "data:;base64," + "aGlo" * 9, "over 3 bytes")
-
-
-def test_a_host_that_is_named_is_fetched_from_under_its_own_name(site: str) -> None:
+async def test_a_host_that_is_named_is_fetched_from_under_its_own_name(site: str) -> None:
     port = site.partition(":")[2]
-    assert Fetcher(("127.0.0.1",)).bytes_of(f"http://{site}/a", "p") == FILE
-    assert Fetcher(("localhost",)).bytes_of(f"http://localhost:{port}/host", "p") == f"localhost:{port}".encode()
+    assert await fetched(Fetcher(("127.0.0.1",)), f"http://{site}/a") == FILE
+    assert await fetched(Fetcher(("localhost",)), f"http://localhost:{port}/host") == f"localhost:{port}".encode()
 
 
-def test_no_other_host_is(site: str) -> None:
-    refused(Fetcher(), f"http://{site}/a", "may be fetched")
-    refused(Fetcher(("example.com",)), f"http://{site}/a", "--allowed-media-domains")
-    refused(Fetcher(("example.com",)), f"http://example.com@{site}/a", "without a user")
-    refused(Fetcher(("127.0.0.1",)), f"ftp://{site}/a", "http")
-    refused(Fetcher(("127.0.0.1",)), "file:///etc/passwd", "http")
-    refused(Fetcher(("127.0.0.1",)), "http://127.0.0.1:99999/", "malformed")
-    refused(Fetcher(("127.0.0.1",)), "http://[::1/", "malformed")
+async def test_no_other_host_is(site: str) -> None:
+    await refused(Fetcher(), f"http://{site}/a", "may be fetched")
+    await refused(Fetcher(("example.com",)), f"http://{site}/a", "--allowed-media-domains")
+    await refused(Fetcher(("example.com",)), f"http://example.com@{site}/a", "without a user")
+    await refused(Fetcher(("127.0.0.1",)), f"ftp://{site}/a", "http")
+    await refused(Fetcher(("127.0.0.1",)), "file:///etc/passwd", "http")
+    await refused(Fetcher(("127.0.0.1",)), "http://127.0.0.1:99999/", "malformed")
+    await refused(Fetcher(("127.0.0.1",)), "http://[::1/", "malformed")
 
 
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost", "0.0.0.0", "[::1]", "169.254.169.254", "10.0.0.1", "2130706433"]
 )
-def test_where_all_hosts_are_allowed_those_within_are_not(site: str, host: str) -> None:
-    refused(Fetcher((ANY,)), f"http://{host}:{site.partition(':')[2]}/a", "not public|cannot be found")
+async def test_where_all_hosts_are_allowed_those_within_are_not(site: str, host: str) -> None:
+    await refused(Fetcher((ANY,)), f"http://{host}:{site.partition(':')[2]}/a", "not public|cannot be found")
 
 
-def test_a_redirect_goes_no_further_than_the_first_request_could_and_never_within(
+async def test_a_redirect_goes_no_further_than_the_first_request_could_and_never_within(
     site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetcher = Fetcher(("127.0.0.1",))
-    refused(fetcher, f"http://{site}/to/http://{site}/a", "not public")
-    refused(fetcher, f"http://{site}/to//a", "not public|cannot be found|may be fetched")
-    refused(fetcher, f"http://{site}/to/http://example.com/a", "'example.com' is no host")
-    refused(fetcher, f"http://{site}/to/file:///etc/passwd", "http")
+    await refused(fetcher, f"http://{site}/to/http://{site}/a", "not public")
+    await refused(fetcher, f"http://{site}/to//a", "not public|cannot be found|may be fetched")
+    await refused(fetcher, f"http://{site}/to/http://example.com/a", "'example.com' is no host")
+    await refused(fetcher, f"http://{site}/to/file:///etc/passwd", "http")
 
 
-def test_a_name_that_is_resolved_to_an_address_within_is_refused(monkeypatch: pytest.MonkeyPatch, site: str) -> None:
+async def test_a_name_that_is_resolved_to_an_address_within_is_refused(
+    monkeypatch: pytest.MonkeyPatch, site: str
+) -> None:
     port = int(site.partition(":")[2])
 
     def to_loopback(*_: Any, **__: Any) -> list[Any]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", to_loopback)
-    refused(Fetcher((ANY,)), f"http://images.example.com:{port}/a", "not public")
+    await refused(Fetcher((ANY,)), f"http://images.example.com:{port}/a", "not public")
 
 
-def test_a_redirect_to_a_public_address_is_followed_and_not_for_ever(
+async def test_a_redirect_to_a_public_address_is_followed_and_not_for_ever(
     site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aiolora.media.fetch._is_public", lambda address: True)
+    monkeypatch.setattr("aiolora.media.fetch.is_public", lambda address: True)
     fetcher = Fetcher(("127.0.0.1",))
-    assert fetcher.bytes_of(f"http://{site}/to//to/http://{site}/a", "p") == FILE
-    refused(fetcher, f"http://{site}/to//to//to//to//to//a", "redirects more than 3 times")
+    assert await fetched(fetcher, f"http://{site}/to//to/http://{site}/a") == FILE
+    await refused(fetcher, f"http://{site}/to//to//to//to//to//a", "redirects more than 3 times")
 
 
 @pytest.mark.parametrize(
@@ -135,13 +140,49 @@ def test_a_redirect_to_a_public_address_is_followed_and_not_for_ever(
         "224.0.0.1",
     ],
 )
-def test_an_address_within_is_known_in_every_spelling(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_address_within_is_known_in_every_spelling(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 80))])
-    refused(Fetcher((ANY,)), "http://images.example.com/a", "not public")
+    await refused(Fetcher((ANY,)), "http://images.example.com/a", "not public")
 
 
-def test_size_time_and_status_are_bounded(site: str) -> None:
-    refused(Fetcher(("127.0.0.1",), max_nbytes=5), f"http://{site}/a", "over 5 bytes")
-    refused(Fetcher(("127.0.0.1",), timeout_s=0.2), f"http://{site}/slow", "took over 0.2 s")
-    refused(Fetcher(("127.0.0.1",)), f"http://{site}/missing", "answers 404")
-    refused(Fetcher(("127.0.0.1",)), "http://127.0.0.1:1/a", "cannot be fetched: ConnectError")
+async def test_size_time_and_status_are_bounded(site: str) -> None:
+    await refused(Fetcher(("127.0.0.1",), max_nbytes=5), f"http://{site}/a", "over 5 bytes")
+    await refused(Fetcher(("127.0.0.1",)), f"http://{site}/missing", "answers 404")
+    await refused(Fetcher(("127.0.0.1",)), "http://127.0.0.1:1/a", "cannot be fetched: ConnectError")
+    two = {f"http://{site}/a": "p", f"http://{site}/b": "p"}
+    assert list((await Fetcher(("127.0.0.1",)).files(two)).values()) == [FILE, FILE]
+    with pytest.raises(RequestError, match="files of the request are over 39 bytes"):
+        await Fetcher(("127.0.0.1",), max_total=2 * len(FILE) - 1).files(two)
+
+
+@pytest.mark.parametrize("path", ["slow", "drip"])
+async def test_one_deadline_holds_for_headers_and_body_however_steadily_they_come(site: str, path: str) -> None:
+    await refused(Fetcher(("127.0.0.1",), timeout_s=0.2), f"http://{site}/{path}", "took over 0.2 s")
+    assert not RAN_DRY
+
+
+async def test_a_silent_name_server_is_waited_for_until_the_deadline_and_holds_one_thread_a_host(
+    site: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answer, port = [], threading.Event(), int(site.partition(":")[2])
+
+    def look_up(host: str, *_: Any, **__: Any) -> list[Any]:
+        asked.append(host)
+        if host != "localhost":
+            answer.wait()
+        return [(0, 0, 0, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    fetcher = Fetcher(("localhost", ANY), timeout_s=0.2)
+    urls = [f"http://silent.example.com:{port + number}/a" for number in range(3)]
+    try:
+        await asyncio.gather(*(refused(fetcher, url, "took over 0.2 s") for url in urls))
+        assert asked == ["silent.example.com"]
+        others = [asyncio.ensure_future(fetcher.files({f"http://h{n}.example.com/": "p"})) for n in range(2 * LOOK_UPS)]
+        assert await fetched(fetcher, f"http://localhost:{port}/a") == FILE, "a host that is named waits for no other"
+        for other in others:
+            with pytest.raises(RequestError, match="took over"):
+                await other
+        assert len(asked) <= 2 + LOOK_UPS
+    finally:
+        answer.set()

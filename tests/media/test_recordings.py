@@ -40,7 +40,7 @@ def test_frames_are_those_of_torchs_spectrogram(seconds: float) -> None:
 def test_a_recording_has_some_tokens_for_each_window_of_its_frames() -> None:
     recordings = GraniteRecordings.of(Config(), {"melspec_kwargs": {"hop_length": 160}, "sampling_rate": RATE})
     for seconds, windows in ((0.29, 1), (0.31, 2), (3.0, 10), (3.01, 11)):
-        assert recordings.item((sound(1, seconds), RATE), "p").count == 3 * windows
+        assert recordings.open((sound(1, seconds), RATE), "p").item().count == 3 * windows
 
 
 def test_the_sample_is_a_recording_of_some_seconds() -> None:

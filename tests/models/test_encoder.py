@@ -42,7 +42,8 @@ def test_no_value_is_asked_of_the_device(model: Model, dtype: torch.dtype, tmp_p
     encoder = Encoder(AutoConfig.from_pretrained(folder), dtype=dtype, device="meta")
     assert {module.device.type for module in encoder.parameters()} == {"meta"}
     reader = MediaReader.of(folder, "m", domains=(), max_pixels=1 << 20)
-    for item in [*reader.samples(), reader.read(asked(model), Words()).items[0]]:
+    [given] = reader.open(reader.split(asked(model), Words()).given)
+    for item in [*reader.samples(), given.item()]:
         features = {name: torch.from_numpy(array) for name, array in item.features.items()}
         for rows in (None, routing):
             for _, linear in encoder.linears() if rows else ():

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from litestar import Response, post
 from msgspec import UNSET, structs
 
-from aiolora.api.decode import decode, sampling, structure
+from aiolora.api.decode import LONG, decode, sampling, structure
 from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
 from aiolora.api.media import MAX_BODY, check_size
 from aiolora.api.messages import conversation, messages_of
+from aiolora.api.scores import check_scored
 from aiolora.api.serving import Served, Serving
 from aiolora.api.sse import DONE, HOLE, Mould, frames
 from aiolora.api.tool_calls import CallBegins, Content, Event, ToolCallParser
@@ -34,6 +35,7 @@ from aiolora.api.wire import (
     ToolCallDelta,
     Usage,
 )
+from aiolora.engine.beside import beside
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError
 from aiolora.types import CompletionOutput, FinishReason, Logprob, SamplingParams, TokenOutput
@@ -51,24 +53,33 @@ async def chat_completions(request: HTTPRequest, serving: Served) -> Response[Ch
     """Answer a conversation, n times."""
     body = await request.body()
     check_size(body, serving.engine.intake.media.modalities)
-    said = decode(ChatRequest, body)
+    long = len(body) > LONG
+    said = await beside(long, decode, ChatRequest, body)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-    assembler, use = await prepare(serving, said, answer_id)
+    assembler, use = await prepare(serving, said, answer_id, long=long)
     reply = _Reply(said, answer_id, assembler, use)
     return await serving.respond(request, [assembler], reply, stream=bool(said.stream))
 
 
-async def prepare(serving: Serving, said: ChatRequest, answer_id: str) -> tuple[Assembler, ToolUse | None]:
-    """The request of a conversation, checked but not yet running, and its tools. Raises `RequestError`."""
+async def prepare(
+    serving: Serving, said: ChatRequest, answer_id: str, *, long: bool
+) -> tuple[Assembler, ToolUse | None]:
+    """The request of a conversation, checked but not yet running, and its tools. Raises `RequestError`.
+
+    `long`: it is nothing that the loop should word itself.
+    """
     limit = "max_tokens" if said.max_completion_tokens is None else "max_completion_tokens"
-    template = serving.tokenizer(serving.mix(await serving.lora(said))).tool_template
-    use = ToolUse.of(said, template)
+    messages = await beside(long, messages_of, said.messages)
+    settled = await serving.settle(said, await beside(long, serving.engine.intake.media.modalities_in, messages))
+    template = settled.tokenizer.tool_template
+    use = await beside(long, ToolUse.of, said, template)
     field = "tools" if use is not None and use.forced else structure(said)[0]
     with naming(prompt="messages", max_tokens=limit, structured_outputs=field):
-        params = _params(said, use)
+        params = await beside(long, _params, said, use)
         offered = None if use is None else use.tools
-        prompt = conversation(said, messages_of(said.messages), offered, template)
-        [assembler] = await serving.prepare(answer_id, said, [prompt], params)
+        prompt = await beside(long, conversation, said, messages, offered, template)
+        [assembler] = await serving.prepare(answer_id, said, settled, [prompt], params)
+        check_scored([assembler], param="prompt_logprobs")
     return assembler, use
 
 

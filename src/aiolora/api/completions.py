@@ -8,9 +8,10 @@ from typing import TypeAlias
 from litestar import Response, post
 from msgspec import UNSET, structs
 
-from aiolora.api.decode import decode, sampling, structure
+from aiolora.api.decode import LONG, decode, sampling, structure
 from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
+from aiolora.api.scores import check_scored
 from aiolora.api.serving import Served
 from aiolora.api.sse import DONE, HOLE, Mould, frames
 from aiolora.api.wire import (
@@ -20,12 +21,12 @@ from aiolora.api.wire import (
     CompletionRequest,
     Usage,
 )
+from aiolora.engine.beside import beside
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError
 from aiolora.types import FinishReason, Logprob, Prompt, RequestOutput, SamplingParams, TokenOutput
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-_MAX_SCORED = 1_000_000  # of all prompts, in all choices: each becomes some 60 bytes
 _MAX_CHOICES = 2048  # prompts times n
 
 Scored: TypeAlias = tuple[int, dict[int, Logprob] | None]  # a token, and what was likely in its place
@@ -41,28 +42,22 @@ End: TypeAlias = tuple[FinishReason | None, int | str | None]  # finish reason, 
 )
 async def completions(request: HTTPRequest, serving: Served) -> Response[Completion]:
     """Continue one prompt or several, each n times; choice i of prompt p has the index p * n + i."""
-    said = decode(CompletionRequest, await request.body())
-    prompts, params = _prompts(said), _params(said)
+    body = await request.body()
+    said, prompts, params = await beside(len(body) > LONG, _read, body)
     if len(prompts) * params.n > _MAX_CHOICES:
         raise RequestError(f"{len(prompts)} prompts with n={params.n}: at most {_MAX_CHOICES} answers", param="prompt")
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     with naming(structured_outputs=structure(said)[0]):
-        assemblers = await serving.prepare(answer_id, said, prompts, params)
-    if params.prompt_logprobs is not None:
-        _check_scored(assemblers, params.n * (params.prompt_logprobs + 1), said)
+        assemblers = await serving.prepare(answer_id, said, await serving.settle(said), prompts, params)
+    field = "logprobs" if said.prompt_logprobs is None else "prompt_logprobs"
+    check_scored(assemblers, copies=params.n, param=field)
     reply = _Reply(said, answer_id, assemblers)
     return await serving.respond(request, assemblers, reply, stream=bool(said.stream))
 
 
-def _check_scored(assemblers: Sequence[Assembler], each: int, said: CompletionRequest) -> None:
-    """`each`: scores that a token of a prompt brings."""
-    tokens = sum(len(assembler.request.prompt_token_ids) for assembler in assemblers)
-    if tokens * each > _MAX_SCORED:
-        raise RequestError(
-            f"{tokens} prompt tokens with {each} scores each are {tokens * each}, at most {_MAX_SCORED} fit into an "
-            "answer; send fewer prompts, or ask for fewer prompt_logprobs or a smaller n",
-            param="logprobs" if said.prompt_logprobs is None else "prompt_logprobs",
-        )
+def _read(body: bytes) -> tuple[CompletionRequest, list[Prompt], SamplingParams]:
+    said = decode(CompletionRequest, body)
+    return said, _prompts(said), _params(said)
 
 
 def _prompts(said: CompletionRequest) -> list[Prompt]:

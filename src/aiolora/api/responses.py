@@ -7,7 +7,7 @@ from litestar import Response, post
 from msgspec import structs
 
 from aiolora.api.chat import prepare
-from aiolora.api.decode import NOTHING, parse
+from aiolora.api.decode import LONG, NOTHING, parse
 from aiolora.api.document import GENERATES
 from aiolora.api.errors import HTTPRequest, naming
 from aiolora.api.responses_reply import ResponseReply
@@ -26,6 +26,7 @@ from aiolora.api.wire import (
     Tool,
     ToolCall,
 )
+from aiolora.engine.beside import beside
 from aiolora.errors import RequestError
 
 _UNSERVED = ("previous_response_id", "conversation", "prompt", "background")
@@ -43,13 +44,16 @@ _SAME = set(ResponsesRequest.__struct_fields__) & set(ChatRequest.__struct_field
 )
 async def responses(request: HTTPRequest, serving: Served) -> Response[ModelResponse]:
     """Answer a conversation."""
-    said = parse(ResponsesRequest, await request.body())
+    body = await request.body()
+    long = len(body) > LONG
+    said = await beside(long, parse, ResponsesRequest, body)
     for name in _UNSERVED:
         if getattr(said, name) not in NOTHING:
             raise RequestError(f"{name} is not served: send the whole conversation as input", param=name)
     response_id = f"resp_{uuid.uuid4().hex}"
     with naming(messages="input", max_completion_tokens="max_output_tokens", response_format="text.format"):
-        assembler, use = await prepare(serving, _as_chat(said), response_id)
+        chat = await beside(long, _as_chat, said)
+        assembler, use = await prepare(serving, chat, response_id, long=long)
     reply = ResponseReply(said, response_id, assembler, use)
     return await serving.respond(request, [assembler], reply, stream=bool(said.stream))
 

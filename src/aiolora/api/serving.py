@@ -2,10 +2,9 @@
 
 import asyncio
 import copy
-import difflib
 import string
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -22,10 +21,12 @@ from aiolora.api.sse import EventStream, Write
 from aiolora.api.visits import Visit, visit_of
 from aiolora.api.wire import GenerationRequest
 from aiolora.engine.async_engine import AsyncLLMEngine
+from aiolora.engine.beside import beside
+from aiolora.engine.intake import Settled
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError, UnknownModelError
-from aiolora.tokenizer import Tokenizer
-from aiolora.types import Messages, Mix, Prompt, SamplingParams, TokenOutput
+from aiolora.lora.registry import nearest
+from aiolora.types import Messages, Prompt, SamplingParams, TokenOutput
 
 if TYPE_CHECKING:
     from aiolora.api.tracing import Tracing  # of an extra
@@ -93,6 +94,9 @@ class Serving:
         name = self.engine.intake.registry.named(model)
         return self.permits(model) or (name is not None and self.permits(name))
 
+    def _sees(self, model: str) -> bool:
+        return model == self.base or self._may_ask_for(model)
+
     def names(self) -> list[str]:
         """What the visitor may name beside the base: adapters in the order they came, then aliases."""
         return [name for name in self.engine.intake.registry.names() if self._may_ask_for(name)]
@@ -125,54 +129,46 @@ class Serving:
         with naming(model="lora"):
             return await self._weighted(said.model, said.lora)
 
-    def mix(self, lora: str | Iterable[str] | None) -> Mix | None:
-        """What those adapters, which are loaded, stand for now. Their weights are left out.
+    async def settle(self, said: GenerationRequest, modalities: Collection[str] = ()) -> Settled:
+        """Which adapters answer a request whose prompts bring `modalities`. Raises as `lora`."""
+        lora = await self.lora(said)
+        with naming(model="model" if said.lora is None else "lora"):
+            return await self._settled(lora, [said.model] if said.lora is None else said.lora, modalities)
 
-        Raises `UnknownModelError` where one was removed just now.
-        """
-        names = () if lora is None else (lora,) if isinstance(lora, str) else tuple(lora)
-        registry = self.engine.intake.registry
+    async def settle_model(self, model: str | None) -> Settled:
+        """The same for a text to `model`; None: the base. Raises as `find`."""
+        return await self._settled(None if model is None else await self.find(model), [model or self.base])
+
+    async def _settled(
+        self, lora: str | dict[str, float] | None, asked: Iterable[str], modalities: Collection[str] = ()
+    ) -> Settled:
         try:
-            return self.engine.intake.mix((registry.find(name), 1.0) for name in names)
-        except UnknownModelError:
-            raise self._unknown(names) from None
-
-    def tokenizer(self, mix: Mix | None) -> Tokenizer:
-        """What makes tokens of the prompts of requests with `mix`, and text of their answers."""
-        return self.engine.intake.tokenizers.of(mix)
+            return await self.engine.settle(lora, modalities=modalities, permits=self.permits)
+        except UnknownModelError:  # removed just now; the engine's words may tell of what does not exist here
+            raise self._unknown(asked) from None
 
     async def prepare(
-        self, answer_id: str, said: GenerationRequest, prompts: Iterable[Prompt | Messages], params: SamplingParams
+        self,
+        answer_id: str,
+        said: GenerationRequest,
+        settled: Settled,
+        prompts: Iterable[Prompt | Messages],
+        params: SamplingParams,
     ) -> list[Assembler]:
         """A request a prompt, checked but not yet running: what a client can get wrong is raised here."""
-        wanted = list(prompts)
-        while True:
-            assemblers = await self._prepared(answer_id, said, wanted, params)
-            if all(one.request.mix == assemblers[0].request.mix for one in assemblers):
-                return assemblers  # else another version was published meanwhile, and one has to answer all
-
-    async def _prepared(
-        self, answer_id: str, said: GenerationRequest, prompts: list[Prompt | Messages], params: SamplingParams
-    ) -> list[Assembler]:
-        lora = await self.lora(said)
         assemblers = []
-        with naming(model="model" if said.lora is None else "lora"):
-            for position, prompt in enumerate(prompts):
-                if position:
-                    await asyncio.sleep(0)  # others' tokens in between, however many prompts there are
-                try:
-                    request = await self.engine.prepare(
-                        prompt,
-                        params,
-                        lora=lora,
-                        priority=said.priority or 0,
-                        request_id=f"{answer_id}-{position}",
-                        permits=self.permits,
-                        owner=self.owner,
-                    )
-                except UnknownModelError:  # removed just now; the engine's words may tell of what does not exist here
-                    raise self._unknown([said.model] if said.lora is None else said.lora) from None
-                assemblers.append(Assembler(request, self.tokenizer(request.mix)))
+        for position, prompt in enumerate(prompts):
+            if position:
+                await asyncio.sleep(0)  # others' tokens in between, however many prompts there are
+            request = await self.engine.prepare(
+                prompt,
+                params,
+                lora=settled,
+                priority=said.priority or 0,
+                request_id=f"{answer_id}-{position}",
+                owner=self.owner,
+            )
+            assemblers.append(Assembler(request, settled.tokenizer))
         return assemblers
 
     async def _weighted(self, model: str, lora: dict[str, float]) -> dict[str, float]:
@@ -190,10 +186,11 @@ class Serving:
 
     def _unknown(self, models: Iterable[str]) -> UnknownModelError:
         """Of the first that names nothing, in words that tell nothing of what the visitor may not use."""
-        asked, served = list(models), [self.base, *self.names()]
-        model = next((model for model in asked if model not in served), asked[0])
-        close = difflib.get_close_matches(model, served, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "GET /v1/models lists what is served"
+        asked, names = list(models), self.engine.intake.registry.names()
+        served = {self.base, *names}
+        model = next((one for one in asked if one not in served or not self._sees(one)), asked[0])
+        close = nearest(model, [self.base, *names], self._sees)
+        hint = "GET /v1/models lists what is served" if close is None else f"did you mean {close!r}?"
         return UnknownModelError(f"the model {model[:200]!r} does not exist; {hint}")
 
     @contextmanager
@@ -223,7 +220,8 @@ class Serving:
             return EventStream(partial(self._stream, assemblers, reply), headers)
         if not await finished_before_leaving(request.receive, self._run(assemblers)):
             return Response(None, status_code=_CLIENT_CLOSED)
-        return Response(reply.whole(), headers=headers)
+        scored = any(one.request.params.logprobs is not None or _scores_prompt(one) for one in assemblers)
+        return Response(await beside(scored, reply.whole), headers=headers)
 
     async def _run(self, assemblers: Sequence[Assembler]) -> None:
         with self._counted(assemblers) as count:
@@ -233,19 +231,29 @@ class Serving:
 
     async def _stream(self, assemblers: Sequence[Assembler], reply: Reply, write: Write) -> None:
         """Everything that is ready in one write; an error, now that the status is sent, as the last frame."""
+
+        def worded(burst: list[tuple[int, TokenOutput]]) -> bytes:
+            return b"".join([reply.token(position, output) for position, output in burst])
+
+        scored = _scores_prompt(assemblers[0])
         try:
             await write(reply.opening())
             with self._counted(assemblers) as count:
                 async with aclosing(self.engine.run(assemblers)) as bursts:
                     async for burst in bursts:
                         count.take(burst)
-                        await write(b"".join([reply.token(position, output) for position, output in burst]))
+                        await write(await beside(scored, worded, burst))
             await write(reply.closing())
         except Exception as error:
             await write(reply.failed(describe(error)[1]))
 
 
 Served: TypeAlias = NamedDependency[Serving]  # how a route asks for it
+
+
+def _scores_prompt(assembler: Assembler) -> bool:
+    """Whether the answer brings scores of all of its prompt: a million of them are worded in seconds."""
+    return assembler.request.params.prompt_logprobs is not None
 
 
 def _adapter_header(assemblers: Sequence[Assembler]) -> dict[str, str]:

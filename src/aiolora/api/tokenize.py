@@ -1,17 +1,16 @@
 """POST /tokenize and /detokenize: text to the model's tokens and back."""
 
-import anyio.to_thread
 from litestar import post
 from msgspec import Struct
 
-from aiolora.api.decode import parse
+from aiolora.api.decode import LONG, parse
 from aiolora.api.document import NAMES
 from aiolora.api.errors import HTTPRequest
 from aiolora.api.messages import conversation, messages_of
-from aiolora.api.serving import Served, Serving
+from aiolora.api.serving import Served
 from aiolora.api.wire import Message, Tool
+from aiolora.engine.beside import beside
 from aiolora.errors import RequestError
-from aiolora.types import Mix
 
 
 class TokenizeRequest(Struct, frozen=True, kw_only=True):
@@ -59,24 +58,25 @@ class Text(Struct, frozen=True):
 )
 async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
     """The tokens of a text, or of a conversation as the model's template puts it."""
-    said = parse(TokenizeRequest, await request.body())
-    mix = await _mix(serving, said.model)
+    body = await request.body()
+    said = await beside(len(body) > LONG, parse, TokenizeRequest, body)
+    tokenizer = (await serving.settle_model(said.model)).tokenizer
     if (said.prompt is None) == (said.messages is None):
         raise RequestError("send either a prompt or messages", param="prompt")
-    intake, tokenizer = serving.engine.intake, serving.tokenizer(mix)
+    intake = serving.engine.intake
 
     def work() -> Tokens:
         if said.messages is not None:
             talk = conversation(said, messages_of(said.messages), said.tools, tokenizer.tool_template)
-            if intake.media.wanted(talk):
+            if intake.media.modalities_in(talk):
                 raise RequestError("messages: only text is counted here", param="messages")
-            _, tokens = intake.tokens(intake.media.worded(talk, tokenizer), tokenizer)
+            _, tokens = intake.tokens(intake.media.split(talk, tokenizer).prompt, tokenizer)
         else:
             _, tokens = intake.tokens(said.prompt or "", tokenizer, special=said.add_special_tokens is not False)
         strings = tokenizer.spell(tokens) if said.return_token_strs else None
         return Tokens(len(tokens), serving.engine.plan.max_model_len, tokens, strings)
 
-    return await anyio.to_thread.run_sync(work)  # a body may be megabytes, and others stream on this loop
+    return await beside(len(body) > LONG, work)  # a body may be megabytes, and others stream on this loop
 
 
 @post(
@@ -88,10 +88,11 @@ async def tokenize(request: HTTPRequest, serving: Served) -> Tokens:
 )
 async def detokenize(request: HTTPRequest, serving: Served) -> Text:
     """The text of tokens, special ones included."""
-    said = parse(DetokenizeRequest, await request.body())
-    mix = await _mix(serving, said.model)
+    body = await request.body()
+    said = await beside(len(body) > LONG, parse, DetokenizeRequest, body)
+    settled = await serving.settle_model(said.model)
+    tokenizer, mix = settled.tokenizer, settled.mix
     vocabulary = (mix and mix.vocabulary) or serving.engine.intake.limits.vocab_size
-    tokenizer = serving.tokenizer(mix)
 
     def work() -> Text:
         bad = next((token for token in said.tokens if not 0 <= token < vocabulary), None)
@@ -99,8 +100,4 @@ async def detokenize(request: HTTPRequest, serving: Served) -> Text:
             raise RequestError(f"tokens: token id {bad} is not in the vocabulary of {vocabulary}", param="tokens")
         return Text(tokenizer.decode(said.tokens))
 
-    return await anyio.to_thread.run_sync(work)
-
-
-async def _mix(serving: Serving, model: str | None) -> Mix | None:
-    return None if model is None else serving.mix(await serving.find(model))
+    return await beside(len(body) > LONG, work)

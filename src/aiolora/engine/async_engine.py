@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from aiolora.config import EngineArgs, Environment
 from aiolora.engine.adapters import AdapterStanding
+from aiolora.engine.beside import beside, takes_long
 from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import Engine, Snapshot
-from aiolora.engine.intake import Intake, LoRA, takes_long
+from aiolora.engine.intake import Intake, LoRA, Settled
 from aiolora.engine.loading import Loading
 from aiolora.engine.names import Names
 from aiolora.engine.output import Assembler
@@ -30,6 +31,7 @@ from aiolora.types import (
     AdapterVersion,
     LoRARequest,
     Messages,
+    Mix,
     Prompt,
     Report,
     Request,
@@ -40,7 +42,7 @@ from aiolora.types import (
     unreported,
 )
 
-MEDIA_READERS = 8  # prompts whose images or recordings are fetched and decoded at a time
+MEDIA_READERS = 4  # prompts whose images or recordings are decoded at a time
 
 
 class AsyncLLMEngine:
@@ -63,7 +65,7 @@ class AsyncLLMEngine:
         self._names: Names | None = None
         self._streams: Streams | None = None
         self._starting = asyncio.Lock()
-        self._media_readers = anyio.CapacityLimiter(MEDIA_READERS)  # slow hosts hold up no adapter's read
+        self._media_readers = anyio.CapacityLimiter(MEDIA_READERS)  # images hold up no text
         self._snapshot: Snapshot | None = None
 
     @classmethod
@@ -160,9 +162,7 @@ class AsyncLLMEngine:
         waiting. Raises `RequestError`, `AdapterError`, or `EngineDeadError` where the engine stops on the way.
         """
         request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id, priority=priority)
-        async with contextlib.aclosing(
-            self.run([Assembler(request, self.intake.tokenizers.of(request.mix))])
-        ) as bursts:
+        async with contextlib.aclosing(self.run([self._assembler(request)])) as bursts:
             async for burst in bursts:
                 for _, output in burst:
                     yield output
@@ -178,64 +178,63 @@ class AsyncLLMEngine:
     ) -> RequestOutput:
         """The whole answer. Cancelling aborts the request."""
         request = await self.prepare(prompt, sampling_params, lora=lora, request_id=request_id, priority=priority)
-        assembler = Assembler(request, self.intake.tokenizers.of(request.mix))
+        assembler = self._assembler(request)
         async for _ in self.run([assembler]):
             pass
         return assembler.output()
+
+    async def settle(
+        self, lora: LoRA = None, *, modalities: Collection[str] = (), permits: Callable[[str], bool] | None = None
+    ) -> Settled:
+        """The adapters that `lora` means now, loaded. What is worded for them and prepared is answered by them.
+
+        `modalities`: what the prompt brings besides text, for which an adapter may answer by default where `lora` names
+        none. `permits`: which may; None: all of `default_mm_loras`. Raises `RequestError` and `AdapterError`.
+        """
+        self._alive()
+        lora = self.intake.default(lora, modalities, permits)
+        parts = self.intake.parts(lora)
+        settled = self.intake.settled([(await self._adapters.version(part), weight) for part, weight in parts], lora)
+        mix = settled.mix
+        if mix is not None:  # removed or replaced from now on, they still serve who has this, be it run soon or late
+            self._across.post(lambda engine: engine.adapters.hold(mix))
+            let_go = partial(self._across.post, lambda engine: engine.adapters.let_go(mix))
+            weakref.finalize(settled, let_go).atexit = False
+        return settled
 
     async def prepare(
         self,
         prompt: Prompt | Messages,
         sampling_params: SamplingParams | None = None,
         *,
-        lora: LoRA = None,
+        lora: LoRA | Settled = None,
         request_id: str | None = None,
         priority: int = 0,
-        permits: Callable[[str], bool] | None = None,
         owner: str | None = None,
     ) -> Request:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here.
 
-        `permits`: which adapters may answer by default where `lora` names none; None: all of `default_mm_loras`.
-        `owner`: whose grammars are compiled one after another; None: those of the requests with the same adapter.
+        `lora`: as for `stream`, or what `settle` made of it. `owner`: whose grammars are compiled one after another;
+        None: those of the requests with the same adapter.
         """
         self._alive()
-        read = None
-        if self.intake.media.wanted(prompt):
-            read = await anyio.to_thread.run_sync(
-                self.intake.read, prompt, limiter=self._media_readers, abandon_on_cancel=True
-            )
-        lora = self.intake.default(lora, read, permits)
-        parts = self.intake.parts(lora)
-        # before the versions, which nobody holds while others wait
-        names = [part.lora_name if isinstance(part, LoRARequest) else part for part, _ in parts]
-        grammar = await self._parts.grammars.take(sampling_params, owner or f"adapter {names[:1]}")
-        mix = self.intake.mix([(await self._adapters.version(part), weight) for part, weight in parts])
-        self.intake.policies.check(mix)
-        tokenise = partial(
+        media, long = self.intake.media, takes_long(prompt)
+        if not isinstance(lora, Settled):
+            lora = await self.settle(lora, modalities=await beside(long, media.modalities_in, prompt))
+        self.intake.policies.check(lora.mix)
+        split = await media.fetched(await beside(long, media.split, prompt, lora.tokenizer))
+        work = partial(
             self.intake.request,
-            prompt,
+            split,
             sampling_params,
-            mix,
-            grammar=grammar,
+            lora,
+            grammar=await self._parts.grammars.take(sampling_params, owner or _line_of(lora.mix)),
             request_id=request_id,
-            lora_request=lora if isinstance(lora, LoRARequest) else None,
             priority=priority,
-            read=read,
         )
-        # handing over to a thread and back takes as long as about _LONG characters
-        if mix is None:
-            return await anyio.to_thread.run_sync(tokenise) if takes_long(prompt) else tokenise()
-        # removed or replaced from now on, it still serves this request, be it run soon or late
-        let_go = partial(self._across.post, lambda engine: engine.adapters.let_go(mix))
-        self._across.post(lambda engine: engine.adapters.hold(mix))
-        try:
-            request = await anyio.to_thread.run_sync(tokenise) if takes_long(prompt) else tokenise()
-        except BaseException:
-            let_go()
-            raise
-        weakref.finalize(request, let_go).atexit = False
-        return request
+        if split.given:
+            return await anyio.to_thread.run_sync(work, limiter=self._media_readers)
+        return await beside(long, work)
 
     def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         """Run prepared requests side by side; each time, every token that has come, with its request's position.
@@ -365,6 +364,9 @@ class AsyncLLMEngine:
         """`name` means the base model too: no adapter may have it. Raises `AdapterConflictError` where one has."""
         self.intake.registry.reserve(name)
 
+    def _assembler(self, request: Request) -> Assembler:
+        return Assembler(request, self.intake.tokenizers.of(request.mix))
+
     @property
     def _parts(self) -> Built:
         if self._built is None:
@@ -407,3 +409,8 @@ class AsyncLLMEngine:
     def _read_again(self, version: AdapterVersion) -> None:
         """On the engine thread."""
         self._across.to_loop(lambda: self._adapters.read_again(version))
+
+
+def _line_of(mix: Mix | None) -> str:
+    """Whose grammars those are that nobody else is known to own."""
+    return "base" if mix is None else f"adapter {mix.versions[0].name}"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 from msgspec import structs
 
+from aiolora.engine.beside import beside, takes_long
 from aiolora.engine.lines import Lines
 from aiolora.errors import GrammarBusyError, RequestError
 from aiolora.types import Matcher, SamplingParams, StructuredOutputsParams
@@ -184,7 +185,8 @@ class Grammars:
         """
         if params is None or params.structured_outputs is None:
             return None
-        wish = _wish(params.structured_outputs)
+        wanted = params.structured_outputs
+        wish = await beside(takes_long(wanted), _wish, wanted)
         tokenizer = _readable(await _ended(self.load()))
         work = self._kept(wish)
         if work is None:

@@ -3,15 +3,18 @@
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+
+from msgspec import Struct
 
 from aiolora.errors import AdapterUnsupportedError, PromptTooLongError, RequestError
 from aiolora.lora.policies import Policies
 from aiolora.lora.registry import AdapterRegistry
 from aiolora.lora.tokenizers import Tokenizers
-from aiolora.media.reader import MediaReader, Read
+from aiolora.media.content import Split
+from aiolora.media.reader import MediaReader
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import (
     NEVER,
@@ -28,13 +31,22 @@ from aiolora.types import (
 
 logger = logging.getLogger(__name__)
 
-_LONG = 4096  # characters
-
 LoRA: TypeAlias = str | LoRARequest | Mapping[str, float] | None
 
 MAX_WEIGHT = 100  # of one adapter in a request
 MAX_PARTS = 16  # adapters in a request
 MAX_PRIORITY = 1000  # either way
+
+
+class Settled(Struct, frozen=True, eq=False, weakref=True):
+    """The adapters that answer a request, decided once: its words, its tokens and its answer are all of these.
+
+    While it lives they are there for it, whatever becomes of their names.
+    """
+
+    mix: Mix | None
+    tokenizer: Tokenizer  # and chat template
+    lora_request: LoRARequest | None = None
 
 
 @dataclass(frozen=True)
@@ -43,17 +55,6 @@ class Limits:
 
     max_model_len: int
     vocab_size: int
-
-
-def takes_long(prompt: Prompt | Messages) -> bool:
-    """Whether `Intake.request` would hold up a loop for longer than a thread costs (about 100 us)."""
-    if isinstance(prompt, str):
-        return len(prompt) > _LONG
-    if isinstance(prompt, Conversation):
-        return takes_long(prompt.messages) or len(str(prompt.tools)) > _LONG
-    if isinstance(prompt, Mapping):
-        return takes_long(str(prompt.get("prompt") or ""))
-    return sum(len(str(item.get("content") or "")) for item in prompt if isinstance(item, Mapping)) > _LONG
 
 
 class Intake:
@@ -90,46 +91,47 @@ class Intake:
 
     def request(
         self,
-        prompt: Prompt | Messages,
+        split: Split,
         params: SamplingParams | None,
-        mix: Mix | None,
+        settled: Settled,
         *,
         grammar: Grammar | None = None,
         request_id: str | None = None,
-        lora_request: LoRARequest | None = None,
         priority: int = 0,
-        read: Read | None = None,
     ) -> Request:
-        """Tokenise and check. Raises `RequestError` naming the field, the value and the limit.
+        """Tokenise and check, and then work on images and recordings: nothing is made of what does not fit.
 
-        `grammar`: what the `structured_outputs` of `params` were compiled to. `read`: what `read` made of the prompt.
+        `split`: by `media.split` and, where it has URLs, `media.fetched`. `grammar`: what the `structured_outputs` of
+        `params` were compiled to. Raises `RequestError` naming the field, the value and the limit.
         """
         if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise RequestError(
                 f"priority={priority}: must be {-MAX_PRIORITY} to {MAX_PRIORITY}, lower is earlier", param="priority"
             )
-        tokenizer = self.tokenizers.of(mix)
-        text, ids = self.tokens(read.prompt if read else self.media.worded(prompt, tokenizer), tokenizer)
-        placed = self.media.place(ids, read.items) if read else None
-        if placed is not None:
-            ids = placed.ids
+        mix, tokenizer = settled.mix, settled.tokenizer
+        text, ids = self.tokens(split.prompt, tokenizer)
         params = params or SamplingParams()
         vocab = (mix and mix.vocabulary) or self.limits.vocab_size
         self._check(ids, params, vocab)
+        self._check_length(len(ids), params)
+        opened = self.media.open(split.given)
+        self._check_length(len(ids) + sum(one.count - 1 for one in opened), params)
+        placed = self.media.place(ids, opened)
         ends = frozenset(end for end in tokenizer.eos_token_ids if end < vocab)
         request = Request(
             id=request_id or f"req-{uuid.uuid4().hex}",
-            prompt_token_ids=tuple(ids),
+            prompt_token_ids=tuple(placed.ids),
             params=params,
             mix=mix,
             prompt=text,
-            lora_request=lora_request,
+            lora_request=settled.lora_request,
             priority=priority,
             arrival_s=time.monotonic(),
             eos_token_ids=None if tokenizer is self.tokenizers.base else ends,
             grammar=grammar,
-            media=placed.items if placed else (),
-            rotary=placed.rotary if placed else None,
+            media=placed.items,
+            rotary=placed.rotary,
+            held=settled,
         )
         if mix is not None and request.active_from == NEVER:
             version = mix.versions[0]
@@ -141,21 +143,14 @@ class Intake:
             )
         return request
 
-    def read(self, prompt: Prompt | Messages) -> Read | None:
-        """The prompt's images and recordings, fetched and decoded; None: it has none. Blocks; any thread.
-
-        Raises `RequestError`.
-        """
-        return self.media.read(prompt, self.tokenizer) if self.media.wanted(prompt) else None
-
-    def default(self, lora: LoRA, read: Read | None, permits: Callable[[str], bool] | None = None) -> LoRA:
+    def default(self, lora: LoRA, modalities: Collection[str], permits: Callable[[str], bool] | None = None) -> LoRA:
         """`lora`, or where a request names none that of the one modality in it that has a default.
 
         `permits`: whether who asks may use the adapter of this name, which else is not there; None: everybody may.
         """
-        if lora is not None or read is None:
+        if lora is not None:
             return lora
-        defaults = filter(None, map(self._default_mm_loras.get, read.modalities))
+        defaults = filter(None, map(self._default_mm_loras.get, modalities))
         known = filter(self.registry.look_up, defaults)  # it may have been unloaded
         found = [name for name in known if permits is None or permits(name)]
         return found[0] if len(found) == 1 else None
@@ -182,12 +177,13 @@ class Intake:
                 )
         return [(key, float(weight)) for key, weight in lora.items()]
 
-    def mix(self, parts: Iterable[tuple[AdapterVersion, float]]) -> Mix | None:
-        """The sum of those adapters, one that comes twice with both weights; None: there are none, the base model."""
+    def settled(self, parts: Iterable[tuple[AdapterVersion, float]], lora: LoRA) -> Settled:
+        """The sum of those adapters, one that comes twice with both weights; no parts: the base model."""
         weights: dict[AdapterVersion, float] = {}
         for version, weight in parts:
             weights[version] = weights.get(version, 0.0) + weight
-        return Mix(tuple(weights.items())) if weights else None
+        mix = Mix(tuple(weights.items())) if weights else None
+        return Settled(mix, self.tokenizers.of(mix), lora if isinstance(lora, LoRARequest) else None)
 
     def tokens(
         self, prompt: Prompt | Messages, tokenizer: Tokenizer, *, special: bool = True
@@ -233,7 +229,6 @@ class Intake:
             )
 
     def _check(self, ids: list[int], params: SamplingParams, vocab: int) -> None:
-        longest = self.limits.max_model_len
         if not ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         for field, values in (
@@ -244,15 +239,18 @@ class Intake:
             bad = next((value for value in values if not 0 <= value < vocab), None)
             if bad is not None:
                 raise RequestError(f"{field}: token id {bad} is not in the vocabulary of {vocab}", param=field)
-        if len(ids) >= longest:
-            raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens; with at least one to come the context (max_model_len) allows "
-                f"{longest - 1}; shorten it or start with a larger --max-model-len"
-            )
         for field in ("logprobs", "prompt_logprobs"):
             wanted = getattr(params, field)
             if wanted is not None and wanted > vocab:
                 raise RequestError(f"{field}={wanted} is over the vocabulary of {vocab}", param=field)
-        if params.min_tokens > longest - len(ids):
-            room = longest - len(ids)
+
+    def _check_length(self, count: int, params: SamplingParams) -> None:
+        longest = self.limits.max_model_len
+        if count >= longest:
+            raise PromptTooLongError(
+                f"the prompt has {count} tokens; with at least one to come the context (max_model_len) allows "
+                f"{longest - 1}; shorten it or start with a larger --max-model-len"
+            )
+        if params.min_tokens > longest - count:
+            room = longest - count
             raise RequestError(f"min_tokens={params.min_tokens}, the context leaves {room}", param="min_tokens")

@@ -55,14 +55,19 @@ class Assembler:
             self._metrics.first_token_time = time.monotonic()
             self._metrics.scheduled_time = delta.started_s
         if delta.prompt_logprobs is not None:
-            self._prompt_logprobs = [
-                None if chosen is None else {token: self._logprob(token, value, rank) for token, value, rank in chosen}
-                for chosen in delta.prompt_logprobs
-            ]
+            self.take_prompt(delta)
         output = answer.feed(delta, self._top(delta))
         if output.finish_reason is not None:
             self._end_of_one()
         return output
+
+    def take_prompt(self, delta: TokenDelta) -> None:
+        """Word the scores of the prompt, which may take a second, ahead of `feed`: that needs not do it then."""
+        if self._prompt_logprobs is None and delta.prompt_logprobs is not None:
+            self._prompt_logprobs = [
+                None if chosen is None else {token: self._logprob(token, value, rank) for token, value, rank in chosen}
+                for chosen in delta.prompt_logprobs
+            ]
 
     def output(self) -> RequestOutput:
         """The request and its answers as they stand."""

@@ -6,6 +6,7 @@ from functools import partial
 
 from msgspec import structs
 
+from aiolora.engine.beside import beside, takes_long
 from aiolora.engine.core import Engine, Message
 from aiolora.engine.mailbox import Mailbox
 from aiolora.engine.output import Assembler
@@ -33,7 +34,10 @@ class Streams:
         if taken is not None:
             raise RequestError(f"request_id {taken!r} is in use; give each request its own", param="request_id")
         # a delta of a request that was left may still be on its way when its id is used again: tickets tell them apart
-        tickets = [structs.replace(request, id=f"{request.id}#{next(self._num_tickets)}") for request in requests]
+        tickets = [
+            structs.replace(request, id=f"{request.id}#{next(self._num_tickets)}", held=None)  # it has books
+            for request in requests
+        ]
         positions = {ticket.id: position for position, ticket in enumerate(tickets)}
         mailbox = Mailbox()
         try:
@@ -48,6 +52,8 @@ class Streams:
                 for delta in await mailbox.get():
                     position = positions[delta.request_id]
                     assembler = assemblers[position]
+                    if takes_long(delta.prompt_logprobs):
+                        await beside(True, assembler.take_prompt, delta)
                     output = assembler.feed(delta)
                     if assembler.finished:
                         unfinished.discard(position)

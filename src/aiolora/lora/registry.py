@@ -2,9 +2,14 @@
 
 import difflib
 import itertools
+from collections.abc import Callable, Sequence
 
 from aiolora.errors import AdapterConflictError, RequestError, UnknownModelError
 from aiolora.types import AdapterVersion, AnnouncedAdapter, LoRARequest
+
+_LONGEST = 200  # characters of a name that is not known
+_ALIKE = 3  # characters at its begin
+_COMPARED = 32  # names with it
 
 
 class AdapterRegistry:
@@ -74,9 +79,9 @@ class AdapterRegistry:
         name = self.named(lora)
         if name is None:
             known = [*self._base_models, *self.names()]
-            close = difflib.get_close_matches(str(lora), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known[:8])}"
-            raise UnknownModelError(f"the model {str(lora)!r} does not exist; {hint}")
+            close = nearest(str(lora), known)
+            hint = f"known are: {', '.join(known[:8])}" if close is None else f"did you mean {close!r}?"
+            raise UnknownModelError(f"the model {str(lora)[:_LONGEST]!r} does not exist; {hint}")
         return name
 
     def number(self, name: str) -> int:
@@ -186,6 +191,17 @@ class AdapterRegistry:
         self._known[adapter.name] = adapter
         self._ids[adapter.name] = number
         self._name_of_id[number] = adapter.name
+
+
+def nearest(name: str, known: Sequence[str], permits: Callable[[str], bool] | None = None) -> str | None:
+    """What is spelled most like `name` of those that `permits`, if anything is.
+
+    Compares few: where many are known, some that begin alike, for others stream while this is worked out.
+    """
+    name = name[:_LONGEST]
+    begin = name[:_ALIKE] if len(known) > _COMPARED else ""
+    alike = (one for one in known if one.startswith(begin) and (permits is None or permits(one)))
+    return next(iter(difflib.get_close_matches(name, itertools.islice(alike, _COMPARED), n=1)), None)
 
 
 def _taken(known: AdapterVersion | AnnouncedAdapter, why: str) -> AdapterConflictError:

@@ -6,6 +6,7 @@ from typing import TypeAlias
 from msgspec import Struct, structs
 
 from aiolora.errors import RequestError
+from aiolora.media.data_urls import is_data_url
 from aiolora.types import Conversation, Messages, Prompt
 
 IMAGE, AUDIO = "image", "audio"
@@ -29,22 +30,44 @@ class Given(Struct, frozen=True):
     param: str  # the field that it came in
 
 
+class Split(Struct, frozen=True):
+    """A prompt with bare placeholders, and what is to stand behind those."""
+
+    prompt: Prompt | Messages
+    given: tuple[Given, ...] = ()  # in the order of their placeholders within a modality
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """Where files are still to be fetched from, each with the field that it came in."""
+        sources = ((one.source, one.param) for one in self.given)
+        return {source: param for source, param in sources if isinstance(source, str) and not is_data_url(source)}
+
+    def with_files(self, files: Mapping[str, bytes]) -> "Split":
+        """The same with those in the place of their URLs."""
+        given = (
+            structs.replace(one, source=files.get(one.source, one.source)) if isinstance(one.source, str) else one
+            for one in self.given
+        )
+        return Split(self.prompt, tuple(given))
+
+
 Parted: TypeAlias = tuple[Prompt | Messages, list[Given]]
 
 
-def has_media(prompt: Prompt | Messages) -> bool:
-    """Whether `prompt` brings anything but text."""
+def modalities_in(prompt: Prompt | Messages) -> frozenset[str]:
+    """What `prompt` brings besides text. Raises `RequestError` where `multi_modal_data` is none."""
     if isinstance(prompt, Conversation):
-        return has_media(prompt.messages)
+        return modalities_in(prompt.messages)
     if isinstance(prompt, Mapping):
-        return bool(prompt.get("multi_modal_data"))
-    if isinstance(prompt, str):
-        return False
-    return any(
-        isinstance(part, Mapping) and part.get("type") in _PARTS
+        return frozenset(given.modality for given in _listed(prompt))
+    if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping):
+        return frozenset()
+    return frozenset(
+        _PARTS[str(part["type"])][0]
         for message in prompt
         if isinstance(message, Mapping)
         for part in _parts(message)
+        if isinstance(part, Mapping) and part.get("type") in _PARTS
     )
 
 
@@ -58,11 +81,8 @@ def parted(prompt: Prompt | Messages, placeholders: Mapping[str, str], *, parts:
         messages, given = parted(prompt.messages, placeholders, parts=parts)
         return structs.replace(prompt, messages=messages), given
     if isinstance(prompt, Mapping):
-        data = prompt.get("multi_modal_data") or {}
-        if not isinstance(data, Mapping):
-            raise RequestError("multi_modal_data is no mapping of a modality to its data", param="multi_modal_data")
         rest: dict[str, object] = {key: value for key, value in prompt.items() if key != "multi_modal_data"}
-        return rest, [given for modality, value in data.items() for given in _listed(str(modality), value)]
+        return rest, _listed(prompt)
     if isinstance(prompt, str) or not any(isinstance(message, Mapping) for message in prompt):
         return prompt, []
     found: list[Given] = []
@@ -74,10 +94,16 @@ def parted(prompt: Prompt | Messages, placeholders: Mapping[str, str], *, parts:
     return messages, found
 
 
-def _listed(modality: str, value: object) -> list[Given]:
-    """One of them or a list; a pair of samples and their rate is one."""
-    several = list(value) if isinstance(value, list) else [value]
-    return [Given(modality, one, "multi_modal_data") for one in several]
+def _listed(prompt: Mapping[str, object]) -> list[Given]:
+    """Of each modality one or a list; a pair of samples and their rate is one."""
+    data = prompt.get("multi_modal_data") or {}
+    if not isinstance(data, Mapping):
+        raise RequestError("multi_modal_data is no mapping of a modality to its data", param="multi_modal_data")
+    return [
+        Given(str(modality), one, "multi_modal_data")
+        for modality, value in data.items()
+        for one in (value if isinstance(value, list) else [value])
+    ]
 
 
 def _parts(message: Mapping[str, object]) -> Sequence[object]:

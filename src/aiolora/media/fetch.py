@@ -1,22 +1,21 @@
-"""The bytes behind a URL: of a data URL by decoding, of http(s) only from hosts that the operator named."""
+"""Files behind http(s) URLs, only from hosts that the operator named."""
 
-import base64
-import binascii
-import ipaddress
-import socket
-import time
-from typing import NamedTuple
-from urllib.parse import unquote_to_bytes, urljoin, urlsplit
-
-from msgspec import Struct
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urljoin, urlsplit
 
 from aiolora.errors import MissingExtraError, RequestError
+from aiolora.media.addresses import Addresses, is_public
+
+if TYPE_CHECKING:
+    import httpx  # of an extra
 
 MAX_NBYTES = 20 << 20  # of a file
+MAX_TOTAL = 64 << 20  # of the files of a request
 _MAX_REDIRECTS = 3
-_TIMEOUT_S = 10.0  # for the whole of it
-_MAX_HEAD = 256  # characters of a data URL before its comma
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_TIMEOUT_S = 10.0  # for all that a request needs, from the first name that is looked up to the last byte
+_SIDE_BY_SIDE = 4  # files of a request
 ANY = "*"  # every host with a public address
 
 
@@ -28,114 +27,131 @@ class _Target(NamedTuple):
     url: str
 
 
-class Fetcher(Struct, frozen=True):
-    """What may be fetched, and how much of it. Any thread."""
+class Fetcher:
+    """Brings what may be fetched, and so much of it. It waits on the loop: a slow host holds nothing that others need.
 
-    domains: tuple[str, ...] = ()  # hosts; "*": all with a public address
-    max_nbytes: int = MAX_NBYTES
-    timeout_s: float = _TIMEOUT_S
+    `domains`: hosts; "*": all with a public address. Owned by the loop. Raises `MissingExtraError`.
+    """
 
-    def bytes_of(self, url: str, param: str) -> bytes:
-        """The file at `url`; blocks. Raises `RequestError`, which tells nothing of a host's answer but its status."""
-        if url[:5].lower() == "data:":
-            return self._decoded(url, param)
-        return self._fetched(url, param)
-
-    def _decoded(self, url: str, param: str) -> bytes:
-        comma = url.find(",", 0, _MAX_HEAD)
-        if comma < 0:
-            raise RequestError(f"the data URL has no comma in its first {_MAX_HEAD} characters", param=param)
-        head, rest = url[:comma], url[comma + 1 :]
-        if len(rest) > self.max_nbytes * 4 // 3 + 4:
-            raise self._too_large(param)
-        try:
-            if head.lower().endswith(";base64"):
-                return base64.b64decode(rest, validate=True)
-            return unquote_to_bytes(rest)
-        except (binascii.Error, ValueError) as error:
-            raise RequestError(f"the data URL is no base64: {error}", param=param) from None
-
-    def _fetched(self, url: str, param: str) -> bytes:
-        try:
-            import httpx
-        except ImportError as error:
-            raise MissingExtraError("fetching a URL", "media") from error
-        deadline = time.monotonic() + self.timeout_s
-        for hop in range(_MAX_REDIRECTS + 1):
-            target = self._target(url, param, first=hop == 0)
+    def __init__(
+        self,
+        domains: tuple[str, ...] = (),
+        *,
+        max_nbytes: int = MAX_NBYTES,
+        max_total: int = MAX_TOTAL,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> None:
+        self._domains = domains
+        self.max_nbytes = max_nbytes
+        self._max_total = max_total
+        self._timeout_s = timeout_s
+        self._addresses = Addresses([domain for domain in domains if domain != ANY])
+        if domains:
             try:
-                with (
-                    httpx.Client(timeout=self.timeout_s, trust_env=False) as client,
-                    client.stream(
-                        "GET",
-                        target.url,
-                        headers={"Host": target.netloc, "Accept-Encoding": "identity"},
-                        extensions={"sni_hostname": target.host},
-                    ) as response,
-                ):
+                import httpx
+            except ImportError as error:
+                raise MissingExtraError("fetching a URL", "media") from error
+            self._tls = httpx.create_ssl_context(trust_env=False)  # 20 ms, hence once
+
+    async def files(self, urls: Mapping[str, str]) -> dict[str, bytes]:
+        """The files at `urls`, each with the field that it came in.
+
+        Raises `RequestError`, which tells nothing of a host's answer but its status, at the latest after the timeout.
+        """
+        for url, param in urls.items():
+            self._named(url, param)
+        if not urls:
+            return {}
+        import httpx
+
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        bodies = {url: bytearray() for url in urls}
+        turns = asyncio.Semaphore(_SIDE_BY_SIDE)
+
+        async def bring(client: httpx.AsyncClient, url: str, param: str) -> None:
+            try:
+                async with asyncio.timeout_at(deadline), turns:
+                    await self._bring(client, url, param, bodies)
+            except TimeoutError:
+                raise RequestError(f"{_shown(url)} took over {self._timeout_s:g} s", param=param) from None
+
+        # no connection is used twice: two hosts at one address have certificates of their own
+        limits = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(timeout=None, trust_env=False, verify=self._tls, limits=limits) as client:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for url, param in urls.items():
+                        group.create_task(bring(client, url, param))
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+        return {url: bytes(body) for url, body in bodies.items()}
+
+    async def _bring(
+        self, client: "httpx.AsyncClient", given: str, param: str, bodies: Mapping[str, bytearray]
+    ) -> None:
+        """Into its place in `bodies`."""
+        import httpx
+
+        url, body = given, bodies[given]
+        for hop in range(_MAX_REDIRECTS + 1):
+            target = await self._target(url, param, first=hop == 0)
+            headers = {"Host": target.netloc, "Accept-Encoding": "identity"}
+            try:
+                async with client.stream(
+                    "GET", target.url, headers=headers, extensions={"sni_hostname": target.host}
+                ) as response:
                     if response.has_redirect_location:
                         url = urljoin(url, response.headers["location"])
                         continue
                     if response.status_code != 200:
                         raise RequestError(f"{_shown(url)} answers {response.status_code}", param=param)
-                    body = bytearray()
-                    for chunk in response.iter_raw():  # nothing is unpacked, so nothing bursts
+                    async for chunk in response.aiter_raw():  # nothing is unpacked, so nothing bursts
                         body += chunk
-                        if len(body) > self.max_nbytes:
-                            raise self._too_large(param)
-                        if time.monotonic() > deadline:
-                            raise RequestError(f"{_shown(url)} took over {self.timeout_s:g} s", param=param)
-                    return bytes(body)
+                        self._check(body, bodies, param)
+                    return
             except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
                 if isinstance(error, RequestError):
                     raise
                 raise RequestError(f"{_shown(url)} cannot be fetched: {type(error).__name__}", param=param) from None
-        raise RequestError(f"{_shown(url)} redirects more than {_MAX_REDIRECTS} times", param=param)
+        raise RequestError(f"{_shown(given)} redirects more than {_MAX_REDIRECTS} times", param=param)
 
-    def _target(self, url: str, param: str, *, first: bool) -> "_Target":
-        """What `url` comes to. Raises `RequestError` where nobody may fetch from."""
+    def _check(self, body: bytearray, bodies: Mapping[str, bytearray], param: str) -> None:
+        if len(body) > self.max_nbytes:
+            raise RequestError(f"the file is over {self.max_nbytes} bytes; send a smaller one", param=param)
+        if sum(map(len, bodies.values())) > self._max_total:
+            raise RequestError(f"the files of the request are over {self._max_total} bytes; send fewer", param=param)
+
+    def _named(self, url: str, param: str) -> tuple[str, bool]:
+        """The host of `url`, and whether the operator named it. Raises `RequestError` where nobody may fetch from."""
         try:
             parts = urlsplit(url)
-            host, port = (parts.hostname or "").rstrip("."), parts.port
+            host, _ = (parts.hostname or "").rstrip("."), parts.port
         except ValueError:
             raise RequestError("the URL is malformed", param=param) from None
         if parts.scheme not in ("http", "https") or not host or parts.username or parts.password:
             raise RequestError("give an http(s) URL without a user, or a data URL", param=param)
-        named = host in self.domains
-        if not named and ANY not in self.domains:
+        named = host in self._domains
+        if not named and ANY not in self._domains:
             raise RequestError(
                 f"{host[:200]!r} is no host that may be fetched from; send the file as a data URL, or start with "
                 "--allowed-media-domains",
                 param=param,
             )
-        address = self._address(host, port or (443 if parts.scheme == "https" else 80), param)
-        if not _is_public(address) and not (first and named):
-            raise RequestError(f"{host[:200]!r} has an address that is not public", param=param)
-        shown = f"[{address}]" if ":" in address else address
-        netloc = shown if port is None else f"{shown}:{port}"
-        return _Target(host, parts.netloc, parts._replace(netloc=netloc, fragment="").geturl())
+        return host, named
 
-    def _address(self, host: str, port: int, param: str) -> str:
+    async def _target(self, url: str, param: str, *, first: bool) -> _Target:
+        """What `url` comes to. Raises `RequestError` where nobody may fetch from."""
+        host, named = self._named(url, param)
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            address = await self._addresses.of(host)
         except (OSError, UnicodeError):
             raise RequestError(f"{host[:200]!r} cannot be found", param=param) from None
-        return str(found[0][4][0]).partition("%")[0]
-
-    def _too_large(self, param: str) -> RequestError:
-        return RequestError(f"the file is over {self.max_nbytes} bytes; send a smaller one", param=param)
-
-
-def _is_public(address: str) -> bool:
-    """Not of the own machine or network, however it is written (an IPv6 address may carry one of IPv4)."""
-    parsed = ipaddress.ip_address(address)
-    if isinstance(parsed, ipaddress.IPv6Address):
-        embedded = [parsed.ipv4_mapped, parsed.sixtofour, *(parsed.teredo or ())]
-        if parsed in _NAT64:
-            embedded.append(ipaddress.IPv4Address(parsed.packed[-4:]))
-        if any(one is not None and not one.is_global for one in embedded):
-            return False
-    return parsed.is_global and not parsed.is_multicast
+        if not is_public(address) and not (first and named):
+            raise RequestError(f"{host[:200]!r} has an address that is not public", param=param)
+        parts = urlsplit(url)
+        shown = f"[{address}]" if ":" in address else address
+        netloc = shown if parts.port is None else f"{shown}:{parts.port}"
+        return _Target(host, parts.netloc, parts._replace(netloc=netloc, fragment="").geturl())
 
 
 def _shown(url: str) -> str:

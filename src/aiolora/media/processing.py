@@ -6,7 +6,7 @@ from typing import Any
 
 from aiolora.errors import MissingExtraError, ModelError
 from aiolora.media.content import AUDIO, IMAGE
-from aiolora.media.images import Images, llava, qwen
+from aiolora.media.images import Images, llava, llava_count, qwen, qwen_count
 from aiolora.media.items import Processor
 from aiolora.media.recordings import GraniteRecordings, QwenRecordings
 
@@ -22,9 +22,9 @@ def processors_of(folder: Path, *, max_pixels: int) -> dict[str, Processor]:
 
         hf = AutoConfig.from_pretrained(folder)
         if hf.model_type == "llava":
-            return {IMAGE: Images(hf, _image_processor(folder), max_pixels, llava)}
+            return {IMAGE: Images(hf, _image_processor(folder), max_pixels, llava_count, llava)}
         if hf.model_type in ("qwen2_vl", "qwen2_5_vl"):
-            return {IMAGE: Images(hf, _image_processor(folder), max_pixels, qwen)}
+            return {IMAGE: Images(hf, _image_processor(folder), max_pixels, qwen_count, qwen)}
         if hf.model_type == "granite_speech":
             return {AUDIO: GraniteRecordings.of(hf, _said(folder))}
         if hf.model_type == "qwen2_audio":

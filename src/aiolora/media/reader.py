@@ -8,9 +8,10 @@ import numpy as np
 from msgspec import Struct, structs
 
 from aiolora.errors import RequestError
-from aiolora.media.content import Given, has_media, parted
+from aiolora.media.content import Given, Split, modalities_in, parted
+from aiolora.media.data_urls import decoded
 from aiolora.media.fetch import Fetcher
-from aiolora.media.items import Processor
+from aiolora.media.items import Opened, Processor
 from aiolora.media.processing import processors_of
 from aiolora.types import MediaItem, Messages, Prompt, Rotary
 
@@ -26,23 +27,12 @@ class Spelling(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-class Read(Struct, frozen=True):
-    """A prompt whose media were read."""
-
-    prompt: Prompt | Messages  # with a placeholder for each
-    items: tuple[MediaItem, ...]  # in the order of their placeholders within a modality
-
-    @property
-    def modalities(self) -> frozenset[str]:
-        return frozenset(item.modality for item in self.items)
-
-
 class Placed(Struct, frozen=True):
     """Token ids with as many placeholders as each item has rows."""
 
     ids: list[int]
-    items: tuple[MediaItem, ...]  # by their starts
-    rotary: Rotary | None
+    items: tuple[MediaItem, ...] = ()  # by their starts
+    rotary: Rotary | None = None
 
 
 class MediaReader:
@@ -56,7 +46,9 @@ class MediaReader:
     @classmethod
     def of(cls, folder: Path, model: str, *, domains: tuple[str, ...], max_pixels: int) -> "MediaReader":
         """That of the model in `folder`. Raises `ModelError`."""
-        return cls(processors_of(folder, max_pixels=max_pixels), Fetcher(domains), model=model)
+        reader = cls(processors_of(folder, max_pixels=max_pixels), Fetcher(domains), model=model)
+        reader.samples()  # whose sizes must be what is made of them
+        return reader
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -65,72 +57,92 @@ class MediaReader:
 
     def samples(self) -> list[MediaItem]:
         """A small one and a large one of each modality, to warm an encoder up with."""
-        return [processor.item(source, "") for processor in self._processors.values() for source in processor.blanks]
+        return [one.open(source, "").item() for one in self._processors.values() for source in one.blanks]
 
     def largest(self, max_tokens: int) -> list[MediaItem]:
         """About the largest of each modality of which a prompt of so many tokens has room."""
         found = []
         for processor in self._processors.values():
-            share, item, larger = 1.0, processor.item(processor.blank(1.0), ""), 0
-            while item.count > max_tokens and item.count != larger:  # some have as many tokens whatever they show
-                share, larger = share * 0.95 * max_tokens / item.count, item.count
-                item = processor.item(processor.blank(share), "")
-            found.append(item)
+            share, one, larger = 1.0, processor.open(processor.blank(1.0), ""), 0
+            while one.count > max_tokens and one.count != larger:  # some have as many tokens whatever they show
+                share, larger = share * 0.95 * max_tokens / one.count, one.count
+                one = processor.open(processor.blank(share), "")
+            found.append(one.item())
         return found
 
-    def wanted(self, prompt: Prompt | Messages) -> bool:
-        """Whether `prompt` brings media, which `read` is for; the others are only `worded`."""
-        return has_media(prompt)
+    def modalities_in(self, prompt: Prompt | Messages) -> frozenset[str]:
+        """What `prompt` brings besides text. Raises `RequestError`."""
+        return modalities_in(prompt)
 
-    def worded(self, prompt: Prompt | Messages, spelling: Spelling) -> Prompt | Messages:
-        """A prompt without media as the model's chat template expects it."""
-        if not self._processors or not _knows_parts(spelling.chat_template):
-            return prompt
-        return parted(prompt, {}, parts=True)[0]
-
-    def read(self, prompt: Prompt | Messages, spelling: Spelling) -> Read:
-        """Fetch, decode and process; blocks. Raises `RequestError`, and `MissingExtraError` without Pillow."""
+    def split(self, prompt: Prompt | Messages, spelling: Spelling) -> Split:
+        """The prompt as the chat template of `spelling` expects it, and its media beside it. Raises `RequestError`."""
+        parts = _knows_parts(spelling.chat_template)
+        if not modalities_in(prompt):
+            return Split(parted(prompt, {}, parts=True)[0] if self._processors and parts else prompt)
         texts = {modality: spelling.decode([one.token_id]) for modality, one in self._processors.items()}
-        rest, given = parted(prompt, texts, parts=_knows_parts(spelling.chat_template))
+        rest, given = parted(prompt, texts, parts=parts)
         if len(given) > MAX_ITEMS:
             raise RequestError(f"{len(given)} images and recordings, the limit is {MAX_ITEMS}", param=given[0].param)
-        return Read(rest, tuple(map(self._item, given)))
+        for one in given:
+            if one.modality not in self._processors:
+                taken = ", ".join(("text", *sorted(self._processors)))
+                raise RequestError(f"the model {self._model!r} takes {taken}, no {one.modality}", param=one.param)
+        return Split(rest, tuple(given))
 
-    def place(self, ids: Sequence[int], items: Sequence[MediaItem]) -> Placed:
-        """Each item's placeholder in `ids` becomes as many as it has rows. Raises `RequestError` where they differ."""
+    async def fetched(self, split: Split) -> Split:
+        """With the files in the place of their URLs, but for those in data URLs. On the loop. Raises `RequestError`."""
+        return split.with_files(await self._fetcher.files(split.urls)) if split.given else split
+
+    def open(self, given: Sequence[Given]) -> list[Opened]:
+        """What was given, by its sizes. Raises `RequestError`, and `MissingExtraError` without Pillow."""
+        opened = [self._opened(one) for one in given]
+        for modality, processor in self._processors.items():
+            size = sum(one.size for one in opened if one.modality == modality)
+            if size > processor.room:
+                raise RequestError(
+                    f"the prompt has {size:.0f} {processor.unit} of {modality} in all; the limit is "
+                    f"{processor.room:.0f}; send fewer, or smaller ones",
+                    param=given[0].param,
+                )
+        return opened
+
+    def place(self, ids: Sequence[int], opened: Sequence[Opened]) -> Placed:
+        """Each one's placeholder in `ids` becomes as many as it has rows, and it an item; blocks.
+
+        Raises `RequestError` where there are more of the ones or the others.
+        """
+        if not opened:
+            return Placed(list(ids))
         left = {
-            self._processors[modality].token_id: [item for item in items if item.modality == modality][::-1]
-            for modality in {item.modality for item in items}
+            self._processors[modality].token_id: [one for one in opened if one.modality == modality][::-1]
+            for modality in {one.modality for one in opened}
         }
         out: list[int] = []
-        placed: list[MediaItem] = []
+        starts: list[tuple[int, Opened]] = []
         for token in ids:
             if token not in left:
                 out.append(token)
                 continue
             if not left[token]:
-                raise self._miscounted(ids, items)
-            item = structs.replace(left[token].pop(), start=len(out))
-            placed.append(item)
-            out += [token] * item.count
+                raise self._miscounted(ids, opened)
+            one = left[token].pop()
+            starts.append((len(out), one))
+            out += [token] * one.count
         if any(left.values()):
-            raise self._miscounted(ids, items)
-        return Placed(out, tuple(placed), rotary_of(len(out), placed))
+            raise self._miscounted(ids, opened)
+        items = [structs.replace(one.item(), start=start) for start, one in starts]
+        return Placed(out, tuple(items), rotary_of(len(out), items))
 
-    def _item(self, given: Given) -> MediaItem:
-        processor = self._processors.get(given.modality)
-        if processor is None:
-            taken = ", ".join(("text", *sorted(self._processors)))
-            raise RequestError(f"the model {self._model!r} takes {taken}, no {given.modality}", param=given.param)
+    def _opened(self, given: Given) -> Opened:
         source = given.source
         if isinstance(source, str):
-            source = self._fetcher.bytes_of(source, given.param)
-        return processor.item(source, given.param)
+            source = decoded(source, self._fetcher.max_nbytes, given.param)
+        return self._processors[given.modality].open(source, given.param)
 
-    def _miscounted(self, ids: Sequence[int], items: Sequence[MediaItem]) -> RequestError:
+    def _miscounted(self, ids: Sequence[int], opened: Sequence[Opened]) -> RequestError:
         counts = [
             f"{sum(token == processor.token_id for token in ids)} placeholders of {modality} for "
-            f"{sum(item.modality == modality for item in items)} given"
+            f"{sum(one.modality == modality for one in opened)} given"
             for modality, processor in self._processors.items()
         ]
         return RequestError(f"the prompt has {', '.join(counts)}; write one for each", param="prompt")

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiolora.media.content import AUDIO
-from aiolora.media.decode import MAX_SECONDS, Samples, audio_of
-from aiolora.media.items import item_of
+from aiolora.media.decode import MAX_SECONDS, Samples, recording_of
+from aiolora.media.items import Opened, item_of
 from aiolora.types import MediaItem
 
 
@@ -31,6 +31,8 @@ class GraniteRecordings:
     window: int  # samples
     hop: int  # samples
     filters: NDArray[np.float64]  # [fft / 2 + 1, mels]
+    room: float = MAX_SECONDS
+    unit: str = "seconds"
 
     @classmethod
     def of(cls, hf: Any, said: dict[str, Any]) -> "GraniteRecordings":
@@ -62,11 +64,19 @@ class GraniteRecordings:
     def blank(self, share: float) -> object:
         return _silence(MAX_SECONDS * share)
 
-    def item(self, source: object, param: str) -> MediaItem:
-        frames = self.frames(audio_of(source, self.rate, param=param))
-        windows = math.ceil(len(frames) / self.hf.window_size)
-        count = windows * (self.hf.window_size // self.hf.downsample_rate)
-        return item_of(AUDIO, {"input_features": frames[None]}, count)
+    def open(self, source: object, param: str) -> Opened:
+        recording = recording_of(source, param=param)
+        mirrored = recording.length_at(self.rate) + 2 * (self.window // 2)
+        count = self._count(((mirrored - self.window) // self.hop + 1) // 2)
+        return Opened(AUDIO, count, recording.seconds, lambda: self._item(recording.samples(self.rate)))
+
+    def _item(self, samples: Samples) -> MediaItem:
+        frames = self.frames(samples)
+        return item_of(AUDIO, {"input_features": frames[None]}, self._count(len(frames)))
+
+    def _count(self, frames: int) -> int:
+        windows: int = math.ceil(frames / self.hf.window_size)
+        return windows * int(self.hf.window_size // self.hf.downsample_rate)
 
     def frames(self, samples: Samples) -> NDArray[np.float32]:
         """[frames / 2, 2 * mels]: log-mel energies, the range of 8 powers of ten under the largest to -1 and 1.
@@ -89,6 +99,8 @@ class QwenRecordings:
 
     hf: Any
     processor: Any
+    room: float = MAX_SECONDS
+    unit: str = "seconds"
 
     @property
     def token_id(self) -> int:
@@ -101,12 +113,21 @@ class QwenRecordings:
     def blank(self, share: float) -> object:
         return _silence(MAX_SECONDS * share)
 
-    def item(self, source: object, param: str) -> MediaItem:
+    def open(self, source: object, param: str) -> Opened:
+        recording = recording_of(source, param=param)
         rate = int(self.processor.sampling_rate)
-        samples = audio_of(source, rate, param=param)
+        seen = min(recording.length_at(rate), int(self.processor.n_samples))
+        count = _qwen_count(math.ceil(seen / self.processor.hop_length))
+        return Opened(AUDIO, count, recording.seconds, lambda: self._item(recording.samples(rate), rate))
+
+    def _item(self, samples: Samples, rate: int) -> MediaItem:
         made = self.processor(
             samples, sampling_rate=rate, return_attention_mask=True, padding="max_length", return_tensors="np"
         )
         mask = np.asarray(made["attention_mask"])
         features = {"input_features": np.asarray(made["input_features"]), "feature_attention_mask": mask}
-        return item_of(AUDIO, features, ((int(mask.sum()) - 1) // 2 - 1) // 2 + 1)
+        return item_of(AUDIO, features, _qwen_count(int(mask.sum())))
+
+
+def _qwen_count(frames: int) -> int:
+    return ((frames - 1) // 2 - 1) // 2 + 1

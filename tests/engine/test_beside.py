@@ -1,0 +1,50 @@
+import threading
+from typing import Any
+
+import pytest
+
+from aiolora.engine.beside import _LONG, beside, takes_long
+from aiolora.types import Conversation, StructuredOutputsParams
+
+MESSAGE = {"role": "user", "content": "hello"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": [1] * 600}}}
+LONG: dict[str, Any] = {
+    "a text": "x" * (_LONG + 1),
+    "token ids": [1] * 600,
+    "token ids in a mapping": {"prompt_token_ids": [1] * 600},
+    "empty messages": [{"role": "user", "content": ""}] * 200,
+    "empty mappings": [{}] * 600,
+    "calls": [{"role": "assistant", "content": "", "tool_calls": [CALL]}],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": ""}] * 300}],
+    "a long name": [MESSAGE | {"name": "x" * 5000}],
+    "tools": Conversation(messages=[MESSAGE], tools=[{"function": {"parameters": {str(n): {} for n in range(400)}}}]),
+    "what a template reads": Conversation(messages=[MESSAGE], template_kwargs={"a": {"b": [[]] * 600}}),
+    "a schema": StructuredOutputsParams(json={"enum": [None] * 600}),
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_whatever_there_is_much_of_takes_long(what: str) -> None:
+    assert takes_long(LONG[what])
+
+
+@pytest.mark.parametrize("prompt", ["hello", [1] * 300, [MESSAGE] * 20, Conversation(messages=[MESSAGE]), {}, [], None])
+def test_what_is_short_does_not(prompt: Any) -> None:
+    assert not takes_long(prompt)
+
+
+def test_no_more_is_looked_at_than_takes_long() -> None:
+    class Seen(list[object]):
+        def __iter__(self) -> Any:
+            raise AssertionError("its length says enough")
+
+    assert takes_long(Seen([0] * 10_000))
+    endless: list[object] = []
+    endless.append(endless)
+    assert takes_long(endless)
+
+
+async def test_what_takes_long_is_done_in_another_thread_and_nothing_else() -> None:
+    here = threading.current_thread()
+    assert await beside(False, threading.current_thread) is here
+    assert await beside(True, threading.current_thread) is not here
