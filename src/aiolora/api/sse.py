@@ -47,8 +47,10 @@ class Mould:
 
     def __init__(self, chunk: Struct) -> None:
         """`chunk` has choice 0 with `HOLE` for its text, and nothing that a client said behind that."""
-        head, _, self._tail = frames([chunk]).rpartition(_HOLE)
+        head, hole, self._tail = frames([chunk]).rpartition(_HOLE)
         head, at, self._between = head.rpartition(b'"index":0')
+        assert hole, "the chunk has a hole"
+        assert at, "its choice is the first"
         self._head = head + at[:-1]
 
     def frame(self, index: int, text: str) -> bytes:

@@ -2,7 +2,6 @@
 
 import time
 
-from aiolora.errors import AioloraError
 from aiolora.tokenizer import Tokenizer
 from aiolora.types import (
     CompletionOutput,
@@ -24,6 +23,7 @@ class Assembler:
         self.tokenizer = tokenizer
         self._answers = [_Answer(request, index, tokenizer) for index in range(request.params.n)]
         self._unfinished = request.params.n
+        self._scored = request.params.logprobs is not None
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._metrics = RequestMetrics(arrival_time=request.arrival_s)
 
@@ -56,7 +56,8 @@ class Assembler:
             self._metrics.scheduled_time = delta.started_s
         if delta.prompt_logprobs is not None:
             self.take_prompt(delta)
-        output = answer.feed(delta, self._top(delta))
+        top = self._top(delta.token_id, delta) if self._scored else None
+        output = answer.feed(delta.token_id, delta, top)
         if output.finish_reason is not None:
             self._end_of_one()
         return output
@@ -89,10 +90,8 @@ class Assembler:
         if self._unfinished == 0:
             self._metrics.finished_time = time.monotonic()
 
-    def _top(self, delta: TokenDelta) -> dict[int, Logprob] | None:
-        if self.request.params.logprobs is None or delta.token_id is None:
-            return None
-        top = {delta.token_id: self._logprob(delta.token_id, delta.logprob, delta.rank)}
+    def _top(self, token_id: int, delta: TokenDelta) -> dict[int, Logprob]:
+        top = {token_id: self._logprob(token_id, delta.logprob, delta.rank)}
         for rank, (token, value) in enumerate(delta.top, start=1):
             top.setdefault(token, self._logprob(token, value, rank))
         return top
@@ -120,16 +119,14 @@ class _Answer:
         self.finish_reason: FinishReason | None = None
         self._stop_reason: int | str | None = None
 
-    def feed(self, delta: TokenDelta, top: dict[int, Logprob] | None) -> TokenOutput:
-        if delta.token_id is None:
-            raise AioloraError("a delta without a token reached an answer")
-        self._token_ids.append(delta.token_id)
+    def feed(self, token_id: int, delta: TokenDelta, top: dict[int, Logprob] | None) -> TokenOutput:
+        self._token_ids.append(token_id)
         self._cumulative += delta.logprob
         if self._logprobs is not None and top is not None:
             self._logprobs.append(top)
         self.finish_reason, self._stop_reason = delta.finish_reason, delta.stop_reason
         silent = delta.finish_reason == "stop" and not self._shows_stop  # a stop token, or the end of the text
-        text = "" if silent else self._stream.push(delta.token_id)
+        text = "" if silent else self._stream.push(token_id)
         if self.finish_reason is not None:
             text += self._stream.flush()
         if self._stops:
@@ -138,7 +135,7 @@ class _Answer:
             self._sent.append(text)
         return TokenOutput(
             text=text,
-            token_id=delta.token_id,
+            token_id=token_id,
             logprob=delta.logprob,
             top_logprobs=top,
             index=self._index,
