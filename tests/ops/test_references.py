@@ -490,6 +490,16 @@ def test_a_token_is_allowed_by_its_bit(vocabulary: int, words: int, dtype: torch
             assert float(out[row, token]) == (float(logits[row, token]) if allowed else -math.inf)
 
 
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
+@pytest.mark.parametrize("low", [-math.inf, -1e30, -100.0, -81.0])
+def test_what_is_next_to_impossible_is_never_drawn(low: float, u: float) -> None:
+    logits = torch.full((1, 5000), low)
+    logits[0, 7] = logits[0, 4000] = 0.0
+    one, off = torch.ones(1), torch.zeros(1)
+    drawn = sample(logits, one, off.int(), one, off, torch.tensor([u]))
+    assert drawn.tolist() == [7 if u < 0.5 else 4000]
+
+
 def test_uniform_numbers_are_uniform_and_unrelated_over_seeds_and_positions() -> None:
     table = np.array([[uniform(seed, position) for position in range(300)] for seed in range(-50, 250)])
     assert table.min() >= 0
