@@ -12,6 +12,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.tiny import make_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its answers may last for a second or more: a client on a busy machine is to come while one is under way."""
+    return make_model(tmp_path_factory.mktemp("serve"), vocab_size=320, max_position_embeddings=1024)
+
 
 @asynccontextmanager
 async def serving(*argv: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
@@ -44,9 +52,9 @@ async def serving(*argv: str) -> AsyncIterator[tuple[asyncio.subprocess.Process,
         await process.wait()
 
 
-async def test_sigterm_lets_a_stream_end_and_sends_new_requests_elsewhere(byte_model: Path) -> None:
+async def test_sigterm_lets_a_stream_end_and_sends_new_requests_elsewhere(model: Path) -> None:
     async with (
-        serving(str(byte_model), "--served-model-name", "base") as (process, url),
+        serving(str(model), "--served-model-name", "base") as (process, url),
         httpx.AsyncClient(base_url=url, timeout=60) as client,
     ):
         length = (await client.get("/v1/models")).json()["data"][0]["max_model_len"]
@@ -64,9 +72,9 @@ async def test_sigterm_lets_a_stream_end_and_sends_new_requests_elsewhere(byte_m
         assert await process.wait() == 0
 
 
-async def test_a_second_signal_ends_it_at_once(byte_model: Path) -> None:
+async def test_a_second_signal_ends_it_at_once(model: Path) -> None:
     async with (
-        serving(str(byte_model), "--served-model-name", "base") as (process, url),
+        serving(str(model), "--served-model-name", "base") as (process, url),
         httpx.AsyncClient(base_url=url, timeout=60) as client,
     ):
         body = {"model": "base", "prompt": "x", "max_tokens": 10_000_000, "stream": True, "ignore_eos": True}
