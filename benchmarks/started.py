@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,19 +31,23 @@ class Kernels:
         self.found = 0
         self.seconds: Counter[str] = Counter()  # by stage, of all threads
         self.each: list[tuple[float, str]] = []
+        self.missed: list[str] = []  # that no rehearsal met: the starting thread compiled them itself
 
     def heard(self, *, src: Any, times: Any, cache_hit: bool, **_: object) -> None:
         stages = {"front": times.ir_initialization, **dict(times.lowering_stages), "store": times.store_results}
         self.found += cache_hit
         self.seconds.update({stage: us / 1e6 for stage, us in stages.items()})
         self.each.append((sum(stages.values()) / 1e6, src.name))
+        if threading.current_thread() is threading.main_thread():
+            self.missed.append(src.name)
 
     def __str__(self) -> str:
         if not self.each:
             return "no kernels"
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
         longest = ", ".join(f"{name} {seconds:.1f}" for seconds, name in sorted(self.each, reverse=True)[:5])
-        counts = f"{len(self.each)} kernels, {self.found} of them found"
+        missed = f", {len(self.missed)} one after the other ({' '.join(self.missed)})" if self.missed else ""
+        counts = f"{len(self.each)} kernels, {self.found} of them found{missed}"
         return f"{counts}; seconds of all threads: {stages}; longest: {longest}"
 
 
