@@ -42,7 +42,7 @@ class Picture(Struct, frozen=True):
         from PIL import ImageOps
 
         try:
-            return np.asarray(ImageOps.exif_transpose(self.opened).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(self.opened).convert("RGB"))  # torchvision warns of one not to be written
         except (OSError, ValueError, SyntaxError, EOFError, Pillow.DecompressionBombError) as error:
             raise RequestError(f"the image cannot be decoded: {error}", param=self.param) from None
 
