@@ -42,7 +42,8 @@ class Picture(Struct, frozen=True):
         from PIL import ImageOps
 
         try:
-            return np.array(ImageOps.exif_transpose(self.opened).convert("RGB"))  # torchvision warns of one not to be written
+            picture = ImageOps.exif_transpose(self.opened).convert("RGB")
+            return np.array(picture)  # a copy: torchvision warns of one that may not be written to
         except (OSError, ValueError, SyntaxError, EOFError, Pillow.DecompressionBombError) as error:
             raise RequestError(f"the image cannot be decoded: {error}", param=self.param) from None
 
