@@ -32,7 +32,7 @@ class Kind:
     """
 
     name: str  # checkpoint names of its slices without the layer's number, joined by +
-    layers: int
+    layers: int  # up to the last that may be changed
     inputs: int  # K
     bounds: tuple[int, ...]  # ends of the slices among the out-features
     experts: int = 0  # E; 0: it is not of experts
@@ -143,9 +143,15 @@ class Layout:
         return sum(weight.blocks for weight in self.weights if weight.taken)
 
     def kind_of(self, layer: int, linear: Linear | ExpertLinear) -> int | None:
-        """Index of the kind of a Linear in `layer`; None: no adapter may change it."""
-        wanted = _key(layer, linear)
-        return next((i for i, kind in enumerate(self.kinds) if (kind.name, kind.inputs, kind.bounds) == wanted), None)
+        """Index of the kind of a Linear in `layer`; None: no adapter may change it.
+
+        Pages reach to the last layer that may be changed: whoever is behind that has none.
+        """
+        wanted, last = _key(layer, linear), (layer + 1) * getattr(linear, "experts", 1)
+        for number, kind in enumerate(self.kinds):
+            if (kind.name, kind.inputs, kind.bounds) == wanted and last <= kind.layers:
+                return number
+        return None
 
     def page_nbytes(self, kind: int) -> int:
         """Bytes of a page of a kind of `page_kinds`."""
