@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from aiolora import LLM, LoRARequest
-from aiolora.errors import AdapterMismatchError
+from aiolora.errors import AdapterMismatchError, ConfigError
 from tests.conftest import ModelOf
 from tests.tiny import (
     ALL_LINEARS,
@@ -68,3 +68,31 @@ def test_of_experts_of_named_layers_alone_adapters_are_served(model_of: ModelOf,
     folder = make_adapter(base, tmp_path / "own", r=4, target_modules=[], target_parameters=own)
     assert_served_beside_the_base(llm, base, folder)
     assert_refused(llm, make_adapter(base, tmp_path / "all", r=4, target_modules=[], target_parameters=EXPERTS))
+
+
+@pytest.mark.parametrize("memory", [None, 1 << 20])
+def test_experts_alone_may_take_adapters(model_of: ModelOf, tmp_path: Path, memory: int | None) -> None:
+    base = model_of("mixtral")
+    llm = started(base, "experts", max_lora_rank=8, lora_memory=memory)
+    folder = make_adapter(base, tmp_path / "own", r=4, target_modules=[], target_parameters=EXPERTS)
+    assert_served_beside_the_base(llm, base, folder)
+    llm.engine.pin_lora("own")
+    assert_refused(llm, make_adapter(base, tmp_path / "attention"))
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+def test_the_embedding_and_the_head_alone_may_take_adapters(
+    model_of: ModelOf, tmp_path: Path, memory: int | None
+) -> None:
+    base = model_of("llama")
+    llm = started(base, "embed_tokens", "lm_head", lora_memory=memory)
+    folder = make_adapter(base, tmp_path / "own", target_modules=["embed_tokens", "lm_head"])
+    assert_served_beside_the_base(llm, base, folder)
+    llm.engine.pin_lora("own")
+    assert_refused(llm, make_adapter(base, tmp_path / "attention"))
+
+
+@pytest.mark.parametrize("only", ["q_prj", "layers.2", "norm"])
+def test_names_that_leave_nothing_to_factors_are_told_with_what_there_is(model_of: ModelOf, only: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{only}'.*--lora-target-modules.* q_proj, .*down_proj.* lm_head"):
+        started(model_of("llama"), only)

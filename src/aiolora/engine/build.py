@@ -212,7 +212,7 @@ def _pinned_pages(args: EngineArgs, layout: Layout) -> dict[int, int]:
     kinds = layout.page_kinds.linears
     page = sum(map(layout.page_nbytes, kinds))
     wish = (args.host_adapters + READERS) * -(-args.max_lora_rank // RANKS_PER_PAGE)
-    return dict.fromkeys(kinds, min(wish, memory // _PINNED_SHARE // page))
+    return dict.fromkeys(kinds, min(wish, memory // _PINNED_SHARE // page)) if kinds else {}
 
 
 def _stores(model: Model, layout: Layout | None, plan: Plan) -> tuple[AdapterPool | None, KVCache]:

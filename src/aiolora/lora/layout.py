@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aiolora.errors import ConfigError
 from aiolora.lora.kinds import PageKinds
 from aiolora.models.encoder import Encoder
 from aiolora.models.layers import Linear
@@ -174,6 +175,7 @@ def layout_of(
     """Group the model's Linears into kinds; `only` narrows what may be changed, and kinds of nothing have no pages.
 
     A name of `only` means a module by its name, by its end or by whatever is between dots in it: "q_proj", "mlp".
+    Raises `ConfigError` where it leaves no module whose low-rank factors an adapter may bring.
     """
 
     def taken(module: str) -> bool:
@@ -206,6 +208,15 @@ def layout_of(
             targets[name] = Target(len(kinds), 0, 0, base)
             end = Kind(name, 1, base.shape[1], (0, base.shape[0]))
             kinds[end.name, end.inputs, end.bounds] = end
+
+    if only is not None and not kinds:
+        modules = [part for _, linear in model.linears() for part in linear.parts]
+        modules += [part for _, linear in model.experts() for part in linear.parts]
+        there = dict.fromkeys(name.rpartition(".")[2] for name in (*modules, embed_tokens, lm_head))
+        raise ConfigError(
+            f"lora_target_modules={only} names no module of the model that takes adapters (--lora-target-modules); "
+            f"it has {', '.join(there)}"
+        )
 
     def weight(rows: dict[str, int], base: Tensor) -> Weight:
         return Weight(rows, frozenset(filter(taken, rows)), base)
