@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from aiolora.config import EngineArgs
 from aiolora.engine import ahead
 from aiolora.lora.kinds import Room
+from aiolora.lora.layout import layout_of
 from aiolora.models.decoder import Decoder, DecoderConfig
 from aiolora.models.families import decoder_config
 from aiolora.ops.kernels import activation, attention, blocks, embedding, experts, linear, norm, rope, routes, sampling
@@ -57,7 +58,7 @@ def config_of(family: str, **changes: object) -> DecoderConfig:
 
 def rehearsed(asked: Asked, config: DecoderConfig) -> Asked:
     asked.clear()
-    ahead.outlined_runner(config, torch.bfloat16, EngineArgs(model="m", enable_lora=True, max_lora_rank=16))
+    ahead.rehearse_outline(config, torch.bfloat16, EngineArgs(model="m", enable_lora=True, max_lora_rank=16))
     return set(asked)
 
 
@@ -97,6 +98,26 @@ def test_two_layers_of_each_sort_are_kept() -> None:
     assert plain.moe.layers == {2, 3}, "layers 0 and 1 have a plain MLP, 3 and 5 experts"
 
 
+@pytest.mark.parametrize(
+    ("only", "all_compiled"),
+    [
+        (("q_proj", "mlp"), True),
+        (("layers.0",), True),
+        (("layers.0.self_attn", "layers.5.mlp"), False),
+        (("layers.7",), False),
+        (("layers.7", "lm_head"), False),
+    ],
+)
+def test_kinds_of_layers_that_are_left_out_are_not_taken_for_compiled(
+    asked: Asked, caplog: pytest.LogCaptureFixture, only: tuple[str, ...], all_compiled: bool
+) -> None:
+    model = Decoder(config_of("llama", num_hidden_layers=8), dtype=torch.bfloat16, device="meta")
+    args = EngineArgs(model="m", enable_lora=True, lora_target_modules=only)
+    layout = layout_of(model, torch.bfloat16, only=only)
+    assert ahead.compile_ahead(model, args, layout).result() == all_compiled
+    assert not caplog.records
+
+
 def test_an_op_is_its_shape_alone_on_meta_outside_a_rehearsal(asked: Asked) -> None:
     x = torch.empty(3, 64, dtype=torch.bfloat16, device="meta")
     assert rms_norm_op(x, x[0], 1e-5).shape == x.shape
@@ -111,14 +132,16 @@ def test_what_cannot_be_compiled_ahead_does_not_end_a_start(
 ) -> None:
     model = Decoder(config_of("llama"), dtype=torch.bfloat16, device="meta")
     args = EngineArgs(model="m", enable_lora=True)
-    assert ahead.compile_ahead(model, args).result()
+    layout = layout_of(model, torch.bfloat16)
+    assert ahead.compile_ahead(model, args, layout).result()
+    assert ahead.compile_ahead(model, EngineArgs(model="m"), None).result()
     tight = EngineArgs(model="m", enable_lora=True, kv_cache_memory=1)
-    assert not ahead.compile_ahead(model, tight).result()
+    assert not ahead.compile_ahead(model, tight, layout).result()
     assert not caplog.records, "the plan itself will say what is wrong"
 
     def fails(*args: object) -> None:
         raise RuntimeError("no ptxas")
 
-    monkeypatch.setattr(ahead, "outlined_runner", fails)
-    assert not ahead.compile_ahead(model, args).result()
+    monkeypatch.setattr(ahead, "rehearse_outline", fails)
+    assert not ahead.compile_ahead(model, args, layout).result()
     assert "no ptxas" in caplog.text

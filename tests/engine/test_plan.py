@@ -28,7 +28,8 @@ def plan(model_of: ModelOf, *, family: str = "llama", activations: int = 100 * M
     given = EngineArgs(model=str(model_of(family)), max_num_seqs=40, enable_lora=True, max_loras=4, **args)
     model = load_decoder(given, model_of(family), device="cpu")
     config = replace(model.config, max_positions=1 << 20)  # so long that memory is the bound
-    return make_plan(given, config, layout_of(model, torch.float32), torch.float32, "cuda", activations=activations)
+    layout = layout_of(model, torch.float32, only=given.lora_target_modules)
+    return make_plan(given, config, layout, torch.float32, "cuda", activations=activations)
 
 
 def test_the_kv_cache_gets_what_the_others_leave(model_of: ModelOf) -> None:
@@ -76,6 +77,20 @@ def test_memory_for_adapters_is_shared_by_experts_and_other_linears_alike(model_
     assert (room.layers, room.experts) == (5, 5)
     with pytest.raises(ConfigError, match=f"one such adapter needs {3 * (EXPERTS + OTHERS)} bytes"):
         plan(model_of, family="qwen3-moe", max_lora_rank=20, lora_memory=2 * (EXPERTS + OTHERS))
+
+
+def test_what_takes_no_adapters_has_no_share_of_the_room(model_of: ModelOf) -> None:
+    own = {"family": "qwen3-moe", "max_lora_rank": 20}
+    experts, ends = ("experts",), ("embed_tokens", "lm_head")
+    assert plan(model_of, lora_target_modules=experts, **own).adapter_room.experts == 4 * 3
+    assert plan(model_of, lora_target_modules=experts, lora_memory=5 * EXPERTS, **own).adapter_room.experts == 5
+    for memory in (None, 1):
+        room = plan(model_of, lora_target_modules=ends, lora_memory=memory, **own).adapter_room
+        assert (room.experts, room.ends) == (0, 4 * 3)
+    given = EngineArgs(model=str(model_of("qwen3-moe")), enable_lora=True)
+    model = load_decoder(given, model_of("qwen3-moe"), device="cpu")
+    pinned = [build._pinned_pages(given, layout_of(model, torch.float32, only=only)) for only in (("mlp",), ends)]
+    assert [len(pages) for pages in pinned] == [1, 0], "of the gate, not of the experts"
 
 
 def test_graphs_are_captured_up_to_the_most_sequences_unless_eager(model_of: ModelOf) -> None:

@@ -17,7 +17,17 @@ from aiolora import LLM, LoRARequest, RequestOutput, SamplingParams
 from aiolora.errors import AdapterFormatError, AdapterMismatchError, AdapterUnsupportedError
 from aiolora.types import Prompt
 from tests.conftest import ModelOf
-from tests.tiny import everything, hf_logits, load_hf, load_peft, make_adapter, prompt_ids, reported
+from tests.tiny import (
+    everything,
+    hf_logits,
+    load_hf,
+    load_peft,
+    make_adapter,
+    prompt_ids,
+    reconfigure,
+    reported,
+    rewrite,
+)
 
 # PEFT looks for patterns among modules only, and then holds parameters against them all the same
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
@@ -299,3 +309,50 @@ def test_experts_that_take_no_adapters_have_no_pages_and_are_refused_by_name(
     half = serve(model_of("qwen3-moe"), lora_target_modules=("up_proj", "down_proj"))  # gate_up_proj is more than that
     with pytest.raises(AdapterMismatchError):
         half.generate([PROMPT], everything(2), lora_request=[LoRARequest("c", 3, str(experts))], use_tqdm=False)
+
+
+TODAY, OLD = r"mlp\.experts", r"block_sparse_moe\.experts"
+
+
+def patterns(where: str) -> dict[str, Any]:
+    ranks, alphas = {rf".*{where}\.gate_up_proj": 12}, {rf".*layers\.1\.{where}\.down_proj": 3}
+    return {"rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def test_patterns_for_all_experts_at_once_are_written_for_the_names_that_the_file_has(
+    model_of: ModelOf, tmp_path: Path
+) -> None:
+    base = model_of("mixtral")
+    config = {"r": 4, "lora_alpha": 9, "target_modules": [], "target_parameters": BOTH}
+    today = make_adapter(base, tmp_path / "today", **config, **patterns(TODAY))
+    old = shutil.copytree(today, tmp_path / "old")
+    rewrite(old, lambda tensors: {name.replace(".mlp.", ".block_sparse_moe."): own for name, own in tensors.items()})
+    reconfigure(old, **patterns(OLD))
+    loras: list[LoRARequest | None] = [LoRARequest("today", 1, str(today)), LoRARequest("old", 2, str(old))]
+    outputs = serve(base).generate([PROMPT] * 2, everything(3), lora_request=loras, use_tqdm=False)
+    for output in outputs:
+        assert_agrees(output, load_peft(base, {"only": today}))
+
+
+@pytest.mark.parametrize(
+    ("config", "first"),
+    [
+        ({"target_modules": [], "target_parameters": ["experts.down_proj"]}, "lora_A"),
+        ({"target_modules": [], "target_parameters": ["experts.down_proj"]}, "lora_B"),
+        ({"target_modules": [], "target_parameters": ["mlp.gate.weight"]}, "lora_A"),
+        ({"target_modules": [], "target_parameters": ["mlp.gate.weight"]}, "lora_B"),
+    ],
+)
+def test_half_a_module_under_each_of_two_names_is_refused(
+    model_of: ModelOf, tmp_path: Path, config: dict[str, Any], first: str
+) -> None:
+    """Whichever half has the older name: nobody knows whether they were trained together."""
+    folder = make_adapter(model_of("mixtral"), tmp_path / "halves", **config)
+    rewrite(
+        folder,
+        lambda tensors: {
+            name.replace(".mlp.", ".block_sparse_moe.") if first in name else name: own for name, own in tensors.items()
+        },
+    )
+    with pytest.raises(AdapterFormatError, match=r"block_sparse_moe.* one module of the base model"):
+        serve(model_of("mixtral")).engine.add_lora(LoRARequest("halves", 1, str(folder)))

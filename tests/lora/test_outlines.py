@@ -1,18 +1,20 @@
 """What names, shapes and configs say is worked out once for adapters that are alike, and never for one that differs."""
 
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aiolora import LLM, EngineArgs, LLMEngine, LoRARequest, SamplingParams
 from aiolora.errors import AdapterFormatError, AdapterMismatchError
 from aiolora.lora import outlines
 from aiolora.lora.outline import outline
+from aiolora.lora.tensorfile import TensorFile
 from aiolora.types import AdapterVersion
 from tests.conftest import ModelOf
 from tests.tiny import ALL_LINEARS, make_adapter, prompt_ids, reconfigure, rewrite
@@ -170,3 +172,16 @@ def test_those_used_last_are_kept(
     for number, name in enumerate(order):
         add(engine, f"{number}-{name}", folders[name])
     assert made == ["0-alpha1", "1-alpha2", "3-alpha3", "5-alpha2"]
+
+
+def test_a_long_header_is_not_kept(engine: LLMEngine, first: Path, tmp_path: Path, made: list[str]) -> None:
+    def told(folder: Path, text: str) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file(load_file(file), file, metadata={"told": text * 1_000_000})
+
+    for name, text in {"a": "x", "alike": "x", "b": "y"}.items():
+        folder = other(first, tmp_path / name, lambda folder, text=text: told(folder, text))  # type: ignore[misc]
+        with TensorFile.open(name, folder / "adapter_model.safetensors") as file:
+            assert len(pickle.dumps(file.likeness)) < 100 < 1_000_000 < len(file.header)
+        add(engine, name, folder)
+    assert made == ["a", "b"], "the headers of two are equal"

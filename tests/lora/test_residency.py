@@ -321,3 +321,14 @@ def test_a_pin_need_leave_no_room_in_kinds_that_few_adapters_need() -> None:
     with pytest.raises(AdapterMemoryError, match=r"adapter2.*cannot be pinned beside the others.*--lora-ends-memory"):
         residency.pin(two, room=2)
     assert not residency.fits([two])
+
+
+def test_where_experts_or_the_ends_alone_take_adapters_a_pin_need_leave_nothing() -> None:
+    one, two = version(1, 2), version(2, 1)
+    for kinds in (PageKinds(1, experts=(0,)), PageKinds(1, head=0)):
+        residency: Residency[str] = Residency(kinds, Room(0, experts=2, ends=2), max_host=8)
+        for each in (one, two):
+            residency.store(each, each.name)
+        residency.pin(one, room=2)
+        with pytest.raises(AdapterMemoryError, match="'adapter2': cannot be pinned beside the others"):
+            residency.pin(two, room=2)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from aiolora.errors import ModelError
@@ -45,6 +46,20 @@ def test_a_llama_that_transformers_refuses_is_refused(tmp_path: Path, wrong: dic
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert isinstance(read_config(tmp_path), LlamaConfig)
+
+
+def taken(kind: type[transformers.PreTrainedConfig], name: str, value: object) -> object:
+    """What `kind` makes of a config.json that says so; None: it refuses it."""
+    try:
+        return kind(**{name: value}).to_dict()
+    except (StrictDataclassError, ZeroDivisionError):
+        return None
+
+
+@pytest.mark.parametrize("name", sorted(transformers.LlamaConfig.__annotations__))
+def test_each_field_takes_what_it_takes_in_transformers(name: str) -> None:
+    for value in (0, 1, 2, 0.0, 0.5, 2.0, True, None, "x", [1], {}):
+        assert taken(LlamaConfig, name, value) == taken(transformers.LlamaConfig, name, value), value
 
 
 def test_transformers_finds_the_model_of_a_llama() -> None:

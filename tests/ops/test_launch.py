@@ -1,7 +1,7 @@
 """Launches find what was compiled for the same traits, and nothing else."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.runtime._async_compile import active_mode
+from triton.runtime._async_compile import FutureKernel, active_mode
 
 from aiolora.ops.kernels import launch as module
 from aiolora.ops.kernels.launch import launch, rehearsal
@@ -241,3 +241,41 @@ def test_a_rehearsal_that_fails_is_over(jitted: Jitted) -> None:
         raise ValueError("no such step")
     call(jitted)
     assert len(jitted.bound) == 1
+
+
+def test_an_aligned_launch_is_rehearsed_behind_one_off_16_bytes(jitted: Jitted) -> None:
+    with rehearsal():
+        for offset in (1, 0, 0):
+            call(jitted, x=halves(offset))
+    assert len(jitted.prepared) == 2
+
+
+def test_after_a_compilation_that_failed_all_is_rehearsed_anew(jitted: Jitted) -> None:
+    def fails() -> None:
+        raise RuntimeError("no ptxas")
+
+    def rehearsed() -> None:
+        with rehearsal():
+            call(jitted)
+            mode = active_mode.get()
+            assert mode is not None
+            mode.submit("key", fails, lambda kernel: None)
+
+    with pytest.raises(RuntimeError, match="no ptxas"):
+        rehearsed()
+    assert active_mode.get() is None
+    with rehearsal():
+        call(jitted)
+    assert len(jitted.prepared) == 2
+
+
+def test_a_kernel_that_triton_keeps_as_a_future_is_launched_as_what_it_became(
+    jitted: Jitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, done = Compiled(), Future[Compiled]()
+    done.set_result(compiled)
+    kept = FutureKernel(lambda kernel: None, done)
+    monkeypatch.setattr(Jitted, "__getitem__", lambda jitted, grid: lambda *args, **named: kept)
+    call(jitted)  # binds
+    call(jitted)
+    assert len(compiled.runs) == 1

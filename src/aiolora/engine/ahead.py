@@ -14,7 +14,7 @@ from aiolora.engine.runner import ModelRunner
 from aiolora.engine.sampler import Sampler
 from aiolora.errors import ConfigError
 from aiolora.lora.kinds import PageKinds, Room
-from aiolora.lora.layout import layout_of
+from aiolora.lora.layout import Layout, layout_of
 from aiolora.lora.pool import AdapterPool
 from aiolora.lora.residency import Residency
 from aiolora.models.decoder import Decoder, DecoderConfig
@@ -24,23 +24,25 @@ _log = logging.getLogger(__name__)
 _ROOM = Room(2, 1, 2, 1, 2)  # a little of everything: kernels do not know how many pages there are
 
 
-def compile_ahead(model: Decoder, args: EngineArgs) -> Future[bool]:
+def compile_ahead(model: Decoder, args: EngineArgs, layout: Layout | None) -> Future[bool]:
     """Begin to compile what the steps of `model` launch on the current GPU; it may still be without weights.
 
-    The result says whether all went well. If not, time alone is lost: kernels are compiled when they are launched.
+    `layout`: of its adapters' pages. The result says whether all was compiled: it is not where `--lora-target-modules`
+    names layers that an outline has not. Then time alone is lost: kernels are compiled when they are launched.
     """
+    kinds = _kinds(layout)
     device, config, dtype = torch.cuda.current_device(), model.config, model.embed.weight.dtype
 
     def compiled() -> bool:
         torch.cuda.set_device(device)
         try:
-            outlined_runner(config, dtype, args)
-        except ConfigError:  # to be raised again where somebody hears it
+            outlined = rehearse_outline(config, dtype, args)
+        except ConfigError:  # of the outline alone, or to be raised again where somebody hears it
             return False
         except Exception:
             _log.warning("kernels were not compiled ahead", exc_info=True)
             return False
-        return True
+        return outlined == kinds
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="aiolora-ahead")
     future = pool.submit(compiled)
@@ -48,8 +50,11 @@ def compile_ahead(model: Decoder, args: EngineArgs) -> Future[bool]:
     return future
 
 
-def outlined_runner(config: DecoderConfig, dtype: torch.dtype, args: EngineArgs) -> ModelRunner:
-    """A runner of a few layers on "meta", after its rehearsal. Raises what `make_plan` and compilers raise."""
+def rehearse_outline(config: DecoderConfig, dtype: torch.dtype, args: EngineArgs) -> list[str]:
+    """Rehearse a few layers on "meta"; which kinds of site they had for adapters.
+
+    Raises what `layout_of`, `make_plan` and compilers raise.
+    """
     with torch.inference_mode():
         model = Decoder(few_layers(config), dtype=dtype, device="meta").eval()
         layout = None
@@ -72,7 +77,13 @@ def outlined_runner(config: DecoderConfig, dtype: torch.dtype, args: EngineArgs)
         cache = KVCache(model.config, num_pages=1, page_size=PAGE_SIZE, dtype=dtype, device="meta")
         runner = ModelRunner(model, cache, packer, Sampler(frozenset()), max_num_seqs=plan.max_num_seqs)
     runner.rehearse(plan, kinds=kinds.sites)
-    return runner
+    return _kinds(layout)
+
+
+def _kinds(layout: Layout | None) -> list[str]:
+    """Names of its kinds of site but an encoder's, which an outline has not."""
+    towers = layout.page_kinds.of_towers if layout else ()
+    return [kind.name for number, kind in enumerate(layout.kinds) if number not in towers] if layout else []
 
 
 def few_layers(config: DecoderConfig) -> DecoderConfig:

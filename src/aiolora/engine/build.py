@@ -190,11 +190,12 @@ def _meanwhile(networks: Networks, args: EngineArgs) -> list[Future[bool]]:
     Locking holds up whoever uses the GPU, so that it comes first.
     """
     model, encoder = networks
+    layout = None
     if args.enable_lora:
         dtype = _lora_dtype(args, model.embed.weight.dtype)
         layout = layout_of(model, dtype, encoder=encoder, only=args.lora_target_modules)
         reserve_soon(layout, _pinned_pages(args, layout))
-    return [compile_ahead(model, args)] if isinstance(model, Decoder) and has_kernels() else []
+    return [compile_ahead(model, args, layout)] if isinstance(model, Decoder) and has_kernels() else []
 
 
 def _lora_dtype(args: EngineArgs, dtype: torch.dtype) -> torch.dtype:
@@ -212,7 +213,7 @@ def _pinned_pages(args: EngineArgs, layout: Layout) -> dict[int, int]:
     kinds = layout.page_kinds.linears
     page = sum(map(layout.page_nbytes, kinds))
     wish = (args.host_adapters + READERS) * -(-args.max_lora_rank // RANKS_PER_PAGE)
-    return dict.fromkeys(kinds, min(wish, memory // _PINNED_SHARE // page))
+    return dict.fromkeys(kinds, min(wish, memory // _PINNED_SHARE // page)) if kinds else {}
 
 
 def _stores(model: Model, layout: Layout | None, plan: Plan) -> tuple[AdapterPool | None, KVCache]:

@@ -131,7 +131,8 @@ def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> Room:
 
     On a GPU as many more rank pages as host memory keeps, within a share of what is free. Routed experts have as many
     pages as the linears where `lora_memory` is said, else within a share. Vector pages are a few parts in a hundred of
-    it: one of each kind for each of `max_loras`, beside `lora_memory`.
+    it: one of each kind for each of `max_loras`, beside `lora_memory`. `--lora-target-modules` may leave no linears, or
+    the ends alone.
     """
     if layout is None:
         return Room(0)
@@ -139,11 +140,11 @@ def _adapter_room(args: EngineArgs, layout: Layout | None, device: str) -> Room:
     page, of_experts = (sum(map(layout.page_nbytes, some)) for some in (kinds.linears, kinds.experts))
     one = -(-args.max_lora_rank // RANKS_PER_PAGE)
     pages = experts = args.max_loras * one
-    if args.lora_memory is not None:
+    if args.lora_memory is not None and page + of_experts:
         pages = experts = args.lora_memory // (page + of_experts)
     else:
         free = torch.cuda.mem_get_info()[0] if device == "cuda" else _machine_memory()
-        if device == "cuda":
+        if device == "cuda" and page:
             pages = max(pages, min(int(free * _GPU_LORA_SHARE) // page, args.host_adapters * one))
         if of_experts:
             experts = min(experts, int(free * _EXPERTS_SHARE) // of_experts)

@@ -83,7 +83,7 @@ class Contents:
     kept: dict[str, Entry] = field(default_factory=dict)  # module -> the weight below its factors or tokens
     tokens: dict[str, Entry] = field(default_factory=dict)  # module -> rows of trained tokens
     strange: list[str] = field(default_factory=list)  # none of these
-    written: dict[str, str] = field(default_factory=dict)  # module -> the name that the file has for it, where another
+    written: dict[str, str] = field(default_factory=dict)  # module, or parameter -> the name that the file has for it
 
     @property
     def adapted(self) -> dict[str, dict[str, Entry]]:
@@ -104,10 +104,9 @@ def sort(adapter: str, config: PeftConfig, entries: Iterable[Entry], layout: Lay
             tokens, whole = _TOKENS.fullmatch(entry.name), _WHOLE.fullmatch(entry.name)
         if part is not None:
             named = layout.named(part.module)
-            if named != part.module:
-                if (other := contents.written.setdefault(named, part.module)) != part.module:
-                    raise AdapterFormatError(adapter, f"{part.module} and {other} are one module of the base model")
-                part = part._replace(module=named)
+            if (other := contents.written.setdefault(named, part.module)) != part.module:
+                raise AdapterFormatError(adapter, f"{part.module} and {other} are one module of the base model")
+            part = part._replace(module=named)
         if part is not None and part.name in known:
             place, key, what, module = contents.parts.setdefault(part.module, {}), part.name, part.name, part.module
         elif tokens is not None and (base := module_of(entry.name, layout)):

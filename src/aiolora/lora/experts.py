@@ -42,7 +42,7 @@ class AllExperts(NamedTuple):
 
 
 def take_fused(name: str, config: PeftConfig, contents: Contents, layout: Layout) -> dict[str, AllExperts]:
-    """Parameter -> its factors, which are taken out of `contents`.
+    """Parameter -> its factors, which are taken out of `contents`; `written` there has the file's name of it then.
 
     Raises `AdapterFormatError` for what is missing, `AdapterMismatchError` for shapes of another base or a parameter
     that takes no adapters, and `AdapterUnsupportedError` for more than low-rank factors.
@@ -55,19 +55,24 @@ def take_fused(name: str, config: PeftConfig, contents: Contents, layout: Layout
             if any(stands_for(wanted, parameter) for wanted in config.target_parameters or ())
         ]
         for depth, parameter in enumerate(reversed(named)):
-            own = contents.parts.pop(module + ".base_layer" * depth, {})
-            found[parameter] = _checked(name, config, parameter, own, parameters[parameter])
+            below = ".base_layer" * depth
+            own = contents.parts.pop(module + below, {})
+            theirs = contents.written.get(module + below, module + below).removesuffix(below)
+            written = contents.written[parameter] = theirs + parameter.removeprefix(module)
+            found[parameter] = _checked(name, config, parameter, own, parameters[parameter], config.rank(written))
     return found
 
 
-def _checked(name: str, config: PeftConfig, parameter: str, own: dict[str, Entry], target: Fused) -> AllExperts:
+def _checked(
+    name: str, config: PeftConfig, parameter: str, own: dict[str, Entry], target: Fused, rank: int
+) -> AllExperts:
     if not {A, B} <= own.keys():
         raise AdapterFormatError(name, f"target_parameters names {parameter}, which has no {min({A, B} - own.keys())}")
     if more := sorted(own.keys() - {A, B}):
         raise AdapterUnsupportedError(name, f"{parameter} has {more[0]}; retrain with low-rank factors only")
     if not target.taken:
         raise AdapterMismatchError(name, f"{parameter} takes no adapters (--lora-target-modules)")
-    a, b, rank, count = own[A], own[B], config.rank(parameter), target.experts
+    a, b, count = own[A], own[B], target.experts
     if a.shape != (rank * count, target.inputs) or b.shape != (target.outputs, rank * count):
         raise AdapterMismatchError(
             name,

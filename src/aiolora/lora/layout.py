@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aiolora.errors import ConfigError
 from aiolora.lora.kinds import PageKinds
 from aiolora.models.encoder import Encoder
 from aiolora.models.layers import Linear
@@ -32,7 +33,7 @@ class Kind:
     """
 
     name: str  # checkpoint names of its slices without the layer's number, joined by +
-    layers: int
+    layers: int  # up to the last that may be changed
     inputs: int  # K
     bounds: tuple[int, ...]  # ends of the slices among the out-features
     experts: int = 0  # E; 0: it is not of experts
@@ -143,9 +144,15 @@ class Layout:
         return sum(weight.blocks for weight in self.weights if weight.taken)
 
     def kind_of(self, layer: int, linear: Linear | ExpertLinear) -> int | None:
-        """Index of the kind of a Linear in `layer`; None: no adapter may change it."""
-        wanted = _key(layer, linear)
-        return next((i for i, kind in enumerate(self.kinds) if (kind.name, kind.inputs, kind.bounds) == wanted), None)
+        """Index of the kind of a Linear in `layer`; None: no adapter may change it.
+
+        Pages reach to the last layer that may be changed: whoever is behind that has none.
+        """
+        wanted, last = _key(layer, linear), (layer + 1) * getattr(linear, "experts", 1)
+        for number, kind in enumerate(self.kinds):
+            if (kind.name, kind.inputs, kind.bounds) == wanted and last <= kind.layers:
+                return number
+        return None
 
     def page_nbytes(self, kind: int) -> int:
         """Bytes of a page of a kind of `page_kinds`."""
@@ -168,6 +175,7 @@ def layout_of(
     """Group the model's Linears into kinds; `only` narrows what may be changed, and kinds of nothing have no pages.
 
     A name of `only` means a module by its name, by its end or by whatever is between dots in it: "q_proj", "mlp".
+    Raises `ConfigError` where it leaves no module whose low-rank factors an adapter may bring.
     """
 
     def taken(module: str) -> bool:
@@ -200,6 +208,15 @@ def layout_of(
             targets[name] = Target(len(kinds), 0, 0, base)
             end = Kind(name, 1, base.shape[1], (0, base.shape[0]))
             kinds[end.name, end.inputs, end.bounds] = end
+
+    if only is not None and not kinds:
+        modules = [part for _, linear in model.linears() for part in linear.parts]
+        modules += [part for _, linear in model.experts() for part in linear.parts]
+        there = dict.fromkeys(name.rpartition(".")[2] for name in (*modules, embed_tokens, lm_head))
+        raise ConfigError(
+            f"lora_target_modules={only} names no module of the model that takes adapters (--lora-target-modules); "
+            f"it has {', '.join(there)}"
+        )
 
     def weight(rows: dict[str, int], base: Tensor) -> Weight:
         return Weight(rows, frozenset(filter(taken, rows)), base)

@@ -84,7 +84,7 @@ def outline(name: str, config: PeftConfig, entries: dict[str, Entry], layout: La
     kinds = {module: layout.targets[module].kind for module in adapted}
     kinds |= {parameter: one.target.kind for parameter, one in fused.items()}
     for module, kind in kinds.items():
-        written = found.written.get(module, module)  # what patterns were written for
+        written = found.written[module]  # what patterns were written for
         if module in fused:
             rank = fused[module].rank
         else:

@@ -162,7 +162,7 @@ class Residency(Generic[W]):
                 "cannot be pinned: it would leave no vector page of a kind for another adapter with DoRA or biases; "
                 "raise --max-loras or unpin another",
             )
-        least = min((spare[kind] for kind in self._kinds.linears), default=0)
+        least = min((spare[kind] for kind in self._kinds.linears), default=room)
         if least < room:
             raise AdapterMemoryError(
                 version.name,

@@ -32,16 +32,20 @@ class LlamaConfig(PreTrainedConfig):  # type: ignore[misc]
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | None = None
     attention_bias: bool = False
-    attention_dropout: float | None = 0.0
+    attention_dropout: int | float | None = 0.0
     mlp_bias: bool = False
     head_dim: int | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Called by `strict`, which makes an error of its own of a ValueError."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+        if not 0 <= self.initializer_range <= 1:
+            raise ValueError(f"initializer_range {self.initializer_range} is not between 0 and 1")

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.runtime._async_compile import FutureKernel, active_mode
 
 from aiolora.ops.rehearsing import rehearsing
 
@@ -18,7 +19,7 @@ INTERPRETED: bool = knobs.runtime.interpret
 PDL: bool = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 """A kernel is set up while the one before it ends, and waits before it reads (Hopper on)."""
 
-_ALIGNED = 15  # Triton compiles for addresses that are multiples of 16
+_OFF = 15  # bits of an address: Triton compiles for addresses that are multiples of 16
 
 
 def launch(
@@ -43,10 +44,10 @@ def launch(
     variants = _variants(function)
     fixed = tuple([constants[name] for name in variants.constants])
     traits: list[object] = []
-    aligned = 0
+    addresses = 0
     for value, by_value in zip(args, variants.by_value):
         if isinstance(value, Tensor):
-            aligned |= value.data_ptr()
+            addresses |= value.data_ptr()
             traits.append(value.dtype)
         elif value.__class__ is int and (by_value or not -(1 << 31) <= value < 1 << 31):  # or is no i32
             traits.append(value)
@@ -54,16 +55,18 @@ def launch(
             traits.append(value.__class__)
     device = torch.cuda.current_device()
     key = (device, fixed, num_warps, num_stages, pdl, *traits)
-    compiled = None if aligned & _ALIGNED else variants.compiled.get(key)
+    aligned = not addresses & _OFF
+    compiled = variants.compiled.get(key) if aligned else None
     if rehearsing.get():
-        if compiled is None and (aligned & _ALIGNED or key not in variants.rehearsed):  # Triton would hash it each time
-            variants.rehearsed.add(key)
+        if compiled is None and not (aligned and key in variants.rehearsed):  # Triton would hash it each time
+            if aligned:
+                variants.rehearsed.add(key)
             function.warmup(*args, grid=grid, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
         return
     if compiled is None:
         made = function[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
-        if not aligned & _ALIGNED:
-            variants.compiled[key] = made
+        if aligned:
+            variants.compiled[key] = made.result() if isinstance(made, FutureKernel) else made
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
     compiled[(*grid, 1, 1)[:3]](*args, *fixed, stream=stream)
@@ -73,7 +76,8 @@ def launch(
 def rehearsal() -> Iterator[None]:
     """What is launched inside is not run but compiled, side by side; all of it is ready on leaving.
 
-    What the kernels would have written stays undefined. Raises what a compilation raises.
+    What the kernels would have written stays undefined. Raises what a compilation raises; whatever was asked for by
+    then is asked for again in the next rehearsal, and Triton may still keep its kernels as futures.
     """
     if INTERPRETED:
         yield
@@ -84,6 +88,11 @@ def rehearsal() -> Iterator[None]:
     try:
         with pool, triton.AsyncCompileMode(_Compilers(pool)):
             yield
+    except BaseException:
+        active_mode.set(None)  # Triton leaves it where a compilation failed
+        for variants in list(_BY_FUNCTION.values()):
+            variants.rehearsed.clear()
+        raise
     finally:
         rehearsing.reset(token)
 
