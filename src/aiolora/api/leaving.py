@@ -23,6 +23,7 @@ async def finished_before_leaving(receive: Receive, work: Coroutine[Any, Any, No
         leaving.cancel()
         task.cancel()
         await asyncio.gather(task, leaving, return_exceptions=True)
+        del task, leaving  # an error leads to this frame: it must not lead on to the task that has the error
 
 
 async def _left(receive: Receive) -> None:

@@ -23,6 +23,7 @@ from aiolora.engine.names import Names
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
 from aiolora.engine.streams import Streams
+from aiolora.engine.workers import in_worker
 from aiolora.errors import EngineDeadError
 from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.lora.resolvers import choose_resolvers
@@ -233,7 +234,7 @@ class AsyncLLMEngine:
             priority=priority,
         )
         if split.given:
-            return await anyio.to_thread.run_sync(work, limiter=self._media_readers)
+            return await in_worker(work, limiter=self._media_readers)
         return await beside(long, work)
 
     def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
