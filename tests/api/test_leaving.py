@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from litestar import Litestar
 from msgspec import structs
 
 from aiolora.api import create_app
+from aiolora.engine import grammar
 from aiolora.engine.async_engine import AsyncLLMEngine
 from aiolora.engine.intake import Settled
 from aiolora.errors import AdapterNotFoundError
@@ -128,6 +130,72 @@ async def test_who_leaves_lets_go_of_the_adapter_at_once(
     client.leave()
     await client.answered
     await let_go(settled)
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_who_leaves_while_an_adapter_is_read_is_gone_at_once_and_it_is_read_for_others(
+    app: Litestar, byte_engine: AsyncLLMEngine, three_adapters: list[LoRARequest], path: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    gate, load = threading.Event(), byte_engine._adapters._load
+
+    def gated(source: Any) -> Any:
+        gate.wait()
+        return load(source)
+
+    monkeypatch.setattr(byte_engine._adapters, "_load", gated)
+    await byte_engine.announce_lora(LoRARequest("delta", 9, three_adapters[0].lora_path))
+    body = {"model": "delta", **BODIES[path]}
+    leaving, staying = Client(app, path, body), Client(app, path, body)
+    try:
+        await until(lambda: len(byte_engine._adapters._loading) == 1, lambda: "nothing is read")
+        leaving.leave()
+        await until(leaving.answered.done, lambda: "it waits for the adapter")
+        assert leaving.status == 499
+        assert not staying.answered.done()
+    finally:
+        gate.set()
+    await staying.answered
+    assert staying.status == 200
+
+
+async def test_who_leaves_while_a_grammar_waits_leaves_the_line(
+    app: Litestar, byte_engine: AsyncLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, compiled, lines = threading.Event(), [], byte_engine._parts.grammars._lines
+    work = grammar._compile
+
+    def gated(tokenizer: Any, wish: Any) -> Any:
+        gate.wait()
+        compiled.append(wish)
+        return work(tokenizer, wish)
+
+    monkeypatch.setattr(grammar, "_compile", gated)
+
+    def ask(regex: str) -> Client:
+        said = {"model": "base", "structured_outputs": {"regex": regex}, **BODIES["/v1/completions"]}
+        return Client(app, "/v1/completions", said)
+
+    def waiting() -> int:
+        return sum(line.waiting.total() for line in lines._lines.values())
+
+    def begun() -> int:
+        return sum(line.turn.locked() for line in lines._lines.values())
+
+    first = ask("a")
+    try:
+        await until(lambda: begun() == 1 and waiting() == 0, lambda: lines._lines)
+        second, third = ask("b"), ask("c")
+        await until(lambda: waiting() == 2, lambda: lines._lines)
+        second.leave()
+        await until(second.answered.done, lambda: "it waits for its turn")
+        assert second.status == 499
+        assert waiting() == 1
+    finally:
+        gate.set()
+    await asyncio.gather(first.answered, third.answered)
+    assert (first.status, third.status) == (200, 200)
+    assert len(compiled) == 2, "nobody's turn was for who had left"
 
 
 async def let_go(settled: list[weakref.ref[Settled]]) -> None:
