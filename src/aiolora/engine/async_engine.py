@@ -195,9 +195,7 @@ class AsyncLLMEngine:
         self._alive()
         lora = self.intake.default(lora, modalities, permits)
         parts = self.intake.parts(lora)
-        with (
-            contextlib.ExitStack() as held
-        ):  # removed or replaced, they still serve who has this, be it run soon or late
+        with contextlib.ExitStack() as held:  # removed or replaced, they still serve who has this, run soon or late
             found = [(self._hold(await self._adapters.version(part), held), weight) for part, weight in parts]
             settled = self.intake.settled(found, lora)
             if found:
