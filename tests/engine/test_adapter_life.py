@@ -1,8 +1,10 @@
 """Adapters that come, stay and go while others are served: pins, loads from memory, removal, reloads."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig
@@ -11,7 +13,13 @@ from torch import Tensor
 
 from aiolora import AsyncLLMEngine, EngineArgs, LLMEngine, LoRARequest, SamplingParams
 from aiolora.engine.adapters import AdapterStanding
-from aiolora.errors import AdapterConflictError, AdapterMemoryError, RequestError, UnknownModelError
+from aiolora.errors import (
+    AdapterConflictError,
+    AdapterFormatError,
+    AdapterMemoryError,
+    RequestError,
+    UnknownModelError,
+)
 from tests.conftest import ModelOf
 from tests.engine.waiting import running, until
 from tests.tiny import make_loras
@@ -178,6 +186,36 @@ async def test_a_removed_adapter_is_free_when_its_last_request_ends(
     await settled(engine)
     assert not await engine.lora_standing()
     await until(lambda: not engine.snapshot().resident_adapters, engine.snapshot)
+
+
+async def test_of_several_adapters_each_is_held_as_soon_as_it_is_found(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = await engine.add_lora("mine", tensors=tensors_of(adapters[0]), config=config_of(adapters[0]))
+    await engine.announce_lora(adapters[1])
+    await engine.announce_lora(LoRARequest("broken", 9, adapters[2].lora_path))
+    gate, load = threading.Event(), engine._adapters._load
+
+    def gated(source: LoRARequest) -> Any:
+        gate.wait()
+        if source.lora_name == "broken":
+            raise AdapterFormatError("broken", "no luck")
+        return load(source)
+
+    monkeypatch.setattr(engine._adapters, "_load", gated)
+    answered = asyncio.ensure_future(engine.generate(PROMPT, SHORT, lora={"mine": 0.5, "a1": 0.5}))
+    refused = asyncio.ensure_future(engine.generate(PROMPT, SHORT, lora={"mine": 0.5, "broken": 0.5}))
+    try:
+        await until(lambda: len(engine._adapters._loading) == 2, lambda: "nothing is read")
+        assert await engine.remove_lora("mine")
+        assert [each.version for each in await engine.lora_standing() if each.draining] == [mine]
+    finally:
+        gate.set()
+    assert mine.label in ((await answered).adapter or "")
+    with pytest.raises(AdapterFormatError, match="no luck"):
+        await refused
+    del answered, refused
+    await settled(engine)
 
 
 async def test_force_ends_the_requests_under_way_and_nobody_elses(

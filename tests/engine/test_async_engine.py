@@ -4,6 +4,7 @@ import asyncio
 import gc
 import shutil
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from aiolora.errors import (
 from aiolora.lora import loader
 from aiolora.media.content import Split
 from tests.conftest import ModelOf
-from tests.engine.waiting import idle, running
+from tests.engine.waiting import idle, running, until
 from tests.tiny import make_loras
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
@@ -182,6 +183,34 @@ async def test_an_adapter_that_cannot_be_read_again_fails_its_own_requests_only(
     )
     assert isinstance(lost, AdapterNotFoundError)
     assert isinstance(kept, list)
+
+
+async def test_the_error_of_an_adapter_keeps_nobody_alive_who_has_got_it(
+    engine: AsyncLLMEngine, adapters: list[LoRARequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leads to the frames of who waited, so to their requests: nothing of it may wait for a collection."""
+
+    async def failing(lora: LoRARequest) -> "weakref.ref[Exception]":
+        try:
+            await tokens(engine, lora=lora)
+        except AdapterNotFoundError as error:
+            return weakref.ref(error)
+        raise AssertionError("it can be read")
+
+    await tokens(engine, lora=adapters[0])
+    await tokens(engine, lora=adapters[1])
+
+    def broken(*_: object) -> object:
+        raise AdapterNotFoundError("a", "gone")
+
+    monkeypatch.setattr(loader, "open_tensors", broken)
+    gc.disable()
+    try:
+        for lora in (adapters[0], adapters[2]):  # read again, and for the first time
+            error = await failing(lora)
+            await until(lambda error=error: error() is None, lambda: "it is held for ever")  # type: ignore[misc]
+    finally:
+        gc.enable()
 
 
 async def test_whatever_goes_wrong_while_reading_again_is_the_adapters_error(

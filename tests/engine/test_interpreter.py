@@ -1,6 +1,7 @@
 """Python's settings while engines run, and as they were afterwards."""
 
 import gc
+import math
 import sys
 import weakref
 from collections.abc import Iterator
@@ -36,17 +37,47 @@ def test_the_last_engine_that_ends_leaves_python_as_the_first_found_it() -> None
 
 
 def test_an_engine_that_ends_beside_another_can_be_collected() -> None:
-    class Engine:
-        def __init__(self) -> None:
-            self.itself = self
-
-    interpreter, first = Interpreter(), Engine()
+    interpreter, first = Interpreter(), Circle()
     interpreter.engine_starts()
     interpreter.engine_starts()
     gone = weakref.ref(first)
     del first
     interpreter.engine_ends()
     gc.collect()
+    assert gone() is None
+    interpreter.engine_ends()
+
+
+class Circle:
+    """What only a collection takes away."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_garbage_that_has_grown_old_is_collected_while_an_engine_runs() -> None:
+    """A full collection comes with as many new objects as Python's thresholds say, however much the engine holds."""
+    interpreter, engine = Interpreter(), [[] for _ in range(1_000_000)]  # type: ignore[var-annotated]
+    interpreter.engine_starts()
+    circle = Circle()
+    gc.collect(1)  # now it is old
+    gone = weakref.ref(circle)
+    del circle
+    several = math.prod(gc.get_threshold()) * 3
+    kept = [[] for _ in range(several)]  # type: ignore[var-annotated]
+    assert len(kept) < len(engine) / 4, "Python waits for a quarter of what it has counted"
+    assert gone() is None
+    interpreter.engine_ends()
+
+
+def test_a_blocking_call_beside_an_engine_keeps_no_garbage() -> None:
+    interpreter = Interpreter()
+    interpreter.engine_starts()
+    circle = Circle()
+    gone = weakref.ref(circle)
+    del circle
+    with interpreter.call():
+        gc.collect()
     assert gone() is None
     interpreter.engine_ends()
 

@@ -1,11 +1,13 @@
 """The chain of resolvers: one call a name, a time limit, faults that stay where they are, names that nobody knows."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from aiolora.errors import AdapterFormatError, AdapterResolveError, EngineDeadError
+from aiolora.errors import AdapterError, AdapterFormatError, AdapterResolveError, EngineDeadError
 from aiolora.lora import resolving
 from aiolora.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from aiolora.lora.resolving import Resolving
@@ -226,6 +228,28 @@ async def test_an_adapter_that_was_found_but_cannot_be_loaded_says_why_to_all_wh
     chain = Chain(Answers(lambda name: LoRARequest(name, 1, "broken")))
     told = await asyncio.gather(*(chain.resolve("sql") for _ in range(3)), return_exceptions=True)
     assert [type(error) for error in told] == [AdapterFormatError] * 3
+
+
+@pytest.mark.parametrize("resolver", [Answers(lambda name: LoRARequest(name, 7, "broken")), Answers(failing)])
+async def test_an_error_keeps_nobody_alive_who_has_got_it(resolver: Answers, caplog: pytest.LogCaptureFixture) -> None:
+    """It leads to the frames of who asked, so to their requests: nothing of it may wait for a collection."""
+
+    async def asking() -> "weakref.ref[Exception]":
+        try:
+            await Chain(resolver).resolve("x")
+        except AdapterError as error:
+            return weakref.ref(error)
+        raise AssertionError("it is found")
+
+    gc.disable()
+    try:
+        error = await asking()
+        caplog.clear()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert error() is None
+    finally:
+        gc.enable()
 
 
 async def test_stopping_ends_every_question() -> None:

@@ -10,6 +10,7 @@ from msgspec import UNSET, structs
 from aiolora.api.decode import LONG, decode, sampling, structure
 from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
+from aiolora.api.leaving import answered_before_leaving
 from aiolora.api.media import MAX_BODY, check_size
 from aiolora.api.messages import conversation, messages_of
 from aiolora.api.scores import check_scored
@@ -53,12 +54,16 @@ async def chat_completions(request: HTTPRequest, serving: Served) -> Response[Ch
     """Answer a conversation, n times."""
     body = await request.body()
     check_size(body, serving.engine.intake.media.modalities)
+    return await answered_before_leaving(request, _answer(serving, body))
+
+
+async def _answer(serving: Serving, body: bytes) -> Response[ChatCompletion]:
     long = len(body) > LONG
     said = await beside(long, decode, ChatRequest, body)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     assembler, use = await prepare(serving, said, answer_id, long=long)
     reply = _Reply(said, answer_id, assembler, use)
-    return await serving.respond(request, [assembler], reply, stream=bool(said.stream))
+    return await serving.respond([assembler], reply, stream=bool(said.stream))
 
 
 async def prepare(

@@ -11,8 +11,9 @@ from msgspec import UNSET, structs
 from aiolora.api.decode import LONG, decode, sampling, structure
 from aiolora.api.document import GENERATES
 from aiolora.api.errors import ErrorBody, HTTPRequest, naming
+from aiolora.api.leaving import answered_before_leaving
 from aiolora.api.scores import check_scored
-from aiolora.api.serving import Served
+from aiolora.api.serving import Served, Serving
 from aiolora.api.sse import DONE, HOLE, Mould, frames
 from aiolora.api.wire import (
     Completion,
@@ -42,7 +43,10 @@ End: TypeAlias = tuple[FinishReason | None, int | str | None]  # finish reason, 
 )
 async def completions(request: HTTPRequest, serving: Served) -> Response[Completion]:
     """Continue one prompt or several, each n times; choice i of prompt p has the index p * n + i."""
-    body = await request.body()
+    return await answered_before_leaving(request, _answer(serving, await request.body()))
+
+
+async def _answer(serving: Serving, body: bytes) -> Response[Completion]:
     said, prompts, params = await beside(len(body) > LONG, _read, body)
     if len(prompts) * params.n > _MAX_CHOICES:
         raise RequestError(f"{len(prompts)} prompts with n={params.n}: at most {_MAX_CHOICES} answers", param="prompt")
@@ -52,7 +56,7 @@ async def completions(request: HTTPRequest, serving: Served) -> Response[Complet
     field = "logprobs" if said.prompt_logprobs is None else "prompt_logprobs"
     check_scored(assemblers, copies=params.n, param=field)
     reply = _Reply(said, answer_id, assemblers)
-    return await serving.respond(request, assemblers, reply, stream=bool(said.stream))
+    return await serving.respond(assemblers, reply, stream=bool(said.stream))
 
 
 def _read(body: bytes) -> tuple[CompletionRequest, list[Prompt], SamplingParams]:

@@ -10,9 +10,10 @@ from aiolora.api.chat import prepare
 from aiolora.api.decode import LONG, NOTHING, parse
 from aiolora.api.document import GENERATES
 from aiolora.api.errors import HTTPRequest, naming
+from aiolora.api.leaving import answered_before_leaving
 from aiolora.api.responses_reply import ResponseReply
 from aiolora.api.responses_wire import InputItem, ModelResponse, NamedFunction, ResponsesRequest, StreamEvent
-from aiolora.api.serving import Served
+from aiolora.api.serving import Served, Serving
 from aiolora.api.wire import (
     ChatRequest,
     ContentPart,
@@ -44,7 +45,10 @@ _SAME = set(ResponsesRequest.__struct_fields__) & set(ChatRequest.__struct_field
 )
 async def responses(request: HTTPRequest, serving: Served) -> Response[ModelResponse]:
     """Answer a conversation."""
-    body = await request.body()
+    return await answered_before_leaving(request, _answer(serving, await request.body()))
+
+
+async def _answer(serving: Serving, body: bytes) -> Response[ModelResponse]:
     long = len(body) > LONG
     said = await beside(long, parse, ResponsesRequest, body)
     for name in _UNSERVED:
@@ -55,7 +59,7 @@ async def responses(request: HTTPRequest, serving: Served) -> Response[ModelResp
         chat = await beside(long, _as_chat, said)
         assembler, use = await prepare(serving, chat, response_id, long=long)
     reply = ResponseReply(said, response_id, assembler, use)
-    return await serving.respond(request, [assembler], reply, stream=bool(said.stream))
+    return await serving.respond([assembler], reply, stream=bool(said.stream))
 
 
 def _as_chat(said: ResponsesRequest) -> ChatRequest:

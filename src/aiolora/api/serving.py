@@ -15,7 +15,6 @@ from litestar.di import NamedDependency
 from msgspec import Struct
 
 from aiolora.api.errors import ErrorBody, HTTPRequest, describe, naming
-from aiolora.api.leaving import finished_before_leaving
 from aiolora.api.metrics import Count, Meter
 from aiolora.api.sse import EventStream, Write
 from aiolora.api.visits import Visit, visit_of
@@ -30,8 +29,6 @@ from aiolora.types import Messages, Prompt, SamplingParams, TokenOutput
 
 if TYPE_CHECKING:
     from aiolora.api.tracing import Tracing  # of an extra
-
-_CLIENT_CLOSED = 499  # nginx's word for it; nobody is left to read it
 
 
 class Reply(Protocol):
@@ -211,15 +208,12 @@ class Serving:
                 if self._tracing is not None:
                     self._tracing.record(self._visit, model, assemblers, failed=failed)
 
-    async def respond(
-        self, request: HTTPRequest, assemblers: Sequence[Assembler], reply: Reply, *, stream: bool
-    ) -> Response[Any]:
-        """Run what was prepared, and answer in `reply`'s words. A client that leaves ends the run."""
+    async def respond(self, assemblers: Sequence[Assembler], reply: Reply, *, stream: bool) -> Response[Any]:
+        """Run what was prepared, and answer in `reply`'s words. Cancelling ends the run."""
         headers = _adapter_header(assemblers)
         if stream:
             return EventStream(partial(self._stream, assemblers, reply), headers)
-        if not await finished_before_leaving(request.receive, self._run(assemblers)):
-            return Response(None, status_code=_CLIENT_CLOSED)
+        await self._run(assemblers)
         scored = any(one.request.params.logprobs is not None or _scores_prompt(one) for one in assemblers)
         return Response(await beside(scored, reply.whole), headers=headers)
 

@@ -1,5 +1,6 @@
 """Server-sent events: frames of bytes, and a response that writes them while its client is there."""
 
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias
 
@@ -10,7 +11,7 @@ from litestar.response.streaming import ASGIStreamingResponse
 from litestar.types import Receive, Send
 from msgspec import Struct
 
-from aiolora.api.leaving import finished_before_leaving
+from aiolora.api.leaving import ClientLeftError, finished_before_leaving
 from aiolora.api.visits import visit_of
 
 Write: TypeAlias = Callable[[bytes], Awaitable[None]]  # sends what is ready
@@ -87,5 +88,6 @@ class _ASGIEventStream(ASGIStreamingResponse):
         def write(body: bytes) -> Awaitable[None]:
             return past_layers({"type": "http.response.body", "body": body, "more_body": True})
 
-        if await finished_before_leaving(receive, self._work(write)):
+        with contextlib.suppress(ClientLeftError):
+            await finished_before_leaving(receive, self._work(write))
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -157,13 +157,13 @@ class Adapters:
         """It may be evicted again."""
         self._residency.unpin(version)
 
-    def hold(self, mix: Mix) -> None:
-        """A request was prepared with `mix` and may be added any time: its adapters are not dropped before `let_go`."""
-        self._holds.update(version.id for version in mix.versions)
+    def hold(self, version: AdapterVersion) -> None:
+        """A request with `version` is prepared and may be added any time: it is not dropped before `let_go`."""
+        self._holds[version.id] += 1
 
-    def let_go(self, mix: Mix) -> None:
+    def let_go(self, version: AdapterVersion) -> None:
         """That request has ended, or will never be added."""
-        self._holds.subtract(version.id for version in mix.versions)
+        self._holds[version.id] -= 1
         self._holds += Counter()  # without the zeros
         self.sweep()
 

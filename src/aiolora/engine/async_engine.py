@@ -23,6 +23,7 @@ from aiolora.engine.names import Names
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
 from aiolora.engine.streams import Streams
+from aiolora.engine.workers import in_worker
 from aiolora.errors import EngineDeadError
 from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.lora.resolvers import choose_resolvers
@@ -194,12 +195,11 @@ class AsyncLLMEngine:
         self._alive()
         lora = self.intake.default(lora, modalities, permits)
         parts = self.intake.parts(lora)
-        settled = self.intake.settled([(await self._adapters.version(part), weight) for part, weight in parts], lora)
-        mix = settled.mix
-        if mix is not None:  # removed or replaced from now on, they still serve who has this, be it run soon or late
-            self._across.post(lambda engine: engine.adapters.hold(mix))
-            let_go = partial(self._across.post, lambda engine: engine.adapters.let_go(mix))
-            weakref.finalize(settled, let_go).atexit = False
+        with contextlib.ExitStack() as held:  # removed or replaced, they still serve who has this, run soon or late
+            found = [(self._hold(await self._adapters.version(part), held), weight) for part, weight in parts]
+            settled = self.intake.settled(found, lora)
+            if found:
+                weakref.finalize(settled, held.pop_all().close).atexit = False
         return settled
 
     async def prepare(
@@ -233,7 +233,7 @@ class AsyncLLMEngine:
             priority=priority,
         )
         if split.given:
-            return await anyio.to_thread.run_sync(work, limiter=self._media_readers)
+            return await in_worker(work, limiter=self._media_readers)
         return await beside(long, work)
 
     def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
@@ -363,6 +363,12 @@ class AsyncLLMEngine:
     def reserve(self, name: str) -> None:
         """`name` means the base model too: no adapter may have it. Raises `AdapterConflictError` where one has."""
         self.intake.registry.reserve(name)
+
+    def _hold(self, version: AdapterVersion, held: contextlib.ExitStack) -> AdapterVersion:
+        """`version`, kept from now on until `held` is closed, by whatever thread."""
+        self._across.post(lambda engine: engine.adapters.hold(version))
+        held.callback(self._across.post, lambda engine: engine.adapters.let_go(version))
+        return version
 
     def _assembler(self, request: Request) -> Assembler:
         return Assembler(request, self.intake.tokenizers.of(request.mix))

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, TypeVarTuple
 
-import anyio.to_thread
 from msgspec import Struct, structs
+
+from aiolora.engine.workers import in_worker
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -16,7 +17,7 @@ _ITEM = 8  # of them as long as any other value takes: a token id, a message, a 
 
 async def beside(long: bool, work: Callable[[*Ts], T], *args: *Ts) -> T:
     """`work(*args)`, in a worker thread where it takes `long`."""
-    return await anyio.to_thread.run_sync(work, *args) if long else work(*args)
+    return await in_worker(work, *args) if long else work(*args)
 
 
 def takes_long(value: object) -> bool:

@@ -1,12 +1,12 @@
 """Bridge: between the asyncio loop and the engine thread.
 
-Down: a message into a deque and an event, once a request. Up: one `call_soon_threadsafe` a step with all its deltas.
+Down: a message into a queue, once a request. Up: one `call_soon_threadsafe` a step with all its deltas.
 """
 
 import asyncio
 import contextlib
+import queue
 import threading
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -34,8 +34,7 @@ class Bridge:
         self._deliver = deliver
         self._tell_failure = fail
         self._thread: threading.Thread | None = None
-        self._inbox: deque[Message] = deque()
-        self._wake = threading.Event()
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._stopping = False
         self._questions: set[asyncio.Future[Any]] = set()  # to the engine thread, not answered
         self.death: BaseException | None = None  # why the thread has ended
@@ -49,7 +48,7 @@ class Bridge:
     async def stop(self) -> None:
         """End the thread with its step; `fail` hears that it was shut down."""
         self._stopping = True
-        self._wake.set()
+        self.post(lambda _: None)  # it may be waiting
         if self._thread is not None:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._thread.join)
@@ -62,9 +61,11 @@ class Bridge:
             raise EngineDeadError(f"the engine has stopped: {self.death}") from self.death
 
     def post(self, message: Message) -> None:
-        """The engine thread does it between two steps, in the order posted."""
-        self._inbox.append(message)
-        self._wake.set()
+        """The engine thread does it between two steps, in the order posted.
+
+        Finalisers post, and Python may run one at any moment of any thread, of this very call too: the queue bears it.
+        """
+        self._inbox.put(message)
 
     async def ask(self, question: Callable[[Engine], T]) -> T:
         """As `post`, with an answer: what it returns, or the `AioloraError` it raises."""
@@ -96,19 +97,25 @@ class Bridge:
     def _run(self, engine: Engine) -> None:
         """The engine thread."""
         try:
-            while True:
-                self._wake.clear()  # before reading what it announces, or the last word could be missed
-                if self._stopping:
-                    return
-                while self._inbox:
-                    self._inbox.popleft()(engine)
-                working = engine.has_work and not engine.stalled
+            working = True
+            while not self._stopping:
+                self._listen(engine, wait=not working)
+                working = engine.has_work and not engine.stalled and not self._stopping
                 deltas = engine.step() if working else []
                 self.to_loop(partial(self._deliver, deltas, engine.snapshot()))
-                if not working:
-                    self._wake.wait()
         except BaseException as error:
             self.to_loop(partial(self._fail, error))
+
+    def _listen(self, engine: Engine, *, wait: bool) -> None:
+        """Do all that was posted; `wait` until there is something."""
+        while True:
+            try:
+                message = self._inbox.get(wait)
+            except queue.Empty:
+                return
+            message(engine)
+            del message  # and all that it holds
+            wait = False
 
 
 def _resolve(answer: asyncio.Future[T], result: T) -> None:

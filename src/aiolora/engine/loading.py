@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 from collections.abc import Coroutine, Mapping
+from functools import partial
 from typing import Any
 
-import anyio.to_thread
+import anyio
 
 from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built
+from aiolora.engine.core import Engine
 from aiolora.engine.names import Names, not_held
+from aiolora.engine.workers import in_worker
 from aiolora.errors import (
     AdapterError,
     AdapterFormatError,
@@ -78,7 +81,7 @@ class Loading:
     async def announce(self, lora: LoRARequest) -> None:
         """Check config and header, and know the name from then on. Raises `AdapterError`."""
         if self._registry.match(lora) is None:
-            self._registry.announce(await anyio.to_thread.run_sync(self._check, lora, limiter=self._readers))
+            self._registry.announce(await in_worker(self._check, lora, limiter=self._readers))
 
     async def resolve(self, name: str) -> bool:
         """Whether `name` is known; what was announced, or what a resolver finds, is read for it.
@@ -126,6 +129,8 @@ class Loading:
             if loading.cancelled():
                 raise EngineDeadError("the engine has stopped") from None
             raise
+        finally:
+            del loading  # an error leads to this frame: it must not lead on to the future that has the error
 
     async def _read_announced(self, name: str) -> None:
         """Read what was announced under `name`, if it is still to be read."""
@@ -146,7 +151,7 @@ class Loading:
         registry.check(source.lora_name, number)
         announced = registry.announced(source.lora_name)
         async with self._replacing if replace else contextlib.nullcontext():
-            weights = await anyio.to_thread.run_sync(self._load, source, limiter=self._readers)
+            weights = await in_worker(self._load, source, limiter=self._readers)
             if isinstance(source, LoRARequest) and (known := registry.match(source)) is not None:
                 return known  # others have loaded it since then
             still = registry.announced(source.lora_name)
@@ -161,15 +166,18 @@ class Loading:
             if not await self._bridge.ask(lambda engine: engine.adapters.revive(version)):
                 if version.source is None:
                     raise not_held(version)
-                weights = await anyio.to_thread.run_sync(self._load, read_again(version), limiter=self._readers)
+                weights = await in_worker(self._load, read_again(version), limiter=self._readers)
             return self._names.bring_back(version, weights)
 
     async def _reading(self, version: AdapterVersion) -> None:
         try:
-            weights = await anyio.to_thread.run_sync(self._load, read_again(version), limiter=self._readers)
+            weights = await in_worker(self._load, read_again(version), limiter=self._readers)
         except Exception as error:
-            known = error if isinstance(error, AioloraError) else None
-            failure = known or AdapterFormatError(version.name, f"could not be read again: {error!r}")
-            self._bridge.post(lambda engine: engine.adapters.failed(version, failure))
+            self._bridge.post(partial(_failed, version=version, error=error))
         else:
             self._bridge.post(lambda engine: engine.adapters.landed(version, weights))
+
+
+def _failed(engine: Engine, *, version: AdapterVersion, error: Exception) -> None:
+    known = error if isinstance(error, AioloraError) else None
+    engine.adapters.failed(version, known or AdapterFormatError(version.name, f"could not be read again: {error!r}"))

@@ -43,7 +43,10 @@ class Assembler:
         Raises the delta's error: this request failed, others did not.
         """
         if delta.error is not None:
-            raise delta.error
+            try:
+                raise delta.error
+            finally:
+                del delta  # the error leads to this frame, which must not lead to the error
         answer = self._answers[delta.index]
         if answer.finish_reason is not None:
             return None

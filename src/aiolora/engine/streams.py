@@ -40,6 +40,7 @@ class Streams:
         ]
         positions = {ticket.id: position for position, ticket in enumerate(tickets)}
         mailbox = Mailbox()
+        delta: TokenDelta | None = None
         try:
             for request, ticket in zip(requests, tickets):
                 self._tickets[request.id] = ticket
@@ -66,6 +67,7 @@ class Streams:
                 if burst:
                     yield burst
         finally:
+            delta = None  # its error leads to this frame, which must not lead to the error
             for assembler, ticket in zip(assemblers, tickets):
                 self._tickets.pop(assembler.request.id, None)
                 self._mailboxes.pop(ticket.id, None)

@@ -69,7 +69,10 @@ class Resolving:
                 del self._flights[name]
         if flight.task.cancelled():
             raise EngineDeadError("the engine has stopped")
-        return flight.task.result()
+        try:
+            return flight.task.result()
+        finally:
+            del flight  # an error leads to this frame: it must not lead on to the task that has the error
 
     def stop(self) -> None:
         """End every question; who waits gets `EngineDeadError`."""

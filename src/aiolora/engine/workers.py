@@ -1,0 +1,37 @@
+"""Worker threads whose errors keep nothing alive."""
+
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
+
+import anyio
+import anyio.to_thread
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+async def in_worker(work: Callable[[*Ts], T], *args: *Ts, limiter: anyio.CapacityLimiter | None = None) -> T:
+    """`work(*args)`, in a worker thread.
+
+    An error of its comes back as a value: raised through a future, it would lead to frames that lead to that future,
+    and all they hold, a request with its images, would stay until Python collects circles.
+    """
+    outcome = await anyio.to_thread.run_sync(_outcome, work, args, limiter=limiter)
+    if isinstance(outcome, _Failure):
+        try:
+            raise outcome.error
+        finally:
+            del outcome
+    return outcome
+
+
+class _Failure:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _outcome(work: Callable[[*Ts], T], args: tuple[*Ts]) -> T | _Failure:
+    try:
+        return work(*args)
+    except Exception as error:
+        return _Failure(error)
