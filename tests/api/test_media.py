@@ -237,6 +237,27 @@ async def test_requests_that_wait_for_a_slow_host_hold_up_no_others_image(llava:
         host.close()
 
 
+async def test_nothing_is_fetched_for_a_request_whose_grammar_is_refused(llava: Path) -> None:
+    asking = []
+
+    async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asking.append(await reader.readline())
+        file = base64.b64decode(data_url(1).partition(",")[2])
+        writer.write(f"HTTP/1.0 200 OK\r\ncontent-length: {len(file)}\r\n\r\n".encode() + file)
+        await writer.drain()
+        writer.close()
+
+    async with serving(llava, {}, allowed_media_domains=("127.0.0.1",)) as client:
+        host = await asyncio.start_server(served, "127.0.0.1", 0)
+        body = asked(image(f"http://127.0.0.1:{host.sockets[0].getsockname()[1]}/x.png"))
+        refused = await chat(client, body | {"structured_outputs": {"regex": "("}, "ignore_eos": False})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "structured_outputs")
+        assert not asking
+        assert (await chat(client, body)).status_code == 200
+        assert len(asking) == 1
+        host.close()
+
+
 async def test_a_default_adapter_that_answers_is_asked_in_its_own_words(llava: Path, tmp_path: Path) -> None:
     adapter = make_mm_adapter(llava, tmp_path / "default", seed=3)
     tokenizer = AutoTokenizer.from_pretrained(llava)

@@ -214,27 +214,28 @@ class AsyncLLMEngine:
     ) -> Request:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here.
 
-        `lora`: as for `stream`, or what `settle` made of it. `owner`: whose grammars are compiled one after another;
-        None: those of the requests with the same adapter.
+        `lora`: as for `stream`, or what `settle` made of it. `owner`: whose grammars are compiled one after another and
+        whose files behind URLs are fetched in their order; None: those of the requests with the same adapter.
         """
         self._alive()
         media, long = self.intake.media, takes_long(prompt)
         if not isinstance(lora, Settled):
             lora = await self.settle(lora, modalities=await beside(long, media.modalities_in, prompt))
         self.intake.policies.check(lora.mix)
-        split = await media.fetched(await beside(long, media.split, prompt, lora.tokenizer))
+        split = await beside(long, media.split, prompt, lora.tokenizer)
+        owner = owner or _line_of(lora.mix)
         work = partial(
             self.intake.request,
-            split,
-            sampling_params,
-            lora,
-            grammar=await self._parts.grammars.take(sampling_params, owner or _line_of(lora.mix)),
+            params=sampling_params,
+            settled=lora,
+            grammar=await self._parts.grammars.take(sampling_params, owner),
             request_id=request_id,
             priority=priority,
         )
-        if split.given:
-            return await anyio.to_thread.run_sync(work, limiter=self._media_readers)
-        return await beside(long, work)
+        if not split.given:
+            return await beside(long, work, split)
+        async with media.fetched(split, owner) as fetched:
+            return await anyio.to_thread.run_sync(work, fetched, limiter=self._media_readers)
 
     def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         """Run prepared requests side by side; each time, every token that has come, with its request's position.
@@ -412,5 +413,5 @@ class AsyncLLMEngine:
 
 
 def _line_of(mix: Mix | None) -> str:
-    """Whose grammars those are that nobody else is known to own."""
+    """Whose grammars and files those are that nobody else is known to own."""
     return "base" if mix is None else f"adapter {mix.versions[0].name}"
