@@ -236,13 +236,20 @@ class Serving:
             return b"".join([reply.token(position, output) for position, output in burst])
 
         scored = _scores_prompt(assemblers[0])
+        begun: set[tuple[int, int]] = set()  # choices whose prompt's scores have been worded
+
+        def begins(burst: list[tuple[int, TokenOutput]]) -> bool:
+            choices = {(position, output.index) for position, output in burst} - begun
+            begun.update(choices)
+            return bool(choices)
+
         try:
             await write(reply.opening())
             with self._counted(assemblers) as count:
                 async with aclosing(self.engine.run(assemblers)) as bursts:
                     async for burst in bursts:
                         count.take(burst)
-                        await write(await beside(scored, worded, burst))
+                        await write(await beside(scored and begins(burst), worded, burst))
             await write(reply.closing())
         except Exception as error:
             await write(reply.failed(describe(error)[1]))
