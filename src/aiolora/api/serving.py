@@ -259,7 +259,7 @@ Served: TypeAlias = NamedDependency[Serving]  # how a route asks for it
 
 
 def _scores_prompt(assembler: Assembler) -> bool:
-    """Whether the answer brings scores of all of its prompt: a million of them are worded in seconds."""
+    """Whether the answer brings scores of all of its prompt: a quarter of a million of them takes long to word."""
     return assembler.request.params.prompt_logprobs is not None
 
 
