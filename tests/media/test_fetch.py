@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aiolora.errors import RequestError
-from aiolora.media.addresses import LOOK_UPS
+from aiolora.media.addresses import LOOK_UPS, Addresses
 from aiolora.media.fetch import ANY, Fetcher
 
 FILE = b"a file of some bytes"
@@ -217,3 +217,27 @@ async def test_what_a_file_does_not_take_is_free_once_it_is_there(site: str) -> 
     fetcher = Fetcher(("127.0.0.1",), max_nbytes=100, room=200 + len(FILE))
     async with fetcher.files({url: "p"}, "one"), fetcher.files({url: "p"}, "other"):
         assert await fetched(fetcher, url, "a third") == FILE
+
+
+async def test_a_look_up_that_nobody_waits_for_any_more_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = [], threading.Event()
+
+    def look_up(host: str, *_: Any, **__: Any) -> list[Any]:
+        asked.append(host)
+        answer.wait(60)
+        return [(0, 0, 0, "", ("192.0.2.1", 80))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    addresses = Addresses([])
+    silent = [asyncio.ensure_future(addresses.of(f"silent{number}")) for number in range(LOOK_UPS)]
+    queued = [asyncio.ensure_future(addresses.of(host)) for host in ("left", "left", "shared", "shared")]
+    while len(asked) < LOOK_UPS:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    for task in (*silent[1:], *queued[:3]):
+        task.cancel()
+    await asyncio.sleep(0.01)
+    again = asyncio.ensure_future(addresses.of("silent1"))
+    answer.set()
+    assert await asyncio.gather(silent[0], queued[3], again) == ["192.0.2.1"] * 3
+    assert sorted(asked) == sorted([*(f"silent{number}" for number in range(LOOK_UPS)), "shared"])
+    assert await addresses.of("left") == "192.0.2.1", "who asks anew is answered"
