@@ -5,7 +5,7 @@ from typing import Any
 import anyio.to_thread
 import pytest
 
-from aiolora.engine.beside import _AT_ONCE, _LONG, beside, takes_long
+from aiolora.engine.beside import _AT_ONCE, _LONG, beside, takes_long, to_its_end
 from aiolora.types import Conversation, StructuredOutputsParams
 
 MESSAGE = {"role": "user", "content": "hello"}
@@ -69,3 +69,29 @@ async def test_no_more_take_long_at_a_time_than_there_are_cores_and_other_thread
         gate.set()
         await asyncio.gather(*tasks)
     assert len(begun) == len(tasks)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_who_is_cancelled_leaves_when_the_work_has_ended(fails: bool) -> None:
+    begun, gate, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
+
+    def work(value: str) -> str:
+        loop.call_soon_threadsafe(begun.set)
+        assert gate.wait(60)
+        if fails:
+            raise ValueError(value)
+        return value
+
+    task = asyncio.ensure_future(to_its_end(work, "done"))
+    await begun.wait()
+    task.cancel()
+    await asyncio.sleep(0.02)
+    assert not task.done(), "what it works on is still in use"
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    if fails:
+        with pytest.raises(ValueError, match="done"):
+            await to_its_end(work, "done")
+    else:
+        assert await to_its_end(work, "done") == "done"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aiolora.config import EngineArgs, Environment
 from aiolora.engine.adapters import AdapterStanding
-from aiolora.engine.beside import beside, takes_long
+from aiolora.engine.beside import beside, takes_long, to_its_end
 from aiolora.engine.bridge import Bridge
 from aiolora.engine.build import Built, build
 from aiolora.engine.core import Engine, Snapshot
@@ -234,8 +234,8 @@ class AsyncLLMEngine:
         )
         if not split.given:
             return await beside(long, work, split)
-        async with media.fetched(split, owner) as fetched:
-            return await anyio.to_thread.run_sync(work, fetched, limiter=self._media_readers)
+        async with media.fetched(split, owner) as fetched, self._media_readers:
+            return await to_its_end(work, fetched)
 
     def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         """Run prepared requests side by side; each time, every token that has come, with its request's position.

@@ -1,5 +1,6 @@
 """What a loop does itself, and what a worker thread does beside it, so that nobody's tokens wait for one request."""
 
+import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, TypeVarTuple
@@ -31,6 +32,24 @@ async def beside(long: bool, work: Callable[[*Ts], T], *args: *Ts) -> T:
         turns = anyio.CapacityLimiter(_AT_ONCE)
         _turns.set(turns)
     return await anyio.to_thread.run_sync(work, *args, limiter=turns)
+
+
+async def to_its_end(work: Callable[[*Ts], T], *args: *Ts) -> T:
+    """`work(*args)`, in a worker thread at once. Who is cancelled meanwhile leaves when the work has ended.
+
+    So what it works on is held, and counted, for as long.
+    """
+    turn = anyio.CapacityLimiter(1)
+    doing = asyncio.ensure_future(anyio.to_thread.run_sync(work, *args, limiter=turn))
+    try:
+        await asyncio.wait([doing])
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([doing])
+        if not doing.cancelled():
+            doing.exception()  # nobody is left to hear of it
+        raise
+    return doing.result()
 
 
 def takes_long(value: object) -> bool:
