@@ -10,6 +10,7 @@ AioloraError
 ├── RequestError                this one request is wrong (HTTP 400; carries `param`)
 │   ├── PromptTooLongError      more tokens than the context has room for
 │   ├── GrammarBusyError        too many grammars of who asks wait to be compiled (HTTP 429)
+│   ├── MediaBusyError          too many requests of who asks wait for files behind URLs (HTTP 429)
 │   └── UnknownModelError       no base model and no adapter of that name (HTTP 404)
 ├── AdapterError                this one adapter cannot be used (HTTP 422; carries `adapter`)
 │   ├── AdapterNotFoundError    (HTTP 404)
@@ -76,6 +77,10 @@ class PromptTooLongError(RequestError):
 
 class GrammarBusyError(RequestError):
     """Too many grammars of whoever asks wait to be compiled already; ask again when some have been answered."""
+
+
+class MediaBusyError(RequestError):
+    """Too many requests of whoever asks wait for files behind URLs already; ask again when some have been answered."""
 
 
 class UnknownModelError(RequestError):

@@ -77,17 +77,14 @@ class LLMEngine:
         settled = self._settled(self._intake.default(lora_request, media.modalities_in(prompt)))
         self._intake.policies.check(settled.mix)
         split = media.split(prompt, settled.tokenizer)
-        if split.urls:
-            with start_blocking_portal() as portal:
-                split = portal.call(media.fetched, split)
-        request = self._intake.request(
-            split,
-            params,
-            settled,
-            grammar=self._built.grammars.wait(params),
-            request_id=request_id,
-            priority=priority,
-        )
+        grammar = self._built.grammars.wait(params)
+        with contextlib.ExitStack() as fetched:
+            if split.urls:
+                portal = fetched.enter_context(start_blocking_portal())
+                split = fetched.enter_context(portal.wrap_async_context_manager(media.fetched(split, "")))
+            request = self._intake.request(
+                split, params, settled, grammar=grammar, request_id=request_id, priority=priority
+            )
         self._assemblers[request_id] = Assembler(request, settled.tokenizer)
         self._engine.add(request)
         self._intake.policies.charge(settled.mix, len(request.prompt_token_ids))

@@ -23,6 +23,7 @@ from aiolora.errors import (
     EngineDeadError,
     GrammarBusyError,
     GrammarError,
+    MediaBusyError,
     NonFiniteLogitsError,
     RequestError,
 )
@@ -243,6 +244,7 @@ async def test_what_nobody_foresaw_is_500_without_details(
         (AdapterError("a", "no"), 422, "adapter_unusable"),
         (GrammarError("no"), 400, "grammar_failed"),
         (GrammarBusyError("no"), 429, "rate_limit_exceeded"),
+        (MediaBusyError("no"), 429, "rate_limit_exceeded"),
         (NonFiniteLogitsError("no"), 500, "non_finite_logits"),
         (EngineDeadError("at /srv/secret"), 503, "engine_dead"),
         (ConfigError("at /srv/secret"), 500, "internal_error"),

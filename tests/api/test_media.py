@@ -2,10 +2,13 @@
 
 import asyncio
 import base64
+import http.server
 import io
+import threading
 import wave
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,11 @@ async def serving(
     app = create_app(engine, lora_modules=named, served_model_name=BASE, args=keys or ServerArgs())
     async with inside(app) as client:
         yield client
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
 
 
 def data_url(seed: int, kind: str = "PNG", size: int = 40) -> str:
@@ -234,6 +242,42 @@ async def test_requests_that_wait_for_a_slow_host_hold_up_no_others_image(llava:
         assert not any(one.done() for one in slow)
         answer.set()
         assert [one.status_code for one in await asyncio.gather(*slow)] == [400] * 12
+        host.close()
+
+
+def test_offline_the_file_behind_a_url_is_that_image(llava: Path, tmp_path: Path) -> None:
+    Image.fromarray(picture(1)).save(tmp_path / "x.png")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as host:
+        threading.Thread(target=host.serve_forever).start()
+        try:
+            url = f"http://127.0.0.1:{host.server_port}/x.png"
+            llm = LLM(str(llava), dtype="float32", allowed_media_domains=("127.0.0.1",))
+            params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={95: -100})
+            prompt = {"prompt": " w5 w6  <image> w7 ", "multi_modal_data": {"image": url}}
+            [output] = llm.generate(prompt, params, use_tqdm=False)
+        finally:
+            host.shutdown()
+    assert output.outputs[0].text == offline(llava, picture(1), None)
+
+
+async def test_nothing_is_fetched_for_a_request_whose_grammar_is_refused(llava: Path) -> None:
+    asking = []
+
+    async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asking.append(await reader.readline())
+        file = base64.b64decode(data_url(1).partition(",")[2])
+        writer.write(f"HTTP/1.0 200 OK\r\ncontent-length: {len(file)}\r\n\r\n".encode() + file)
+        await writer.drain()
+        writer.close()
+
+    async with serving(llava, {}, allowed_media_domains=("127.0.0.1",)) as client:
+        host = await asyncio.start_server(served, "127.0.0.1", 0)
+        body = asked(image(f"http://127.0.0.1:{host.sockets[0].getsockname()[1]}/x.png"))
+        refused = await chat(client, body | {"structured_outputs": {"regex": "("}, "ignore_eos": False})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "structured_outputs")
+        assert not asking
+        assert (await chat(client, body)).status_code == 200
+        assert len(asking) == 1
         host.close()
 
 

@@ -1,9 +1,12 @@
+import asyncio
 import threading
 from typing import Any
 
+import anyio.to_thread
 import pytest
 
-from aiolora.engine.beside import _LONG, beside, takes_long
+from aiolora.engine.beside import _AT_ONCE, _LONG, beside, takes_long
+from aiolora.engine.workers import to_its_end
 from aiolora.types import Conversation, StructuredOutputsParams
 
 MESSAGE = {"role": "user", "content": "hello"}
@@ -48,3 +51,48 @@ async def test_what_takes_long_is_done_in_another_thread_and_nothing_else() -> N
     here = threading.current_thread()
     assert await beside(False, threading.current_thread) is here
     assert await beside(True, threading.current_thread) is not here
+
+
+async def test_no_more_take_long_at_a_time_than_there_are_cores_and_other_threads_wait_for_none() -> None:
+    gate, begun = threading.Event(), []
+
+    def work() -> None:
+        begun.append(None)
+        assert gate.wait(60)
+
+    tasks = [asyncio.ensure_future(beside(True, work)) for _ in range(_AT_ONCE + 40)]
+    try:
+        while len(begun) < _AT_ONCE:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert await anyio.to_thread.run_sync(lambda: "there") == "there"
+        assert len(begun) == _AT_ONCE
+    finally:
+        gate.set()
+        await asyncio.gather(*tasks)
+    assert len(begun) == len(tasks)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_who_is_cancelled_leaves_when_the_work_has_ended(fails: bool) -> None:
+    begun, gate, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
+
+    def work(value: str) -> str:
+        loop.call_soon_threadsafe(begun.set)
+        assert gate.wait(60)
+        if fails:
+            raise ValueError(value)
+        return value
+
+    task = asyncio.ensure_future(to_its_end(work, "done"))
+    await begun.wait()
+    task.cancel()
+    await asyncio.sleep(0.02)
+    assert not task.done(), "what it works on is still in use"
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    if fails:
+        with pytest.raises(ValueError, match="done"):
+            await to_its_end(work, "done")
+    else:
+        assert await to_its_end(work, "done") == "done"

@@ -54,6 +54,42 @@ def test_one_that_is_under_way_is_not_ready_and_the_wait_for_it_ends() -> None:
     assert matcher.ready
 
 
+def test_a_suspect_waits_for_none_that_is_slow() -> None:
+    masks, gate = Masks(together), threading.Event()
+    slow, suspect = Matcher(gate=gate, slow=True), Matcher(suspect=True)
+    masks.advance([(slow, 1), (suspect, 1)])
+    masks.wait(None)
+    assert (slow.ready, suspect.ready) == (False, True)
+    assert suspect.together == []
+    gate.set()
+    masks.wait(None)
+
+
+@pytest.mark.parametrize("why", ["slow", "suspect"])
+def test_the_quick_are_waited_for_and_no_other(why: str) -> None:
+    masks, gate = Masks(together), threading.Event()
+    other, quick = Matcher(gate=gate, **{why: True}), Matcher()  # type: ignore[arg-type]
+    masks.advance([(other, 1), (quick, 1)])
+    masks.wait(60)  # it would be for the other, and a minute
+    assert (other.ready, quick.ready) == (False, True)
+    gate.set()
+    masks.wait(None)
+
+
+def test_what_ended_before_it_was_waited_for_is_not_missed_for_one_that_has_not() -> None:
+    masks, gate = Masks(together), threading.Event()
+    slow, quick = Matcher(gate=gate, slow=True), Matcher()
+    masks.advance([(slow, 1), (quick, 1)])
+    masks.wait(60)
+    assert (slow.ready, quick.ready) == (False, True)
+    masks.wait(None)  # of the slow one alone it would be until the gate opens
+    assert not slow.ready
+    gate.set()
+    masks.wait(None)
+    masks.wait(None)
+    assert slow.ready
+
+
 @pytest.mark.parametrize("why", ["slow", "suspect"])
 def test_one_that_was_slow_or_may_have_been_holds_up_nobody_else(why: str) -> None:
     masks, gate = Masks(together), threading.Event()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aiolora.errors import RequestError
-from aiolora.media.addresses import LOOK_UPS
+from aiolora.media.addresses import LOOK_UPS, Addresses
 from aiolora.media.fetch import ANY, Fetcher
 
 FILE = b"a file of some bytes"
@@ -63,13 +63,15 @@ def site() -> Iterator[str]:
     server.server_close()
 
 
-async def fetched(fetcher: Fetcher, url: str) -> bytes:
-    return (await fetcher.files({url: "p"}))[url]
+async def fetched(fetcher: Fetcher, url: str, owner: str = "") -> bytes:
+    async with fetcher.files({url: "p"}, owner) as files:
+        return files[url]
 
 
 async def refused(fetcher: Fetcher, url: str, says: str) -> None:
     with pytest.raises(RequestError, match=says) as caught:
-        await fetcher.files({url: "messages[0].content[0]"})
+        async with fetcher.files({url: "messages[0].content[0]"}):
+            pass
     assert caught.value.param == "messages[0].content[0]"
 
 
@@ -150,9 +152,11 @@ async def test_size_time_and_status_are_bounded(site: str) -> None:
     await refused(Fetcher(("127.0.0.1",)), f"http://{site}/missing", "answers 404")
     await refused(Fetcher(("127.0.0.1",)), "http://127.0.0.1:1/a", "cannot be fetched: ConnectError")
     two = {f"http://{site}/a": "p", f"http://{site}/b": "p"}
-    assert list((await Fetcher(("127.0.0.1",)).files(two)).values()) == [FILE, FILE]
+    async with Fetcher(("127.0.0.1",)).files(two) as files:
+        assert list(files.values()) == [FILE, FILE]
     with pytest.raises(RequestError, match="files of the request are over 39 bytes"):
-        await Fetcher(("127.0.0.1",), max_total=2 * len(FILE) - 1).files(two)
+        async with Fetcher(("127.0.0.1",), max_total=2 * len(FILE) - 1).files(two):
+            pass
 
 
 @pytest.mark.parametrize("path", ["slow", "drip"])
@@ -173,12 +177,12 @@ async def test_a_silent_name_server_is_waited_for_until_the_deadline_and_holds_o
         return [(0, 0, 0, "", ("127.0.0.1", port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    fetcher = Fetcher(("localhost", ANY), timeout_s=0.2)
+    fetcher = Fetcher(("localhost", ANY), timeout_s=0.2, room=1 << 40)
     urls = [f"http://silent.example.com:{port + number}/a" for number in range(3)]
     try:
         await asyncio.gather(*(refused(fetcher, url, "took over 0.2 s") for url in urls))
         assert asked == ["silent.example.com"]
-        others = [asyncio.ensure_future(fetcher.files({f"http://h{n}.example.com/": "p"})) for n in range(2 * LOOK_UPS)]
+        others = [asyncio.ensure_future(fetched(fetcher, f"http://h{n}.example.com/")) for n in range(2 * LOOK_UPS)]
         assert await fetched(fetcher, f"http://localhost:{port}/a") == FILE, "a host that is named waits for no other"
         for other in others:
             with pytest.raises(RequestError, match="took over"):
@@ -186,3 +190,54 @@ async def test_a_silent_name_server_is_waited_for_until_the_deadline_and_holds_o
         assert len(asked) <= 2 + LOOK_UPS
     finally:
         answer.set()
+
+
+async def test_requests_hold_no_more_than_there_is_room_for_until_their_files_are_done_with(site: str) -> None:
+    url, held = f"http://{site}/a", asyncio.Event()
+    fetcher = Fetcher(("127.0.0.1",), max_nbytes=len(FILE), room=2 * len(FILE))
+
+    async def hold() -> None:
+        async with fetcher.files({url: "p"}, "one"):
+            held.set()
+            await asyncio.sleep(60)
+
+    holding = asyncio.ensure_future(hold())
+    await held.wait()
+    second = asyncio.ensure_future(fetched(fetcher, url, "one"))
+    assert await fetched(fetcher, url, "other") == FILE
+    assert not second.done()
+    holding.cancel()
+    assert await second == FILE
+    await refused(fetcher, f"http://{site}/missing", "answers 404")
+    assert await asyncio.gather(*(fetched(fetcher, url) for _ in range(3))) == [FILE] * 3
+
+
+async def test_what_a_file_does_not_take_is_free_once_it_is_there(site: str) -> None:
+    url = f"http://{site}/a"
+    fetcher = Fetcher(("127.0.0.1",), max_nbytes=100, room=200 + len(FILE))
+    async with fetcher.files({url: "p"}, "one"), fetcher.files({url: "p"}, "other"):
+        assert await fetched(fetcher, url, "a third") == FILE
+
+
+async def test_a_look_up_that_nobody_waits_for_any_more_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = [], threading.Event()
+
+    def look_up(host: str, *_: Any, **__: Any) -> list[Any]:
+        asked.append(host)
+        answer.wait(60)
+        return [(0, 0, 0, "", ("192.0.2.1", 80))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    addresses = Addresses([])
+    silent = [asyncio.ensure_future(addresses.of(f"silent{number}")) for number in range(LOOK_UPS)]
+    queued = [asyncio.ensure_future(addresses.of(host)) for host in ("left", "left", "shared", "shared")]
+    while len(asked) < LOOK_UPS:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    for task in (*silent[1:], *queued[:3]):
+        task.cancel()
+    await asyncio.sleep(0.01)
+    again = asyncio.ensure_future(addresses.of("silent1"))
+    answer.set()
+    assert await asyncio.gather(silent[0], queued[3], again) == ["192.0.2.1"] * 3
+    assert sorted(asked) == sorted([*(f"silent{number}" for number in range(LOOK_UPS)), "shared"])
+    assert await addresses.of("left") == "192.0.2.1", "who asks anew is answered"

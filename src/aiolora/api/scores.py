@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from aiolora.engine.output import Assembler
 from aiolora.errors import RequestError
 
-MAX_SCORED = 1_000_000  # of all prompts, in all choices: each becomes some 60 bytes
+MAX_SCORED = (
+    250_000  # of all prompts, in all choices: each becomes some 60 bytes, written in one call with the GIL held
+)
 
 
 def check_scored(assemblers: Sequence[Assembler], *, param: str, copies: int = 1) -> None:

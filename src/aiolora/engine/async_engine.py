@@ -23,7 +23,7 @@ from aiolora.engine.names import Names
 from aiolora.engine.output import Assembler
 from aiolora.engine.plan import Plan
 from aiolora.engine.streams import Streams
-from aiolora.engine.workers import in_worker
+from aiolora.engine.workers import to_its_end
 from aiolora.errors import EngineDeadError
 from aiolora.lora.memory import AnyConfig, in_memory
 from aiolora.lora.resolvers import choose_resolvers
@@ -214,27 +214,28 @@ class AsyncLLMEngine:
     ) -> Request:
         """The checked request, its adapters loaded, not yet running: what can be wrong is raised here.
 
-        `lora`: as for `stream`, or what `settle` made of it. `owner`: whose grammars are compiled one after another;
-        None: those of the requests with the same adapter.
+        `lora`: as for `stream`, or what `settle` made of it. `owner`: whose grammars are compiled one after another and
+        whose files behind URLs are fetched in their order; None: those of the requests with the same adapter.
         """
         self._alive()
         media, long = self.intake.media, takes_long(prompt)
         if not isinstance(lora, Settled):
             lora = await self.settle(lora, modalities=await beside(long, media.modalities_in, prompt))
         self.intake.policies.check(lora.mix)
-        split = await media.fetched(await beside(long, media.split, prompt, lora.tokenizer))
+        split = await beside(long, media.split, prompt, lora.tokenizer)
+        owner = owner or _line_of(lora.mix)
         work = partial(
             self.intake.request,
-            split,
-            sampling_params,
-            lora,
-            grammar=await self._parts.grammars.take(sampling_params, owner or _line_of(lora.mix)),
+            params=sampling_params,
+            settled=lora,
+            grammar=await self._parts.grammars.take(sampling_params, owner),
             request_id=request_id,
             priority=priority,
         )
-        if split.given:
-            return await in_worker(work, limiter=self._media_readers)
-        return await beside(long, work)
+        if not split.given:
+            return await beside(long, work, split)
+        async with media.fetched(split, owner) as fetched, self._media_readers:
+            return await to_its_end(work, fetched)
 
     def run(self, assemblers: Sequence[Assembler]) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         """Run prepared requests side by side; each time, every token that has come, with its request's position.
@@ -418,5 +419,5 @@ class AsyncLLMEngine:
 
 
 def _line_of(mix: Mix | None) -> str:
-    """Whose grammars those are that nobody else is known to own."""
+    """Whose grammars and files those are that nobody else is known to own."""
     return "base" if mix is None else f"adapter {mix.versions[0].name}"

@@ -10,7 +10,6 @@ from aiolora.media.data_urls import is_data_url
 from aiolora.types import Conversation, Messages, Prompt
 
 IMAGE, AUDIO = "image", "audio"
-MODALITIES = (IMAGE, AUDIO)
 
 # type of a content part -> (modality, field with its source); OpenAI's parts and those of transformers' templates
 _PARTS = {

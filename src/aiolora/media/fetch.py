@@ -1,18 +1,23 @@
 """Files behind http(s) URLs, only from hosts that the operator named."""
 
 import asyncio
-from collections.abc import Mapping
+import io
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from aiolora.errors import MissingExtraError, RequestError
 from aiolora.media.addresses import Addresses, is_public
+from aiolora.media.room import Room
 
 if TYPE_CHECKING:
     import httpx  # of an extra
 
 MAX_NBYTES = 20 << 20  # of a file
 MAX_TOTAL = 64 << 20  # of the files of a request
+ROOM = 512 << 20  # for the files of all requests
+MAX_WAITING = 256  # requests of an owner
 _MAX_REDIRECTS = 3
 _TIMEOUT_S = 10.0  # for all that a request needs, from the first name that is looked up to the last byte
 _SIDE_BY_SIDE = 4  # files of a request
@@ -30,7 +35,8 @@ class _Target(NamedTuple):
 class Fetcher:
     """Brings what may be fetched, and so much of it. It waits on the loop: a slow host holds nothing that others need.
 
-    `domains`: hosts; "*": all with a public address. Owned by the loop. Raises `MissingExtraError`.
+    `domains`: hosts; "*": all with a public address. `room`: bytes held for all requests together. Owned by the loop.
+    Raises `MissingExtraError`.
     """
 
     def __init__(
@@ -40,11 +46,13 @@ class Fetcher:
         max_nbytes: int = MAX_NBYTES,
         max_total: int = MAX_TOTAL,
         timeout_s: float = _TIMEOUT_S,
+        room: int = ROOM,
     ) -> None:
         self._domains = domains
         self.max_nbytes = max_nbytes
         self._max_total = max_total
         self._timeout_s = timeout_s
+        self._room = Room(room, most_waiting=MAX_WAITING)
         self._addresses = Addresses([domain for domain in domains if domain != ANY])
         if domains:
             try:
@@ -53,19 +61,29 @@ class Fetcher:
                 raise MissingExtraError("fetching a URL", "media") from error
             self._tls = httpx.create_ssl_context(trust_env=False)  # 20 ms, hence once
 
-    async def files(self, urls: Mapping[str, str]) -> dict[str, bytes]:
-        """The files at `urls`, each with the field that it came in.
+    @asynccontextmanager
+    async def files(self, urls: Mapping[str, str], owner: str = "") -> AsyncIterator[dict[str, bytes]]:
+        """The files at `urls`, each with the field that it came in; leave when they are no longer needed.
 
-        Raises `RequestError`, which tells nothing of a host's answer but its status, at the latest after the timeout.
+        `owner`: behind whose requests this one waits for room. Raises `MediaBusyError`, and `RequestError`, which tells
+        nothing of a host's answer but its status, at the latest after the timeout, which counts no waiting.
         """
         for url, param in urls.items():
             self._named(url, param)
         if not urls:
-            return {}
+            yield {}
+            return
+        most = min(len(urls) * self.max_nbytes, self._max_total)
+        with (await self._room.take(owner, most, param=next(iter(urls.values())))).held() as part:
+            files = await self._fetched(urls)
+            part.keep(sum(map(len, files.values())))
+            yield files
+
+    async def _fetched(self, urls: Mapping[str, str]) -> dict[str, bytes]:
         import httpx
 
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        bodies = {url: bytearray() for url in urls}
+        bodies = {url: io.BytesIO() for url in urls}  # hands out what was written without a copy
         turns = asyncio.Semaphore(_SIDE_BY_SIDE)
 
         async def bring(client: httpx.AsyncClient, url: str, param: str) -> None:
@@ -84,10 +102,10 @@ class Fetcher:
                         group.create_task(bring(client, url, param))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
-        return {url: bytes(body) for url, body in bodies.items()}
+        return {url: body.getvalue() for url, body in bodies.items()}
 
     async def _bring(
-        self, client: "httpx.AsyncClient", given: str, param: str, bodies: Mapping[str, bytearray]
+        self, client: "httpx.AsyncClient", given: str, param: str, bodies: Mapping[str, io.BytesIO]
     ) -> None:
         """Into its place in `bodies`."""
         import httpx
@@ -106,7 +124,7 @@ class Fetcher:
                     if response.status_code != 200:
                         raise RequestError(f"{_shown(url)} answers {response.status_code}", param=param)
                     async for chunk in response.aiter_raw():  # nothing is unpacked, so nothing bursts
-                        body += chunk
+                        body.write(chunk)
                         self._check(body, bodies, param)
                     return
             except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
@@ -115,10 +133,10 @@ class Fetcher:
                 raise RequestError(f"{_shown(url)} cannot be fetched: {type(error).__name__}", param=param) from None
         raise RequestError(f"{_shown(given)} redirects more than {_MAX_REDIRECTS} times", param=param)
 
-    def _check(self, body: bytearray, bodies: Mapping[str, bytearray], param: str) -> None:
-        if len(body) > self.max_nbytes:
+    def _check(self, body: io.BytesIO, bodies: Mapping[str, io.BytesIO], param: str) -> None:
+        if body.tell() > self.max_nbytes:
             raise RequestError(f"the file is over {self.max_nbytes} bytes; send a smaller one", param=param)
-        if sum(map(len, bodies.values())) > self._max_total:
+        if sum(one.tell() for one in bodies.values()) > self._max_total:
             raise RequestError(f"the files of the request are over {self._max_total} bytes; send fewer", param=param)
 
     def _named(self, url: str, param: str) -> tuple[str, bool]:

@@ -1,6 +1,7 @@
 """Reader: a prompt with media in, the same with placeholder tokens out, and what stands behind those."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -89,9 +90,14 @@ class MediaReader:
                 raise RequestError(f"the model {self._model!r} takes {taken}, no {one.modality}", param=one.param)
         return Split(rest, tuple(given))
 
-    async def fetched(self, split: Split) -> Split:
-        """With the files in the place of their URLs, but for those in data URLs. On the loop. Raises `RequestError`."""
-        return split.with_files(await self._fetcher.files(split.urls)) if split.given else split
+    @asynccontextmanager
+    async def fetched(self, split: Split, owner: str) -> AsyncIterator[Split]:
+        """With the files in the place of their URLs, but for those in data URLs; leave when they have been decoded.
+
+        On the loop; `owner` and errors as those of `Fetcher.files`.
+        """
+        async with self._fetcher.files(split.urls, owner) as files:
+            yield split.with_files(files)
 
     def open(self, given: Sequence[Given]) -> list[Opened]:
         """What was given, by its sizes. Raises `RequestError`, and `MissingExtraError` without Pillow."""
