@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from aiolora import LLM, AsyncLLMEngine, EngineArgs, SamplingParams
+from aiolora import llm as llm_module
 from aiolora.engine import bridge
 from aiolora.engine.interpreter import SWITCH_INTERVAL, Interpreter
 from tests.conftest import ModelOf
@@ -102,7 +103,10 @@ async def test_an_engine_with_a_thread_of_its_own_sets_python_up_and_leaves_it_a
     assert gc.get_freeze_count() == 0
 
 
-def test_a_blocking_call_leaves_out_what_was_alive_before_and_gives_it_back(model_of: ModelOf) -> None:
+def test_a_blocking_call_leaves_out_what_was_alive_before_and_gives_it_back(
+    model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm_module, "INTERPRETER", Interpreter())
     llm, counts = LLM(str(model_of("llama")), max_model_len=64), []
     advance = llm.engine.advance
     llm.engine.advance = lambda: (counts.append(gc.get_freeze_count()), advance())[1]  # type: ignore[method-assign]
