@@ -246,8 +246,8 @@ class Scheduler:
 
     @property
     def _kept_seats(self) -> int:
-        """An eighth, eight at most: a seat comes free with every answer's end, so few serve who comes meanwhile."""
-        return min(8, self.limits.max_num_seqs // 8)
+        """A sixteenth, four at most: a seat comes free with every answer's end, so few serve who comes meanwhile."""
+        return min(4, self.limits.max_num_seqs // 16)
 
     def _crowds(self, mix: Mix | None) -> bool:
         """Whether `mix` has half of the seats, and others have been here, too."""
