@@ -1,9 +1,11 @@
 import asyncio
 import contextlib
+import gc
 import http.server
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -190,6 +192,27 @@ async def test_a_silent_name_server_is_waited_for_until_the_deadline_and_holds_o
         assert len(asked) <= 2 + LOOK_UPS
     finally:
         answer.set()
+
+
+@pytest.mark.parametrize("path", ["missing", "host"])
+async def test_an_error_keeps_nobody_alive_who_has_got_it(site: str, path: str) -> None:
+    """It leads to the frames of who waited, so to their requests: nothing of it may wait for a collection."""
+
+    async def failing() -> "weakref.ref[Exception]":
+        try:
+            await fetched(Fetcher(["127.0.0.1"], max_nbytes=2), f"http://{site}/{path}")
+        except RequestError as error:
+            return weakref.ref(error)
+        raise AssertionError("it is fetched")
+
+    gc.disable()
+    try:
+        error = await failing()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert error() is None
+    finally:
+        gc.enable()
 
 
 async def test_requests_hold_no_more_than_there_is_room_for_until_their_files_are_done_with(site: str) -> None:

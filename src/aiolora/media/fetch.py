@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
+import anyio
+
 from aiolora.errors import MissingExtraError, RequestError
 from aiolora.media.addresses import Addresses, is_public
 from aiolora.media.room import Room
@@ -85,23 +87,34 @@ class Fetcher:
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         bodies = {url: io.BytesIO() for url in urls}  # hands out what was written without a copy
         turns = asyncio.Semaphore(_SIDE_BY_SIDE)
+        failures: list[
+            Exception
+        ] = []  # and no group of errors: that leads to itself, and to all that the request holds
 
         async def bring(client: httpx.AsyncClient, url: str, param: str) -> None:
             try:
                 async with asyncio.timeout_at(deadline), turns:
                     await self._bring(client, url, param, bodies)
             except TimeoutError:
-                raise RequestError(f"{_shown(url)} took over {self._timeout_s:g} s", param=param) from None
+                failures.append(RequestError(f"{_shown(url)} took over {self._timeout_s:g} s", param=param))
+                group.cancel_scope.cancel()
+            except Exception as error:
+                failures.append(error)
+                group.cancel_scope.cancel()
 
         # no connection is used twice: two hosts at one address have certificates of their own
         limits = httpx.Limits(max_keepalive_connections=0)
-        async with httpx.AsyncClient(timeout=None, trust_env=False, verify=self._tls, limits=limits) as client:
+        async with (
+            httpx.AsyncClient(timeout=None, trust_env=False, verify=self._tls, limits=limits) as client,
+            anyio.create_task_group() as group,
+        ):
+            for url, param in urls.items():
+                group.start_soon(bring, client, url, param)
+        if failures:
             try:
-                async with asyncio.TaskGroup() as group:
-                    for url, param in urls.items():
-                        group.create_task(bring(client, url, param))
-            except BaseExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+                raise failures[0]
+            finally:
+                failures.clear()  # the error leads to this frame, which must not lead to the error
         return {url: body.getvalue() for url, body in bodies.items()}
 
     async def _bring(
