@@ -3,16 +3,18 @@
 import pytest
 
 from tests.engine.mutants import MUTANTS
-from tests.engine.walk import NUM_SEEDS, trials
+from tests.engine.walk import trials
+
+MOST_SEEDS = 1000  # most bugs are found by a few walks; that weights are no part of a prefix key by a hundred or so
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTANTS[name](monkeypatch)
-    for trial, run in trials(NUM_SEEDS):
+    for trial, run in trials(MOST_SEEDS):
         try:
             run()
         except AssertionError as found:
             print(f"{name}: {trial}: {found}")
             return
-    pytest.fail(f"{NUM_SEEDS} seeds do not find {name}")
+    pytest.fail(f"{MOST_SEEDS} seeds do not find {name}")
