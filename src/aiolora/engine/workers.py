@@ -33,7 +33,7 @@ async def to_its_end(work: Callable[[*Ts], T], *args: *Ts) -> T:
         with anyio.CancelScope(shield=True):
             await asyncio.wait([doing])
         raise
-    outcome = [doing.result()]
+    outcome = [doing.result()]  # in no variable of this frame, which an error that is raised here leads to
     del doing
     return _value(outcome.pop())
 
